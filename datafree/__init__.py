@@ -1,0 +1,1 @@
+"""Data-free knowledge transfer: see the README for how the files lie."""

@@ -1,0 +1,70 @@
+"""Batched augmentation on the device, as functions of tensors."""
+import torch
+from torch.nn import functional as F
+
+
+class _ShiftFlip(torch.autograd.Function):
+    """Shift every image by its own offset, zeros entering, and mirror some of them.
+
+    A view is a selection of pixels, so the gradient is the opposite selection: mirrored
+    first, then shifted back. Both ways are one gather, where indexing would scatter.
+    """
+
+    @staticmethod
+    def forward(ctx, images, shift, flip):
+        ctx.save_for_backward(shift, flip)
+        return _gather(images, shift, flip)
+
+    @staticmethod
+    def backward(ctx, grad):
+        shift, flip = ctx.saved_tensors
+        # After a mirror the columns run backwards, so the way back shifts them the other way round.
+        columns = torch.where(flip, shift[:, 1], -shift[:, 1])
+        return _gather(grad, torch.stack([-shift[:, 0], columns], 1), flip), None, None
+
+
+def _gather(images, shift, flip):
+    """view[n, :, i, j] = image[n, :, i + dy, j' + dx], j' = j or its mirror; 0 outside the image."""
+    n, c, h, w = images.shape
+    rows = torch.arange(h, device=images.device) + shift[:, :1]
+    columns = torch.arange(w, device=images.device).expand(n, w)
+    columns = torch.where(flip[:, None], w - 1 - columns, columns) + shift[:, 1:]
+    inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
+    index = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None, :]
+    index = index + torch.arange(n, device=images.device)[:, None, None] * (h * w)
+    pixels = images.permute(0, 2, 3, 1).reshape(n * h * w, c)
+    view = pixels.index_select(0, index.flatten()).view(n, h, w, c) * inside[..., None]
+    return view.permute(0, 3, 1, 2)
+
+
+def shift_flip(images, shift, flip):
+    """The view that ``shift`` (N, 2), in pixels (rows, columns), and ``flip`` (N,) bool define."""
+    return _ShiftFlip.apply(images, shift, flip)
+
+
+class CropFlip:
+    """Random crop after zero padding and, if asked, random mirroring; every image its own.
+
+    ``images`` (N, C, H, W) -> views of the same shape and range, differentiable.
+    """
+
+    def __init__(self, padding=4, flip=True):
+        self.padding, self.flip = padding, flip
+
+    def __call__(self, images):
+        n, device = len(images), images.device
+        shift = torch.randint(-self.padding, self.padding + 1, (n, 2), device=device)
+        flip = torch.rand(n, device=device) < (0.5 if self.flip else 0.0)
+        return shift_flip(images, shift, flip)
+
+
+def random_resized_crop(images, scale=(0.25, 1.0)):
+    """A square-aspect crop of random area and place, resized back; every image its own (CMI's local view)."""
+    n, device = len(images), images.device
+    side = torch.empty(n, device=device).uniform_(*scale).sqrt()
+    centre = (torch.rand(n, 2, device=device) * 2 - 1) * (1 - side)[:, None]
+    theta = torch.zeros(n, 2, 3, device=device)
+    theta[:, 0, 0] = theta[:, 1, 1] = side
+    theta[:, :, 2] = centre
+    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+    return F.grid_sample(images, grid.to(images.dtype), padding_mode="reflection", align_corners=False)

@@ -1,0 +1,194 @@
+"""Every option of the programs, typed, with one sentence each.
+
+The name of a field is the name of its flag (``--g_steps 400``), and CMI's and
+RGAL's published flags are kept. Fields are grouped into sections for YAML files
+and for ``--help``; a name occurs once in a program, so the short flag and the
+dotted one (``--schedule.g_steps 400``) mean the same. ``datafree/cli.py`` fills
+these classes from method files, YAML files and flags and checks every value.
+"""
+from dataclasses import dataclass, field, fields
+from typing import Literal
+
+
+def option(default, help, **metadata):
+    """A dataclass field with its sentence of help.
+
+    Metadata: ``flags`` (further spellings, such as ``-j``), ``low`` and ``high``
+    (inclusive bounds of a number).
+    """
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+@dataclass
+class Run:
+    """Where and how the program runs, and what it leaves behind."""
+
+    save_dir: str = option("runs", "Folder under which every run gets a folder of its own.")
+    log_tag: str = option("", "Name of this run's folder; seed<seed> when empty.")
+    seed: int = option(0, "Seed of python, numpy and torch.", low=0)
+    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.")
+    precision: Literal["none", "bf16", "fp16"] = option("none", "Number format of the forward passes; none is fp32.")
+    threads: int = option(0, "CPU threads; 0 leaves torch's own choice.", low=0)
+    deterministic: bool = option(False, "Only deterministic kernels on the GPU; the CPU always repeats exactly.")
+    resume: str = option("none", "none, auto (this run's last checkpoint if there is one) or a checkpoint's path.")
+    evaluate_only: bool = option(False, "Load, evaluate on the test set, print and stop.")
+    print_freq: int = option(0, "Optimiser steps between two log lines within an epoch; 0 logs once an epoch.",
+                             flags=("-p",), low=0)
+    eval_every: int = option(1, "Epochs between two evaluations on the test set; the last epoch always has one.", low=1)
+    grid_every: int = option(10, "Epochs between two image grids; the first and the last epoch always draw one.", low=1)
+    workers: int = option(2, "Processes that decode images of data sets too large for memory.", flags=("-j",), low=0)
+
+
+@dataclass
+class Data:
+    """Which images the networks are for; distillation reads the test set at most."""
+
+    dataset: str = option("cifar10", "Name of a registered data set, or of a folder under data_root.")
+    data_root: str = option("data", "Folder that holds, or will hold, the data sets.")
+    card: str = option("", "YAML file with shape, classes, mean and std, for data without files on this machine.")
+    eval: Literal["test", "none"] = option("test", "What the student is evaluated on; none needs no data at all.")
+    crop_padding: int = option(4, "Pixels of zero padding before the random crop; 0 does not crop.", low=0)
+    flip: bool = option(True, "Mirror images at random; turn it off where left and right matter, as for digits.")
+    download: bool = option(True, "Download a registered data set that is missing, where that is possible.")
+
+
+@dataclass
+class Teacher:
+    """The frozen network whose knowledge is transferred."""
+
+    teacher: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
+    teacher_weights: str = option("", "Its weights; checkpoints/pretrained/<dataset>_<teacher>.pth when empty.")
+    teacher_mean: tuple[float, ...] = option((), "Its input mean per channel; the data card's when empty.")
+    teacher_std: tuple[float, ...] = option((), "Its input standard deviation per channel; the card's when empty.")
+    teacher_acc: float = option(0.0, "Top-1 (%) it should reach; one point less is called out. 0: unknown.",
+                                low=0, high=100)
+
+
+@dataclass
+class Student:
+    """The network that learns."""
+
+    student: str = option("wrn16_1", "Named as the teacher is.")
+    student_weights: str = option("", "Weights to start from (or to evaluate); random when empty.")
+
+
+@dataclass
+class Schedule:
+    """How synthesis and student training alternate."""
+
+    epochs: int = option(200, "Epochs; the student's learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
+    ep_steps: int = option(400, "Student steps of an epoch: ep_steps // kd_steps rounds.", low=1)
+    kd_steps: int = option(400, "Student steps of a round.", low=1)
+    g_steps: int = option(400, "Synthesis steps of a round.", low=1)
+    warmup: int = option(0, "First epochs that only make images, without the terms that look at the student.", low=0)
+
+
+@dataclass
+class Synthesis:
+    """Phase 1: images are made by inverting the teacher. Weights of 0 cost nothing."""
+
+    source: Literal["inversion", "noise", "real"] = option(
+        "inversion", "Where images come from: a generator trained each round, plain noise, the real training set.")
+    synthesis_batch_size: int = option(256, "Images that a round adds to the pool.", low=1)
+    pool_size: int = option(0, "Images that the pool holds before it forgets the oldest; 0 holds all.", low=0)
+    nz: int = option(256, "Dimension of the generator's noise.", low=1)
+    ngf: int = option(64, "Width of the generator.", low=1)
+    lr_g: float = option(1e-3, "Adam's learning rate for the generator.", low=0)
+    lr_z: float = option(1e-3, "Adam's learning rate for the noise; 0 keeps the noise fixed.", low=0)
+    generator_init: Literal["random", "meta"] = option(
+        "random", "Weights a round starts from: new random ones, or a start that learns from the rounds (Reptile).")
+    meta_rate: float = option(1.0, "Step of the learned start towards each round's weights; 1 carries on from them.",
+                              low=0, high=1)
+    keep: Literal["best", "last"] = option("best", "The step of a round whose batch enters the pool: lowest loss, or last.")
+    bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.")
+    bn_reduction: Literal["norm", "mse", "gaussian"] = option(
+        "norm", "Distance of statistics per layer: sum of L2 norms, mean squares, or KL of Gaussians.")
+    oh: float = option(0.0, "Weight of the cross entropy with the class asked for.")
+    adv: float = option(0.0, "Weight of the student's disagreement, where both name the same class.")
+    act: float = option(0.0, "Weight of the teacher's activation strength (DAFL).")
+    balance: float = option(0.0, "Weight of the class balance over the batch (DAFL).")
+    cr: float = option(0.0, "Weight of the contrast with earlier images (CMI).")
+    cr_T: float = option(0.2, "Temperature of that contrast.", low=1e-6)
+    tv: float = option(0.0, "Weight of the images' total variation.")
+    l2: float = option(0.0, "Weight of the images' L2 norm.")
+
+
+@dataclass
+class Relation:
+    """RGAL's triplets: confuse in synthesis, separate in the student."""
+
+    triplet: float = option(0.0, "Weight of the triplets in synthesis.")
+    relation: Literal["paper", "release", "off"] = option(
+        "paper", "Their direction in synthesis: the paper's (spread classes, mix them), the released code's, or none.")
+    triplet_target: Literal["student", "teacher"] = option("student", "Whose features the synthesis triplets look at.")
+    start_layer: int = option(2, "First stage that is looked at, counted from 0 (negative: from the end).")
+    end_layer: int = option(4, "Stage before which the look ends.")
+    margin: float = option(0.2, "Margin of both triplet losses.", low=0)
+    sampling: Literal["focal", "distance", "uniform"] = option(
+        "focal", "How synthesis draws the other-class sample: a band, distance weighted, or evenly.")
+    sampling_space: Literal["embedding", "logits"] = option(
+        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).")
+    striplet: float = option(0.0, "Weight of the triplets in student training.")
+    striplet_feature: Literal["global", "features", "logits"] = option(
+        "global", "What they look at: the penultimate feature, the chosen stages, or the logits.")
+    striplet_sampling: Literal["focal", "distance", "uniform"] = option(
+        "distance", "How student training draws the other-class sample.")
+
+
+@dataclass
+class Distill:
+    """Phase 2: the student learns the teacher's answers on the images."""
+
+    batch_size: int = option(128, "Pool images of a student step.", low=1)
+    pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
+    balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.")
+    lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
+    momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
+    weight_decay: float = option(1e-4, "SGD's weight decay.", flags=("--wd",), low=0)
+    T: float = option(20.0, "Temperature of the distillation.", low=1e-6)
+    kd: float = option(1.0, "Weight of the KL divergence from the teacher's answers.")
+    cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.")
+    gram_loss: float = option(0.0, "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.")
+    custom_steps: float = option(1.0, "Share of the epochs in which the channel, gram and triplet terms act.", low=0, high=1)
+
+
+@dataclass
+class Training:
+    """Supervised training on real images."""
+
+    model: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
+    weights: str = option("", "Weights to start from (or to evaluate); random when empty.")
+    epochs: int = option(200, "Epochs; the learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
+    batch_size: int = option(128, "Images of a step.", low=1)
+    lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
+    momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
+    weight_decay: float = option(5e-4, "SGD's weight decay.", flags=("--wd",), low=0)
+
+
+@dataclass
+class DistillConfig:
+    """Options of datafree_kd.py."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    teacher: Teacher = field(default_factory=Teacher)
+    student: Student = field(default_factory=Student)
+    schedule: Schedule = field(default_factory=Schedule)
+    synthesis: Synthesis = field(default_factory=Synthesis)
+    relation: Relation = field(default_factory=Relation)
+    distill: Distill = field(default_factory=Distill)
+    method: str = option("rgal", "Name of a file in configs/methods/, whose settings come before yours.")
+
+
+@dataclass
+class ScratchConfig:
+    """Options of train_scratch.py."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    training: Training = field(default_factory=Training)
+
+
+def sections(config_class):
+    """Name -> class of the sections of a program's options, in the order of ``--help``."""
+    return {f.name: f.default_factory for f in fields(config_class) if isinstance(f.default_factory, type)}

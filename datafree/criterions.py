@@ -1,0 +1,135 @@
+"""Every loss term but the triplets, as a function of tensors. All reduce to an unweighted scalar in fp32."""
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from datafree.hooks import pooled
+
+
+def kl_divergence(logits, target_logits, T=1.0):
+    """KL(softmax(target / T) || softmax(logits / T)) per sample, (N, C) twice -> (N,)."""
+    log_p = F.log_softmax(target_logits.float() / T, dim=1)
+    log_q = F.log_softmax(logits.float() / T, dim=1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
+
+
+def distillation(student_logits, teacher_logits, T):
+    """Batch mean of the KL divergence at temperature T, times T^2 (Hinton et al. 2015)."""
+    return kl_divergence(student_logits, teacher_logits, T).mean() * T**2
+
+
+def adversarial(student_logits, teacher_logits):
+    """L_adv: minus the KL divergence where teacher and student name the same class (RGAL, CMI)."""
+    agree = teacher_logits.argmax(1) == student_logits.argmax(1)
+    return -(kl_divergence(student_logits, teacher_logits) * agree).mean()
+
+
+def bn_distance(statistics, reduction):
+    """L_bn: distance of the batch's statistics to the running ones, summed or averaged over layers.
+
+    statistics: (mean, variance, running mean, running variance) per layer, each (C,).
+    reduction: ``norm`` sums ||var - running|| + ||mean - running|| over layers (DeepInversion, CMI,
+    RGAL); ``mse`` averages the mean squares over layers (GDFQ); ``gaussian`` averages, over channels
+    and layers, the KL divergence of the batch's Gaussian from the running one (ABD).
+    """
+    layers = []
+    for mean, var, running_mean, running_var in statistics:
+        if reduction == "norm":
+            layers.append(torch.linalg.vector_norm(var - running_var) + torch.linalg.vector_norm(mean - running_mean))
+        elif reduction == "mse":
+            layers.append(F.mse_loss(mean, running_mean) + F.mse_loss(var, running_var))
+        else:
+            var, running_var = var + 1e-8, running_var + 1e-8
+            ratio = var / running_var
+            layers.append(0.5 * (ratio - ratio.log() - 1 + (mean - running_mean) ** 2 / running_var).mean())
+    total = torch.stack(layers).sum()
+    return total if reduction == "norm" else total / len(layers)
+
+
+def one_hot(teacher_logits, targets):
+    """L_oh: cross entropy of the teacher with the class asked for."""
+    return F.cross_entropy(teacher_logits.float(), targets)
+
+
+def activation(embed):
+    """L_act: minus the mean absolute embedding (DAFL)."""
+    return -embed.float().abs().mean()
+
+
+def balance(teacher_logits):
+    """L_bal: negative entropy of the batch's mean softmax; lowest when all classes occur equally (DAFL)."""
+    mean = teacher_logits.float().softmax(1).mean(0)
+    return (mean * mean.clamp_min(1e-12).log()).sum()
+
+
+def total_variation(images):
+    """L_tv: sum over 4 directions of the norm of neighbour differences (DeepInversion)."""
+    right = images[:, :, :, 1:] - images[:, :, :, :-1]
+    down = images[:, :, 1:, :] - images[:, :, :-1, :]
+    diagonal = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]
+    other = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
+    return sum(torch.linalg.vector_norm(d.float()) for d in (right, down, diagonal, other))
+
+
+def l2_norm(images):
+    """L_l2: the L2 norm of the batch (DeepInversion)."""
+    return torch.linalg.vector_norm(images.float())
+
+
+class StageProjection(nn.Module):
+    """Learned 1x1 convolutions from the student's stages to the widths of the teacher's.
+
+    Stages are paired where both networks have the same spatial size; if no sizes agree, from
+    the last stage backwards. So networks with different numbers of stages go together.
+    """
+
+    def __init__(self, student, teacher):
+        super().__init__()
+        self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes)
+        self.project = nn.ModuleList(
+            nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs)
+
+    def channel(self, student_stages, teacher_stages):
+        """L_cd: sum over stages of mse(GAP(conv1x1(S)), GAP(T)); averaging commutes with the projection."""
+        return sum(F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
+                   for project, (s, t) in zip(self.project, self.pairs))
+
+    def gram(self, student_stages, teacher_stages):
+        """L_gram: per-pixel mse, each channel weighted by how little it correlates with the others.
+
+        weight_c = 1 - minmax_c(sum over columns of T's channel Gram matrix) + 1e-3, per image.
+        """
+        total = 0.0
+        for project, (s, t) in zip(self.project, self.pairs):
+            target = teacher_stages[t].float()
+            mapped = F.conv2d(student_stages[s].float(), project.weight[:, :, None, None], project.bias)
+            mapped = F.adaptive_avg_pool2d(mapped, target.shape[2:])
+            total = total + (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
+        return total
+
+
+def pair_stages(student_sizes, teacher_sizes):
+    """Index pairs (student stage, teacher stage): those of equal size, else from the last one backwards."""
+    equal = [(s, teacher_sizes.index(size)) for s, size in enumerate(student_sizes) if size in teacher_sizes]
+    count = min(len(student_sizes), len(teacher_sizes))
+    return equal or [(len(student_sizes) - i, len(teacher_sizes) - i) for i in range(count, 0, -1)]
+
+
+def gram_weights(stage):
+    """Channel weights (N, C) in [1e-3, 1 + 1e-3] of a stage (N, C, H, W), from its Gram matrix's row sums."""
+    flat = stage.flatten(2)
+    # The row sums of flat @ flat^T, without the C x C matrix.
+    rows = (flat * flat.sum(1, keepdim=True)).sum(2)
+    low, high = rows.amin(1, keepdim=True), rows.amax(1, keepdim=True)
+    return 1 - (rows - low) / (high - low).clamp_min(1e-12) + 1e-3
+
+
+def info_nce(local, anchor, bank, T):
+    """L_cr: every local view finds its own global view among the bank's earlier instances (CMI).
+
+    local, anchor: (N, D); bank: (K, D). All L2-normalised here. T: temperature.
+    """
+    local, anchor, bank = (F.normalize(x.float(), dim=1) for x in (local, anchor, bank))
+    positive = (local * anchor).sum(1, keepdim=True)
+    return F.cross_entropy(torch.cat([positive, local @ bank.T], 1) / T,
+                           torch.zeros(len(local), dtype=torch.long, device=local.device))

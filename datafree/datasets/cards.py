@@ -1,0 +1,110 @@
+"""Data cards: all that distillation knows of a data set, so that its training images are not needed."""
+import math
+from dataclasses import asdict, dataclass, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+import yaml
+
+from datafree.errors import InputError
+
+
+@dataclass(frozen=True)
+class DatasetCard:
+    """Shape, number of classes and normalisation of a data set.
+
+    ``mean`` and ``std`` hold one number per channel, for images in [0, 1].
+    Raises InputError if a value cannot be.
+    """
+
+    name: str
+    channels: int
+    height: int
+    width: int
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    def __post_init__(self):
+        if not isinstance(self.name, str) or not self.name:
+            raise InputError(f"a data card needs a name (text), not {self.name!r}")
+        for key, low in (("channels", 1), ("height", 1), ("width", 1), ("num_classes", 2)):
+            value = getattr(self, key)
+            if type(value) is not int or value < low:
+                raise InputError(f"{key} of the data card {self.name} must be a whole number "
+                                 f"of at least {low}, not {value!r}")
+        for key in ("mean", "std"):
+            values = getattr(self, key)
+            if len(values) != self.channels:
+                raise InputError(f"{key} of the data card {self.name} has {len(values)} numbers, not one for "
+                                 f"each of the {self.channels} channels")
+            if not all(math.isfinite(v) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
+                raise InputError(f"{key} of the data card {self.name} is {values}; give it for images "
+                                 "in [0, 1], std above 0")
+
+    @property
+    def shape(self):
+        """(channels, height, width)."""
+        return self.channels, self.height, self.width
+
+    def to_yaml(self, path):
+        """Write the card to ``path``; raises InputError if that cannot be written."""
+        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        try:
+            Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"cannot write the data card {path} ({error.strerror}); make its folder "
+                             "writable, or give a card elsewhere by --card") from error
+
+    @classmethod
+    def from_yaml(cls, path):
+        """Read a card written by :meth:`to_yaml` or by hand; raises InputError naming file and key."""
+        values = _read_mapping(path)
+        known = [f.name for f in fields(cls)]
+        for key in values:
+            if key not in known:
+                near = get_close_matches(str(key), known, n=1) or known
+                raise InputError(f"{path}: unknown key {key!r}; did you mean {' or '.join(near)}?")
+        missing = [key for key in known if key not in values]
+        if missing:
+            raise InputError(f"{path}: {', '.join(missing)} missing; a data card states {', '.join(known)}")
+        for key in ("mean", "std"):
+            values[key] = _numbers(path, key, values[key])
+        try:
+            return cls(**values)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+
+
+def _read_mapping(path):
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"cannot read the data card {path} ({error.strerror}); check --card") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"the data card {path} is not YAML ({' '.join(str(error).split())})") from error
+    if not isinstance(values, dict):
+        raise InputError(f"the data card {path} is not a list of `key: value` lines")
+    return values
+
+
+def _numbers(path, key, values):
+    # PyYAML reads 1e-3 as text, hence float() rather than a look at the type.
+    try:
+        return tuple(float(value) for value in values)
+    except (TypeError, ValueError):
+        raise InputError(f"{path}: {key} must be a list, one number per channel, not {values!r}") from None
+
+
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+CARDS = {card.name: card for card in (
+    DatasetCard("digits", 1, 16, 16, 10, (0.3051,), (0.3188,)),
+    DatasetCard("mnist", 1, 28, 28, 10, (0.1307,), (0.3081,)),
+    DatasetCard("fashion_mnist", 1, 28, 28, 10, (0.2860,), (0.3530,)),
+    DatasetCard("svhn", 3, 32, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    DatasetCard("cifar10", 3, 32, 32, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+    DatasetCard("cifar100", 3, 32, 32, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+    DatasetCard("tiny_imagenet", 3, 64, 64, 200, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+    DatasetCard("imagenet", 3, 224, 224, 1000, IMAGENET_MEAN, IMAGENET_STD),
+)}

@@ -1,0 +1,132 @@
+"""Images in class folders: which files there are, and their pixels as one tensor."""
+import os
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from tqdm import tqdm
+
+from datafree.errors import InputError
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
+SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
+WITHOUT = {"train": "", "test": ", or go on without a test set by --eval none"}
+MODES = {1: "L", 3: "RGB"}
+SMALL_FILE = 10_000  # bytes
+CHUNK = 256
+
+
+def class_folders(folder):
+    """Sorted folders within ``folder``, one per class; none if it does not exist."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+
+
+def list_images(root, split):
+    """Paths, int64 labels and class names of ``root``'s images for ``split`` ("train" or "test").
+
+    Layouts: ``{train,test}/<class>/*`` with ``val`` also read as test, and Tiny-ImageNet's own
+    (``train/<class>/images/*``, ``val/val_annotations.txt``). Classes are numbered in the order of their
+    sorted names. Raises InputError for fewer than two classes and for a class without images.
+    """
+    annotations = root / "val" / "val_annotations.txt"
+    if split == "test" and annotations.is_file():
+        groups = _annotated_images(annotations)
+    else:
+        groups = _grouped_images(root, split)
+    names = sorted(groups)
+    paths = [path for name in names for path in groups[name]]
+    labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(groups[n]) for n in names]))
+    return paths, labels, names
+
+
+def _grouped_images(root, split):
+    candidates = [root / name for name in SPLIT_FOLDERS[split]]
+    folder = next((path for path in candidates if class_folders(path)), candidates[0])
+    classes = class_folders(folder)
+    if len(classes) < 2:
+        raise InputError(f"{folder} holds {len(classes)} class folders but at least 2 are needed; "
+                         f"arrange the images as {folder}/<class>/*{SUFFIXES[0]}{WITHOUT[split]}")
+    groups = {path.name: _images_in(path / "images") or _images_in(path) for path in classes}
+    for name, images in groups.items():
+        if not images:
+            raise InputError(f"{folder / name} holds no images ({' '.join(SUFFIXES)}); "
+                             "fill the folder or remove it")
+    return groups
+
+
+def _images_in(folder):
+    if not folder.is_dir():
+        return []
+    with os.scandir(folder) as entries:
+        names = sorted(entry.name for entry in entries)
+    return [f"{folder}{os.sep}{name}" for name in names
+            if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+
+
+def _annotated_images(annotations):
+    groups = {}
+    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+        parts = line.split("\t")
+        if len(parts) < 2:
+            raise InputError(f"{annotations}: line {number} is not `file<tab>class`; unpack the files again")
+        groups.setdefault(parts[1], []).append(str(annotations.parent / "images" / parts[0]))
+    if len(groups) < 2:
+        raise InputError(f"{annotations} names {len(groups)} classes but at least 2 are needed; "
+                         "unpack the data set again")
+    return groups
+
+
+def open_image(path, channels):
+    """Decoded PIL image with 1 (grey) or 3 (RGB) channels, or the file's own for None.
+
+    Raises InputError naming a file that cannot be read.
+    """
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            mode = image.mode
+            converted = image.convert(MODES.get(channels, mode))
+    except Exception as error:  # a decoder may raise anything when the bytes are broken
+        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+        raise InputError(f"cannot read the image {path} ({reason}); replace or remove it") from error
+    if mode[0] in "IF":  # convert() would clip these to white
+        raise InputError(f"the image {path} has more than 8 bits per channel; save it with 8 bits")
+    return converted
+
+
+def decode(paths, shape):
+    """uint8 tensor (N, C, H, W) of the files' images; those of another size are resized to ``shape``.
+
+    Resizing is bilinear with antialiasing. Raises InputError naming the file that cannot be decoded.
+    """
+    channels, height, width = shape
+    if channels not in MODES:
+        raise InputError(f"image files have 1 or 3 channels, not the data card's {channels}; correct the card")
+    images = np.empty((len(paths), *shape), np.uint8)
+
+    def fill(start):
+        for index in range(start, min(start + CHUNK, len(paths))):
+            image = open_image(paths[index], channels)
+            if image.size != (width, height):
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+            images[index] = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
+        return index + 1 - start
+
+    place = os.path.commonpath([paths[0], paths[-1]])
+    with (ThreadPoolExecutor(_threads(paths[0])) as pool,
+          tqdm(total=len(paths), desc=f"reading {place}", unit="image", disable=None) as bar):
+        for count in pool.map(fill, range(0, len(paths), CHUNK)):
+            bar.update(count)
+    return torch.from_numpy(images)
+
+
+def _threads(path):
+    # Threads share out the decoding itself, but of a small file most is Python's own work, one at a time.
+    try:
+        return min(16, os.cpu_count() or 1) if os.path.getsize(path) > SMALL_FILE else 1
+    except OSError:
+        return 1

@@ -1,0 +1,94 @@
+"""What the synthetic images look like to teacher and student, once an epoch, and when to worry."""
+import math
+
+import torch
+
+from datafree.relation import FOCAL_BAND, pairwise_distance
+
+NEAR_DUPLICATE = 0.02  # root mean square difference of two images in [0, 1]
+
+
+class Watch:
+    """Called once an epoch -> (numbers of the source's latest images, alarms)."""
+
+    def __init__(self, source, teacher, student, space):
+        self.source, self.teacher, self.student, self.space = source, teacher, student, space
+        self.first = None
+
+    def __call__(self):
+        now = describe(*self.source.latest(), self.teacher, self.student, self.space)
+        self.first = self.first or now
+        return now, alarms(now, self.first)
+
+
+@torch.no_grad()
+def describe(images, targets, teacher, student, space="embedding"):
+    """Named numbers about a batch of images (N, C, H, W) in [0, 1]; all but classes_hit are shares or distances.
+
+    targets: the classes asked for, (N,), or None. space: where the relation draws (embedding | logits).
+    Distances are between L2-normalised teacher embeddings.
+    """
+    with student.frozen():
+        answer, student_labels = teacher.features(images), student(images).argmax(1)
+    labels, count = answer.logits.argmax(1), len(images)
+    share = torch.bincount(labels, minlength=teacher.num_classes) / count
+    numbers = {
+        "label_entropy": -(share * share.clamp_min(1e-12).log()).sum() / math.log(min(teacher.num_classes, count)),
+        "classes_hit": (share > 0).sum(),
+        "teacher_confidence": answer.logits.float().softmax(1).amax(1).mean(),
+        "student_agreement": (labels == student_labels).float().mean(),
+        **_relations(answer.embed, answer.embed if space == "embedding" else answer.logits, labels),
+        **_pixels(images),
+    }
+    if targets is not None:
+        numbers["target_agreement"] = (labels == targets).float().mean()
+    return {name: value.item() for name, value in numbers.items()}
+
+
+def _relations(embed, space, labels):
+    """Spread of the classes, and how many anchors find a partner and a sample inside the focal band."""
+    other = labels[:, None] != labels[None, :]
+    same = ~other & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+    distance, drawn = pairwise_distance(embed), pairwise_distance(space)
+    in_band = other & (drawn > FOCAL_BAND[0]) & (drawn < FOCAL_BAND[1])
+    nearest = distance.masked_fill(~other, math.inf).amin(1)
+    found = nearest.isfinite()
+    return {
+        "distance_within_class": (distance * same).sum() / same.sum().clamp_min(1),
+        "distance_to_other_class": torch.where(found, nearest, 0.0).sum() / found.sum().clamp_min(1),
+        "anchors_with_positive": same.any(1).float().mean(),
+        "anchors_with_negative_in_band": in_band.any(1).float().mean(),
+    }
+
+
+def _pixels(images):
+    """How different the pictures are: mean and nearest root mean square distance of their pixels."""
+    flat = images.float().flatten(1)
+    rms = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
+    apart = rms + torch.eye(len(flat), device=flat.device) * 1e9
+    return {"pixel_distance": rms.sum() / max(len(flat) * (len(flat) - 1), 1),
+            "near_duplicates": (apart.amin(1) < NEAR_DUPLICATE).float().mean()}
+
+
+def alarms(now, first):
+    """Sentences about numbers of :func:`describe` that tell of a collapse: what was seen, why, what to change.
+
+    first: the numbers of the run's first described epoch.
+    """
+    found = []
+    if now["label_entropy"] < 0.5:
+        found.append(f"the teacher sees few classes in the images (label entropy {now['label_entropy']:.2f} of 1): "
+                     "generator collapse is likely; raise --oh or --balance, or lower --adv")
+    if now.get("target_agreement", 1.0) < 0.3 and now.get("target_agreement", 1.0) <= first.get("target_agreement", 1.0):
+        found.append(f"the teacher agrees with only {now['target_agreement']:.0%} of the classes asked for: "
+                     "the synthesis is too short or overruled; raise --g_steps or --oh, or lower --adv")
+    if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
+        found.append(f"the images are half as different as in the beginning (pixel distance {now['pixel_distance']:.3f} "
+                     f"after {first['pixel_distance']:.3f}): mode collapse; use --generator_init random or raise --adv")
+    if now["near_duplicates"] > 0.2:
+        found.append(f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; "
+                     "raise --lr_z or --triplet")
+    if now["student_agreement"] < 1.5 / max(now["classes_hit"], 2) and now["classes_hit"] > 1:
+        found.append(f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about "
+                     "chance: it is not learning or --adv is too strong; check --lr and --adv")
+    return found

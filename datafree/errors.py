@@ -1,0 +1,26 @@
+"""Mistakes that a person can mend: one sentence each, and a non-zero exit."""
+import sys
+
+
+class InputError(Exception):
+    """Something given to the program is wrong; the message names the culprit and the remedy."""
+
+    exit_code = 1
+
+
+class OptionError(InputError):
+    """An option is unknown or has a value that it cannot have."""
+
+    exit_code = 2
+
+
+def exit_on_input_error(main):
+    """Run ``main()``; turn an :class:`InputError` into one line on stderr and its exit code."""
+    try:
+        main()
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; --resume auto goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,215 @@
+"""Looking inside any ``nn.Module``: stage features and BatchNorm statistics, by hooks.
+
+No model has to return its features, so torchvision's, timm's and a user's own networks
+are teachers and students as they are.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from datafree.errors import InputError
+
+BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
+
+
+@dataclass
+class Features:
+    """What one forward pass gives: logits (N, C), embed (N, D), stages [(N, C_l, H_l, W_l)]."""
+
+    logits: torch.Tensor
+    embed: torch.Tensor
+    stages: list[torch.Tensor]
+
+
+def pooled(x):
+    """Global average pooling, (N, C, H, W) -> (N, C); a matrix stays as it is."""
+    return x.mean((2, 3)) if x.dim() == 4 else x
+
+
+class FeatureTap:
+    """Takes the stage outputs and the embedding out of ``model``.
+
+    A *stage* is the output of the last block of the trunk at one spatial size: of the last
+    module with children there, or of the last layer where there is none. The *embedding* is
+    what the last ``nn.Linear`` was given; without one it is the last stage, pooled.
+    One forward pass on zeros of ``shape`` (C, H, W) finds them; then a few hooks are left,
+    which keep nothing outside a call of the tap.
+    """
+
+    def __init__(self, model, shape):
+        self.model = model
+        self._taken = None
+        self._calls = {}
+        calls, logits = _trace(model, shape)
+        self.num_classes = logits.shape[1]
+        chosen = _choose_stages(calls, _trunk(model, {id(call.module) for call in calls}, calls))
+        self.stage_channels = [call.output[1] for call in chosen]
+        self.stage_sizes = [call.output[2:] for call in chosen]
+        for module in {id(call.module): call.module for call in chosen}.values():
+            wanted = {call.number: chosen.index(call) for call in chosen if call.module is module}
+            module.register_forward_hook(self._stage_hook(wanted))
+        self._head = _find_head(calls, self.num_classes)
+        if self._head is not None:
+            self._head.register_forward_pre_hook(self._embed_hook)
+        if not chosen and self._head is None:
+            raise InputError("the network has neither convolution maps nor a linear head, so it has no features to "
+                             "compare; use a network with a trunk of nn.Modules")
+        self.embed_dim = self._head.in_features if self._head is not None else self.stage_channels[-1]
+
+    def __call__(self, inputs):
+        """Forward pass of normalised ``inputs`` (N, C, H, W) -> :class:`Features`."""
+        self._taken, self._calls = {}, {}
+        try:
+            logits = self.model(inputs)
+            taken = self._taken
+        finally:
+            self._taken = None
+        stages = [taken[i] for i in range(len(self.stage_channels))]
+        return Features(logits, taken["embed"] if "embed" in taken else pooled(stages[-1]), stages)
+
+    def _stage_hook(self, wanted):
+        def hook(module, args, output):
+            if self._taken is not None:
+                number = self._calls[id(module)] = self._calls.get(id(module), -1) + 1
+                if number in wanted:
+                    self._taken[wanted[number]] = output
+        return hook
+
+    def _embed_hook(self, module, args):
+        if self._taken is not None:
+            self._taken["embed"] = args[0]
+
+
+@dataclass(eq=False)
+class _Call:
+    """One execution of a module in the tracing pass: shapes, and how often it had run before."""
+
+    module: nn.Module
+    number: int
+    input: tuple
+    output: tuple
+
+
+@torch.no_grad()
+def _trace(model, shape):
+    """Run ``model`` on zeros in eval mode; every module call in order of completion, and the logits."""
+    calls, counts = [], {}
+
+    def record(module, args, output):
+        if args and torch.is_tensor(args[0]) and torch.is_tensor(output):
+            number = counts[module] = counts.get(module, -1) + 1
+            calls.append(_Call(module, number, tuple(args[0].shape), tuple(output.shape)))
+
+    modes = {module: module.training for module in model.modules()}
+    hooks = [module.register_forward_hook(record) for module in model.modules()]
+    parameter = next(model.parameters(), torch.zeros(()))
+    try:
+        logits = model.eval()(torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype))
+    except (RuntimeError, ValueError) as error:
+        raise InputError(f"the network {type(model).__name__} cannot take images of {shape[0]} channels and "
+                         f"{shape[1]}x{shape[2]} pixels ({str(error).splitlines()[0]}); choose another network") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        for module, training in modes.items():
+            module.training = training
+    if not torch.is_tensor(logits) or logits.dim() != 2:
+        raise InputError(f"the network {type(model).__name__} must return logits as one tensor (N, classes), "
+                         f"not {tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__}")
+    return calls, logits
+
+
+def _trunk(module, called, calls):
+    """Modules that the image passes one after the other: containers are opened, blocks are not.
+
+    A module is opened when it is a plain container, when it does not map images to images, or
+    when it shrinks them by more than one halving, for then it holds several stages.
+    """
+    modules = []
+    for child in module.children():
+        own = [call for call in calls if call.module is child]
+        if own and not isinstance(child, nn.Sequential) and all(_within_one_scale(call) for call in own):
+            modules.append(child)
+        else:
+            modules += _trunk(child, called, calls)
+    return modules
+
+
+def _within_one_scale(call):
+    return len(call.input) == len(call.output) == 4 and call.input[2] <= 2 * call.output[2] + 1
+
+
+def _choose_stages(calls, trunk):
+    """The last call of the trunk at each spatial size; of blocks where there are any."""
+    groups = {}
+    members = {id(module) for module in trunk}
+    for call in calls:
+        if id(call.module) in members and len(call.output) == 4:
+            groups.setdefault(call.output[2:], []).append(call)
+    chosen = []
+    for group in groups.values():
+        blocks = [call for call in group if next(call.module.children(), None) is not None]
+        learned = any(next(call.module.parameters(), None) is not None for call in group)
+        if learned:
+            chosen.append((blocks or group)[-1])
+    return chosen
+
+
+def _find_head(calls, num_classes):
+    heads = [c.module for c in calls if isinstance(c.module, nn.Linear) and len(c.input) == 2
+             and c.module.out_features == num_classes]
+    return heads[-1] if heads else None
+
+
+class BatchNormTap:
+    """Collects the batch statistics of what ``model``'s BatchNorm layers are given.
+
+    Used as a context: the hooks exist only inside it, so that a forward pass elsewhere pays
+    nothing. ``statistics`` is then a list of (mean, variance, running mean, running variance),
+    each (C,), one entry a layer.
+    """
+
+    def __init__(self, model):
+        self.layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
+        self.statistics = []
+
+    def __enter__(self):
+        self.statistics = []
+        self._hooks = [layer.register_forward_pre_hook(self._hook) for layer in self.layers]
+        return self
+
+    def __exit__(self, *exception):
+        for hook in self._hooks:
+            hook.remove()
+
+    def _hook(self, layer, args):
+        mean, variance = ChannelStatistics.apply(args[0])
+        self.statistics.append((mean, variance, layer.running_mean, layer.running_var))
+
+
+class ChannelStatistics(torch.autograd.Function):
+    """Mean and biased variance per channel, (N, C, ...) -> two fp32 vectors (C,).
+
+    One autograd node with d mean = 1 / n and d var = 2 (x - mean) / n, so that no intermediate map is
+    kept. Sums over pixels are products with a vector of ones, which is many times faster on the CPU
+    than a reduction over the outer dimension.
+    """
+
+    @staticmethod
+    def forward(ctx, x):
+        rows = x.movedim(1, -1).flatten(0, -2).float()
+        ones = rows.new_full((rows.shape[0],), 1 / rows.shape[0])
+        mean = ones @ rows
+        variance = ones @ (rows - mean).square_()
+        ctx.save_for_backward(x, mean)
+        ctx.count = rows.shape[0]
+        return mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_mean, grad_variance):
+        x, mean = ctx.saved_tensors
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        slope = 2 * grad_variance / ctx.count
+        offset = grad_mean / ctx.count - slope * mean
+        return (x * slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))

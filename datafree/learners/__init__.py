@@ -1,0 +1,1 @@
+"""What a student step does with the images (phase 2)."""

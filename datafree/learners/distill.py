@@ -1,0 +1,59 @@
+"""Phase 2 of RGAL: the student learns the teacher's answers, its stages, and to keep classes apart."""
+import torch
+
+from datafree import criterions, relation
+from datafree.learners.base import Learner
+from datafree.synthesis.objective import stage_slice
+
+
+class DistillLearner(Learner):
+    """L_stu = kd * KL_T T^2 + cd_loss * L_cd + gram_loss * L_gram + striplet * L_tri (RGAL, phase 2).
+
+    settings, triplets: the Distill and Relation sections. augment: images -> views.
+    """
+
+    def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none"):
+        projects = settings.cd_loss or settings.gram_loss
+        self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device) if projects else None
+        extra = self.projection.parameters() if projects else ()
+        super().__init__(student, settings, total_steps, extra, precision)
+        self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
+        self.layers = stage_slice(student, triplets)
+
+    def loss(self, images, targets, progress):
+        views = self.augment(images)
+        if self.settings.pair_sample:
+            views = torch.cat([views, self.augment(images)])
+        with torch.no_grad():
+            teacher = self.teacher.features(views)
+        student = self.network.features(views)
+        weights = {"kd": self.settings.kd, **self._feature_weights(progress)}
+        terms = {name: getattr(self, f"_{name}")(student, teacher) for name, weight in weights.items() if weight}
+        return sum(weights[name] * term for name, term in terms.items()), terms
+
+    def _feature_weights(self, progress):
+        """The terms beside KL act in the first ``custom_steps`` of the run."""
+        if progress >= self.settings.custom_steps:
+            return {}
+        return {"cd_loss": self.settings.cd_loss, "gram_loss": self.settings.gram_loss,
+                "striplet": self.triplets.striplet}
+
+    def _kd(self, student, teacher):
+        return criterions.distillation(student.logits, teacher.logits, self.settings.T)
+
+    def _cd_loss(self, student, teacher):
+        return self.projection.channel(student.stages, teacher.stages)
+
+    def _gram_loss(self, student, teacher):
+        return self.projection.gram(student.stages, teacher.stages)
+
+    def _striplet(self, student, teacher):
+        layers = {"global": [student.embed], "logits": [student.logits],
+                  "features": student.stages[self.layers]}[self.triplets.striplet_feature]
+        space = teacher.embed if self.triplets.sampling_space == "embedding" else student.logits
+        return relation.relation_loss(layers, teacher.logits.argmax(1), space.detach(), self.triplets.margin,
+                                      self.triplets.striplet_sampling, relation.SEPARATE)
+
+    def parts(self):
+        projection = {"projection": self.projection} if self.projection else {}
+        return {**super().parts(), **projection}

@@ -1,0 +1,89 @@
+"""Residual networks (He et al., CVPR 2016): the blocks, and ResNet-18, 34 and 50 for 32-px images.
+
+Against the ImageNet networks the stem is one 3x3 convolution of stride 1 without a max pool. The names of
+the parameters are CMI's (``shortcut``, ``linear``).
+"""
+from collections import OrderedDict
+from functools import partial
+
+from torch import nn
+
+from .layers import GlobalAveragePool, conv3x3, he_init
+
+
+def projection(in_channels, out_channels, stride):
+    """Option B of the paper: 1x1 convolution and BN where the shape changes, else nothing."""
+    if stride == 1 and in_channels == out_channels:
+        return nn.Sequential()
+    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
+                         nn.BatchNorm2d(out_channels))
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions plus a shortcut; subclasses choose the shortcut and the name it is saved under."""
+
+    expansion = 1
+    make_shortcut = staticmethod(projection)
+    shortcut_name = "shortcut"
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = conv3x3(in_channels, channels, stride)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.add_module(self.shortcut_name, self.make_shortcut(in_channels, channels, stride))
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        shortcut = getattr(self, self.shortcut_name)
+        return self.relu(self.bn2(self.conv2(out)) + shortcut(x))
+
+
+class Bottleneck(nn.Module):
+    """1x1, 3x3 and 1x1 convolution plus a shortcut; four times as wide outside as inside."""
+
+    expansion = 4
+
+    def __init__(self, in_channels, channels, stride):
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_channels, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.conv2 = conv3x3(channels, channels, stride)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.relu = nn.ReLU(inplace=True)
+        self.shortcut = projection(in_channels, 4 * channels, stride)
+
+    def forward(self, x):
+        out = self.relu(self.bn1(self.conv1(x)))
+        out = self.relu(self.bn2(self.conv2(out)))
+        return self.relu(self.bn3(self.conv3(out)) + self.shortcut(x))
+
+
+def residual_network(num_classes, in_channels=3, *, block, depths, widths, stem, head="linear"):
+    """A 3x3 stem, stages of residual blocks of which all but the first halve the image, and a classifier.
+
+    ``depths`` and ``widths``: blocks and channels per stage; ``stem``: channels after the first convolution;
+    ``head``: name that the classifier is saved under.
+    """
+    layers = OrderedDict(conv1=conv3x3(in_channels, stem), bn1=nn.BatchNorm2d(stem), relu=nn.ReLU())
+    channels = stem
+    for index, (depth, width) in enumerate(zip(depths, widths), start=1):
+        blocks = []
+        for position in range(depth):
+            stride = 2 if index > 1 and position == 0 else 1
+            blocks.append(block(channels, width, stride))
+            channels = width * block.expansion
+        layers[f"layer{index}"] = nn.Sequential(*blocks)
+    layers["pool"] = GlobalAveragePool()
+    layers[head] = nn.Linear(channels, num_classes)
+    return he_init(nn.Sequential(layers))
+
+
+_resnet = partial(residual_network, widths=(64, 128, 256, 512), stem=64)
+resnet18 = partial(_resnet, block=BasicBlock, depths=(2, 2, 2, 2))
+resnet34 = partial(_resnet, block=BasicBlock, depths=(3, 4, 6, 3))
+resnet50 = partial(_resnet, block=Bottleneck, depths=(3, 4, 6, 3))

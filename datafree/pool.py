@@ -1,0 +1,64 @@
+"""The image pool: every synthetic image of the run, as bytes in memory on the device."""
+import torch
+
+from datafree.errors import InputError
+
+
+class ImagePool:
+    """A uint8 ring of images (N, C, H, W) with the classes asked for; the oldest are forgotten at ``capacity``.
+
+    It lives and dies with its run: nothing an earlier run left is ever drawn.
+    """
+
+    def __init__(self, capacity, shape, num_classes, device):
+        self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
+        self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
+        self.targets = torch.empty(capacity, dtype=torch.long, device=device)
+        self.added = 0
+
+    def __len__(self):
+        return min(self.added, len(self.images))
+
+    def add(self, images, targets):
+        """Append images (N, C, H, W) in [0, 1], rounded to bytes, and their targets (N,)."""
+        if tuple(images.shape[1:]) != self.shape:
+            raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit into a pool of {self.shape}")
+        place = (self.added + torch.arange(len(images), device=self.device)) % len(self.images)
+        self.images[place] = images.detach().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+        self.targets[place] = targets
+        self.added += len(images)
+
+    def sample(self, n, balanced=False):
+        """Random images (n, C, H, W) in [0, 1] with their targets, without repeats while the pool is large enough.
+
+        balanced: the same number of every class (up to one), as far as the pool has it.
+        """
+        size = len(self)
+        if balanced:
+            order = self._class_order(size)[:n]
+        else:
+            order = torch.randperm(size, device=self.device)[:n]
+        if n > size:
+            order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
+        return self.images[order].float().div_(255), self.targets[order]
+
+    def _class_order(self, size):
+        """A random order in which the k-th image of every class comes before the (k+1)-th of any."""
+        shuffled = torch.randperm(size, device=self.device)
+        by_class = shuffled[self.targets[shuffled].argsort(stable=True)]
+        count = torch.bincount(self.targets[:size], minlength=self.num_classes)
+        start = count.cumsum(0) - count
+        rank = torch.arange(size, device=self.device) - start[self.targets[by_class]]
+        # Ties between classes are broken at random, so that no class is favoured by its number.
+        return by_class[(rank + torch.rand(size, device=self.device) * 0.5).argsort()]
+
+    def state_dict(self):
+        # Copies, for a checkpoint of a slice would hold the whole capacity.
+        size = len(self)
+        return {"images": self.images[:size].clone(), "targets": self.targets[:size].clone(), "added": self.added}
+
+    def load_state_dict(self, state):
+        size = len(state["images"])
+        self.images[:size] = state["images"].to(self.device)
+        self.targets[:size] = state["targets"].to(self.device)
+        self.added = state["added"]

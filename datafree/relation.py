@@ -1,0 +1,92 @@
+"""RGAL's relation losses: which sample is drawn, what is scored, how it is averaged.
+
+One triplet loss with a sign. Separating (the student) pulls a class together and pushes the
+others away; confusing (synthesis) does the opposite, which spreads a class and mixes it with its
+neighbours (Liang and Fu 2024). Everything is B x B with fixed shapes and has no host sync, and
+every batch has a defined result: without any triplet it is zero.
+"""
+import math
+
+import torch
+from torch.nn import functional as F
+
+from datafree.hooks import pooled
+
+SEPARATE, CONFUSE = 1, -1
+FOCAL_BAND = (0.5, 1.0)
+DISTANCE_CUTOFF = (0.5, 1.4)
+
+
+def pairwise_distance(features):
+    """Euclidean distances (B, B) in fp32 of L2-normalised rows; maps are average-pooled first."""
+    rows = F.normalize(pooled(features).float(), dim=1)
+    squared = 2 - 2 * rows @ rows.T
+    # The clamp stops the gradient of the root at coinciding rows, where it has none.
+    return squared.clamp_min(1e-12).sqrt()
+
+
+def log_inverse_density(distance, dim):
+    """log w(r) = (2 - d) ln r - (d - 3)/2 ln(1 - r^2/4): inverse density of distances on the sphere (Wu et al. 2017)."""
+    tail = (1 - distance**2 / 4).clamp_min(1e-8)
+    return (2 - dim) * distance.log() - (dim - 3) / 2 * tail.log()
+
+
+def negative_probabilities(distance, labels, dim, sampling):
+    """Row-wise probabilities (B, B) of drawing each sample as an anchor's other-class sample.
+
+    ``focal``: inverse density within 0.5 < r < 1.0 only. ``distance``: r clamped to 0.5, kept where
+    r < 1.4. ``uniform``: evenly. An anchor whose band is empty draws evenly from the other classes;
+    one without other classes gets an arbitrary row, which no triplet uses.
+    """
+    other = labels[:, None] != labels[None, :]
+    if sampling == "uniform":
+        log_weight, band = torch.zeros_like(distance), other
+    elif sampling == "focal":
+        low, high = FOCAL_BAND
+        band = other & (distance > low) & (distance < high)
+        log_weight = log_inverse_density(distance.clamp(low, high), dim)
+    else:
+        low, high = DISTANCE_CUTOFF
+        band = other & (distance < high)
+        log_weight = log_inverse_density(distance.clamp(low, high), dim)
+    # Masking before the softmax keeps its maximum inside the band, so nothing underflows at any dimension.
+    weights = log_weight.masked_fill(~band, -math.inf).softmax(1)
+    even = other.float() / other.sum(1, keepdim=True).clamp_min(1)
+    weights = torch.where(band.any(1, keepdim=True), weights, even)
+    return torch.where(other.any(1, keepdim=True), weights, torch.ones_like(weights))
+
+
+@torch.no_grad()
+def draw_negatives(space, labels, sampling):
+    """For every anchor a and sample p, the index (B, B) of a drawn sample of another class than a's.
+
+    space: (B, d) in which distances for drawing are measured. labels: (B,).
+    """
+    distance = pairwise_distance(space)
+    probabilities = negative_probabilities(distance, labels, pooled(space).shape[1], sampling)
+    return torch.multinomial(probabilities, len(labels), replacement=True)
+
+
+def triplet_loss(features, labels, negatives, margin, direction):
+    """Mean over triplets of max(0, direction * (||f_a - f_p|| - ||f_a - f_q||) + margin).
+
+    Triplets are all ordered pairs (a, p) of one label, with q = negatives[a, p]. features: (B, d) or
+    (B, d, H, W), pooled and L2-normalised here. direction: SEPARATE or CONFUSE.
+    """
+    distance = pairwise_distance(features)
+    gap = distance - distance.gather(1, negatives)
+    valid = triplet_mask(labels)
+    hinge = F.relu(direction * gap + margin).masked_fill(~valid, 0.0)
+    return hinge.sum() / valid.sum().clamp_min(1)
+
+
+def triplet_mask(labels):
+    """(B, B) bool: a and p differ, share a label, and a has a sample of another label."""
+    same = labels[:, None] == labels[None, :]
+    return same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device) & ~same.all(1, keepdim=True)
+
+
+def relation_loss(layers, labels, space, margin, sampling, direction):
+    """The triplet loss summed over ``layers``, with one draw of other-class samples for all of them."""
+    negatives = draw_negatives(space, labels, sampling)
+    return sum(triplet_loss(layer, labels, negatives, margin, direction) for layer in layers)

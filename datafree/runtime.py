@@ -1,0 +1,122 @@
+"""The machine under a run: device, precision, seeds, signals, and a record of them."""
+import os
+import platform
+import random
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import threading
+from datetime import datetime
+from pathlib import Path
+
+import numpy as np
+import torch
+import torchvision
+
+from datafree.errors import InputError, OptionError
+
+SOURCE = Path(__file__).resolve().parent.parent
+
+
+def choose_device(name):
+    """torch.device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; InputError where there is no such GPU."""
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if name == "cpu" or (name == "auto" and count == 0):
+        return torch.device("cpu")
+    if not re.fullmatch(r"auto|cuda(:\d+)?", name):
+        raise OptionError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
+    index = int(name.partition(":")[2] or 0)
+    if index >= count:
+        raise InputError(f"--device {name}: no such GPU, torch finds {count}; --device cpu runs without one")
+    return torch.device("cuda", index)
+
+
+def set_threads(n):
+    """Use ``n`` CPU threads; 0 leaves torch's own choice."""
+    if n:
+        torch.set_num_threads(n)
+
+
+def seed_everything(seed, deterministic):
+    """Seed python, numpy and torch; ``deterministic`` allows only kernels that repeat exactly."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.manual_seed(seed)
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only so
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+
+
+def rng_state():
+    """State of every global random number generator, of plain types that a weights-only load accepts."""
+    kind, keys, *rest = np.random.get_state()
+    return {
+        "python": random.getstate(),
+        "numpy": (kind, keys.tolist(), *rest),
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all(),
+    }
+
+
+def load_rng_state(state):
+    """Go on from :func:`rng_state`; GPUs that only one of the two machines has are left as they are."""
+    random.setstate(state["python"])
+    np.random.set_state(state["numpy"])
+    torch.set_rng_state(state["torch"])
+    for index, gpu_state in enumerate(state["cuda"][:torch.cuda.device_count()]):
+        torch.cuda.set_rng_state(gpu_state, index)
+
+
+def autocast(device, precision):
+    """A new context in which forward passes use ``none`` (fp32), ``bf16`` or ``fp16`` (GPU only)."""
+    if precision == "fp16" and device.type == "cpu":
+        raise InputError("--precision fp16 needs a GPU; use --precision bf16 or none on the CPU")
+    dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    return torch.autocast(device.type, dtype=dtype, enabled=precision != "none")
+
+
+class StopSignal:
+    """Within it SIGTERM and SIGINT only set ``received`` (the signal's name, else None), so that the loop
+    finishes its step, saves and stops; a SIGINT after that raises KeyboardInterrupt."""
+
+    def __enter__(self):
+        self.received, self._previous = None, {}
+        if threading.current_thread() is threading.main_thread():  # elsewhere python allows no handlers
+            self._previous = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *exception):
+        for number, handler in self._previous.items():
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not set by python
+
+    def _receive(self, number, frame):
+        if number == signal.SIGINT and self.received:
+            raise KeyboardInterrupt
+        self.received = signal.Signals(number).name
+
+
+def environment(device=None):
+    """What a number must be told with: commit, versions, machine, command line and time; JSON types only."""
+    device, cpuinfo = device or choose_device("auto"), Path("/proc/cpuinfo")
+    cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
+    return {
+        "commit": _git("rev-parse", "HEAD"), "dirty": _git("status", "--porcelain", "-uno") not in ("", None),
+        "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
+        "torchvision": torchvision.__version__, "cuda": torch.version.cuda,
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
+        "threads": torch.get_num_threads(), "command": shlex.join(sys.orig_argv),
+        "time": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
+
+
+def _git(*arguments):
+    """Answer of git about this source tree; None without git, or if only a folder above is a repository."""
+    try:
+        return subprocess.run(["git", f"--git-dir={SOURCE / '.git'}", f"--work-tree={SOURCE}", *arguments],
+                              capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return None

@@ -1,0 +1,1 @@
+"""Sources of images and the objective that they are made under (phase 1)."""

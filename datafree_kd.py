@@ -1,0 +1,130 @@
+"""Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
+import sys
+from types import SimpleNamespace
+
+import registry
+from datafree import cli, diagnostics
+from datafree.config import DistillConfig
+from datafree.engine import Engine
+from datafree.errors import InputError, exit_on_input_error
+from datafree.learners.distill import DistillLearner
+from datafree.models.generator import Generator
+from datafree.pool import ImagePool
+from datafree.session import Session
+from datafree.synthesis.inversion import InversionSynthesis
+from datafree.synthesis.objective import SynthesisObjective
+from datafree.synthesis.sources import NoiseSource, RealSource
+
+EXAMPLES = """
+python datafree_kd.py --method rgal --teacher wrn40_2 --student wrn16_1
+python datafree_kd.py --config configs/cifar10/rgal_wrn40_2_wrn16_1.yaml --seed 1
+python datafree_kd.py --dataset digits --teacher resnet20 --student resnet8 --flip false --epochs 10
+"""
+
+
+def main():
+    config, call = cli.parse(DistillConfig, sys.argv[1:], description=__doc__, method_files=registry.METHODS,
+                             examples=EXAMPLES)
+    if call.print_config:
+        print(cli.to_yaml(config), end="")
+        return
+    session = Session(config)
+    student = session.network("student", config.student.student, config.student.student_weights)
+    if config.run.evaluate_only:
+        session.evaluate_only(student)
+        return
+    teacher = load_teacher(session)
+    schedule = plan_schedule(config)
+    source = build_source(session, teacher, student, schedule)
+    learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
+                             schedule.epochs * schedule.rounds * schedule.kd_steps, config.run.precision)
+    plan = describe_plan(session, schedule)
+    if call.dry_run:
+        print("\n".join(plan))
+        return
+    with session.open_folder(config.method, config.teacher.teacher, config.student.student) as folder:
+        for line in plan:
+            folder.log(line)
+        columns = check_teacher(session, teacher, folder)
+        engine = Engine(learner, source, schedule, folder, config.run, facts=session.facts(config.student.student),
+                        evaluate=(lambda: session.score(student)) if session.test else None,
+                        describe=diagnostics.Watch(source, teacher, student, config.relation.sampling_space))
+        session.train(engine, **columns)
+
+
+def load_teacher(session):
+    """The teacher with its weights, frozen."""
+    options = session.config.teacher
+    weights = options.teacher_weights or f"checkpoints/pretrained/{session.card.name}_{options.teacher}.pth"
+    try:
+        return session.network("teacher", options.teacher, weights, options.teacher_mean, options.teacher_std).freeze()
+    except InputError as error:
+        if options.teacher_weights:
+            raise
+        raise InputError(f"{error} (train it by: python train_scratch.py --dataset {session.card.name} "
+                         f"--model {options.teacher}; or give --teacher_weights)") from None
+
+
+def plan_schedule(config):
+    """The counts that the engine runs by; a round needs at least one student step of the epoch's."""
+    s, made = config.schedule, config.synthesis.source == "inversion"
+    if s.kd_steps > s.ep_steps:
+        raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
+                         "lower --kd_steps or raise --ep_steps")
+    return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
+                           g_steps=s.g_steps if made else 0, batch_size=config.distill.batch_size)
+
+
+def build_source(session, teacher, student, schedule):
+    """Where the images come from, by ``synthesis.source``."""
+    config, card, device = session.config, session.card, session.device
+    options = config.synthesis
+    if options.source == "noise":
+        return NoiseSource(card, device)
+    if options.source == "real":
+        return RealSource(session.split("train"))
+    objective = SynthesisObjective(options, config.relation, teacher, student).to(device)
+    images = schedule.epochs * schedule.rounds * options.synthesis_batch_size
+    pool = ImagePool(min(options.pool_size or images, images), card.shape, card.num_classes, device)
+    generator = Generator(options.nz, options.ngf, card.shape).to(device)
+    return InversionSynthesis(objective, generator, session.augment, pool, options, schedule.g_steps,
+                              balanced=config.distill.balanced_sampling, precision=config.run.precision)
+
+
+def describe_plan(session, schedule):
+    """What will happen and what it costs, in words."""
+    config, card = session.config, session.card
+    teacher, student = config.teacher.teacher, config.student.student
+    steps = schedule.epochs * schedule.rounds
+    views = config.distill.batch_size * (2 if config.distill.pair_sample else 1)
+    lines = [f"Plan: {teacher} is the frozen teacher; {student} learns its answers on {card.name}-shaped images "
+             f"{'x'.join(map(str, card.shape))} in {card.num_classes} classes, on {session.device}."]
+    if config.synthesis.source == "inversion":
+        images = steps * config.synthesis.synthesis_batch_size
+        lines.append(f"The images are made from noise by inverting {teacher}; no training image is opened.")
+        lines.append(f"Cost: {steps} rounds of {schedule.g_steps} synthesis steps and {schedule.kd_steps} student "
+                     f"steps of {views} views; {images:,} images, of which the pool keeps "
+                     f"{min(config.synthesis.pool_size or images, images):,} "
+                     f"({min(config.synthesis.pool_size or images, images) * card.height * card.width * card.channels / 1e6:.0f} MB).")
+    else:
+        kind = "plain noise" if config.synthesis.source == "noise" else "the real training images: not data-free"
+        lines.append(f"The images are {kind}. Cost: {steps * schedule.kd_steps} student steps of {views} views.")
+    return lines
+
+
+def check_teacher(session, teacher, folder):
+    """Evaluate the teacher and call a weak one out -> columns of the summary."""
+    scores, expected = session.score(teacher), session.config.teacher.teacher_acc
+    if scores is None:
+        folder.log("No test set (--eval none): neither teacher nor student is evaluated.")
+        return {}
+    folder.log(f"[Eval] teacher Acc@1={scores['acc1']:.4f} Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}")
+    if scores["acc1"] < max(expected - 1, 200 / session.card.num_classes):
+        wanted = f"{expected:g} % was expected" if expected else "that is little more than chance"
+        folder.log(f"[Alarm] the teacher reaches only {scores['acc1']:.2f} % ({wanted}); check --teacher_weights, "
+                   "--teacher_mean and --teacher_std, for a student is no better than its teacher")
+    return {"teacher_acc1": scores["acc1"]}
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

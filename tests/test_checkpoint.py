@@ -1,0 +1,277 @@
+"""Checkpoints: whole or untouched, no code run, weights that fit or a sentence that says why not."""
+import builtins
+import errno
+import os
+import resource
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from datafree import checkpoint
+from datafree.errors import InputError
+
+
+def net(classes=3, width=4):
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 36, classes))
+
+
+class Creates:
+    """Its pickle makes a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return builtins.open, (str(self.path), "w")
+
+
+def test_round_trip_of_plain_state(tmp_path):
+    path = tmp_path / "new" / "last.pth"
+    state = {"w": torch.randn(3), "n": 2, "text": "a", "nested": {"t": (1, 2.5, None)}}
+    checkpoint.save(path, state)
+    loaded = checkpoint.load(path)
+    assert torch.equal(loaded.pop("w"), state.pop("w")) and loaded == state
+    assert os.listdir(path.parent) == ["last.pth"]
+
+
+def raise_no_space(*_):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, {"epoch": 1})
+    monkeypatch.setattr(os, "replace", raise_no_space)
+    with pytest.raises(InputError, match=r"could not write .*last.pth \(No space left.*previous checkpoint is untouched"):
+        checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_disk_that_fills_up_leaves_the_old_file(tmp_path, size):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, {"epoch": 1})
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (500, hard))
+    try:
+        with pytest.raises(InputError, match="could not write .*disk full"):
+            checkpoint.save(path, {"epoch": 2, "w": torch.zeros(size)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, TypeError])
+def test_other_failures_pass_through_and_leave_the_old_file(tmp_path, monkeypatch, error):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, {"epoch": 1})
+
+    def fail(state, file):
+        file.write(b"half")
+        raise error
+
+    monkeypatch.setattr(torch, "save", fail)
+    with pytest.raises(error):
+        checkpoint.save(path, {"epoch": 2})
+    assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pth"]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_killed_while_writing(tmp_path):
+    path = tmp_path / "last.pth"
+    checkpoint.save(path, {"epoch": 1})
+    child = os.fork()
+    if child == 0:
+        torch.save = lambda state, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), 9))
+        checkpoint.save(path, {"epoch": 2})
+    assert os.waitpid(child, 0)[1] == 9
+    assert checkpoint.load(path) == {"epoch": 1} and sorted(os.listdir(tmp_path)) == ["last.pth", "last.pth.tmp"]
+    checkpoint.save(path, {"epoch": 3})
+    assert checkpoint.load(path) == {"epoch": 3} and os.listdir(tmp_path) == ["last.pth"]
+
+
+def no_links(*_):
+    raise OSError(errno.EPERM, "Operation not permitted")
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_link_keeps_what_it_was_given(tmp_path, monkeypatch, links):
+    last, best = tmp_path / "last.pth", tmp_path / "best.pth"
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    for epoch in (1, 2):
+        checkpoint.save(last, {"epoch": epoch})
+        checkpoint.link(last, best)
+        checkpoint.link(last, best)
+    assert last.samefile(best) == links
+    checkpoint.save(last, {"epoch": 3})
+    assert checkpoint.load(best) == {"epoch": 2} and sorted(os.listdir(tmp_path)) == ["best.pth", "last.pth"]
+
+
+def test_a_left_over_link_is_not_written_into(tmp_path):
+    last, best = tmp_path / "last.pth", tmp_path / "best.pth"
+    checkpoint.save(last, {"epoch": 1})
+    os.link(last, tmp_path / "best.pth.tmp")  # as a run killed within link() leaves it
+    checkpoint.save(best, {"epoch": 2})
+    assert checkpoint.load(last) == {"epoch": 1} and checkpoint.load(best) == {"epoch": 2}
+
+
+def test_missing_file_folder_and_unreadable_file(tmp_path):
+    for path in (tmp_path / "no.pth", tmp_path, tmp_path / "no.safetensors"):
+        with pytest.raises(InputError, match="there is no file"):
+            checkpoint.load_weights(net(), path)
+    if os.geteuid() != 0:
+        (tmp_path / "secret.pth").touch(mode=0)
+        with pytest.raises(InputError, match="may not be read"):
+            checkpoint.load(tmp_path / "secret.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("share", [0, 0.01, 0.5, 0.999])
+def test_truncated_file(tmp_path, zipped, share):
+    path = tmp_path / "cut.pth"
+    torch.save({"w": torch.zeros(5000)}, path, _use_new_zipfile_serialization=zipped)
+    content = path.read_bytes()
+    path.write_bytes(content[:int(share * len(content))])
+    with pytest.raises(InputError, match="cut.pth is truncated or no torch checkpoint"):
+        checkpoint.load(path)
+
+
+@pytest.mark.parametrize("content", [b"hello world\n", b"<html>404</html>", bytes(range(256)), b"PK\x03\x04" * 9,
+                                     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+def test_not_a_checkpoint(tmp_path, content):
+    (tmp_path / "x.pth").write_bytes(content)
+    with pytest.raises(InputError, match="truncated or no torch checkpoint"):
+        checkpoint.load(tmp_path / "x.pth")
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
+    path, proof = tmp_path / "evil.pth", tmp_path / "proof"
+    torch.save({"state_dict": net().state_dict(), "x": Creates(proof)}, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"evil.pth asks to run or build \w+.open; refused, nothing was executed"):
+        checkpoint.load_weights(net(), path)
+    assert not proof.exists()
+    torch.load(path, weights_only=False)["x"].close()
+    assert proof.exists()  # the trap works
+
+
+def test_a_pickled_module_is_refused_by_name(tmp_path):
+    torch.save(net(), tmp_path / "module.pth")
+    with pytest.raises(InputError, match="asks to run or build torch.nn"):
+        checkpoint.load(tmp_path / "module.pth")
+
+
+def test_a_checkpoint_is_a_dict(tmp_path):
+    torch.save(torch.zeros(2), tmp_path / "t.pth")
+    with pytest.raises(InputError, match="holds a Tensor"):
+        checkpoint.load(tmp_path / "t.pth")
+
+
+def test_require():
+    checkpoint.require({"a": 1, "b": 2}, "a", "b", path="last.pth")
+    with pytest.raises(InputError, match=r"last.pth has no 'rng' \(found: a, b\)"):
+        checkpoint.require({"a": 1, "b": 2}, "a", "rng", path="last.pth")
+
+
+def prefixed(prefix):
+    return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
+
+
+FORMS = {
+    "bare": lambda w: w,
+    "state_dict": lambda w: {"state_dict": w, "acc1": 91.5, "dataset": "digits", "model": "lenet"},
+    "model": lambda w: {"model": w, "optimizer": {"state": {}, "param_groups": [{"lr": 0.1}]}, "acc1": 91.5},
+    "model_state_dict": lambda w: {"epoch": 3, "model_state_dict": w},
+    "net": lambda w: {"net": w, "acc": 91.5},
+    "data parallel": lambda w: {"state_dict": prefixed("module.")(w)},
+    "compiled": prefixed("_orig_mod."),
+    "both": prefixed("module._orig_mod."),
+    "both, the other way": prefixed("_orig_mod.module."),
+    "old": lambda w: {n: t for n, t in w.items() if not n.endswith("num_batches_tracked")},
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_every_form_of_weights(tmp_path, form):
+    source, model = net(), net()
+    source[1].running_mean.normal_()
+    torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pth")
+    checkpoint.load_weights(model, tmp_path / "w.pth")
+    x = torch.randn(2, 1, 8, 8)
+    assert torch.equal(model.eval()(x), source.eval()(x))
+
+
+def test_what_the_file_says_beside_the_weights(tmp_path):
+    facts = {"acc1": 91.5, "dataset": "digits", "model": "lenet", "num_classes": 3}
+    torch.save({"state_dict": net().state_dict(), **facts, "optimizer": {"lr": 1}, "none": None}, tmp_path / "w.pth")
+    assert checkpoint.load_weights(net(), tmp_path / "w.pth") == facts
+    torch.save(net().state_dict(), tmp_path / "w.pth")
+    assert checkpoint.load_weights(net(), tmp_path / "w.pth") == {}
+
+
+def test_own_names_that_look_like_a_wrapper(tmp_path):
+    model = nn.ModuleDict({"module": nn.Linear(2, 2)})
+    torch.save(model.state_dict(), tmp_path / "w.pth")
+    checkpoint.load_weights(model, tmp_path / "w.pth")
+    torch.save(prefixed("module.")(model.state_dict()), tmp_path / "w.pth")
+    checkpoint.load_weights(model, tmp_path / "w.pth")
+
+
+def refused(tmp_path, contents, model, match):
+    """load_weights refuses the contents with a message, and the model stays as it was."""
+    torch.save(contents, tmp_path / "w.pth")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    with pytest.raises(InputError, match=match):
+        checkpoint.load_weights(model, tmp_path / "w.pth")
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_weights_of_another_model(tmp_path):
+    weights = net().state_dict()
+    refused(tmp_path, nn.Linear(4, 3).state_dict(), net(),
+            r"8 tensors missing \(0.weight, 0.bias, 1.weight, ...\), 2 unexpected \(weight, bias\); weights of another")
+    refused(tmp_path, {**weights, "4.weight": torch.zeros(1)}, net(), r"0 tensors missing \(none\), 1 unexpected \(4.w")
+    del weights["3.bias"]
+    refused(tmp_path, weights, net(), r"1 tensors missing \(3.bias\), 0 unexpected \(none\)")
+
+
+def test_another_class_count(tmp_path):
+    refused(tmp_path, net(classes=10).state_dict(), net(classes=3), r"answers 10 classes \(3.weight\), the model 3")
+
+
+def test_another_width_is_not_taken_for_a_class_count(tmp_path):
+    refused(tmp_path, net(width=5).state_dict(), net(), r"0.weight is \(5, 1, 3, 3\), the model's is \(4, 1, 3, 3\) \(7 t")
+    refused(tmp_path, nn.Linear(3, 2).state_dict(), nn.Linear(4, 2), r"weight is \(2, 3\), the model's is \(2, 4\)")
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(tmp_path, value):
+    weights = net().state_dict()
+    weights["1.running_var"][2] = value
+    refused(tmp_path, {"state_dict": weights}, net(), r"1.running_var is not finite")
+
+
+@pytest.mark.parametrize("contents", [{}, {"learner": {"w": torch.zeros(1)}, "epoch": 3}, {"state_dict": {}}])
+def test_no_weights_at_all(tmp_path, contents):
+    refused(tmp_path, contents, net(), "holds no weights .*student_last.pth")
+
+
+def test_safetensors(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    source, model = net(), net()
+    safetensors.save_file(source.state_dict(), tmp_path / "w.safetensors")
+    assert checkpoint.load_weights(model, tmp_path / "w.safetensors") == {}
+    assert torch.equal(model[3].weight, source[3].weight)
+    (tmp_path / "w.safetensors").write_bytes(b"no")
+    with pytest.raises(InputError, match="truncated or no safetensors file"):
+        checkpoint.load_weights(model, tmp_path / "w.safetensors")
+
+
+def test_safetensors_without_its_package(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "safetensors.torch", None)
+    (tmp_path / "w.safetensors").touch()
+    with pytest.raises(InputError, match="needs the package safetensors: pip install safetensors"):
+        checkpoint.load_weights(net(), tmp_path / "w.safetensors")

@@ -1,0 +1,367 @@
+"""Options from defaults, method files, YAML files and flags, and what is said about mistakes."""
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import Literal, get_args, get_origin, get_type_hints
+
+import pytest
+import yaml
+
+from datafree.cli import list_options, parse, to_yaml
+from datafree.config import DistillConfig, ScratchConfig, option, sections
+from datafree.errors import OptionError
+
+PUBLISHED = """--method rgal --dataset cifar100 --data_root images --teacher resnet34 --student resnet18
+--teacher_weights t.pth --epochs 240 --kd_steps 200 --ep_steps 600 --g_steps 500 --batch_size 512
+--synthesis_batch_size 300 --lr 0.2 --lr_g 1e-3 --adv 0.5 --bn 10 --oh 1.5 --act 0.1 --balance 5 --cr 0.8
+--cr_T 0.3 --T 15 --triplet 0.1 --striplet 0.2 --triplet_target teacher --striplet_feature logits
+--pair_sample --balanced_sampling --start_layer -2 --end_layer 5
+--cd_loss 0.4 --gram_loss 0.6 --custom_steps 0.7
+--save_dir out --log_tag t1 --gpu 1 --seed 7 --resume auto --evaluate_only --print_freq 50 -j 3"""
+
+
+@dataclass
+class Noise:
+    """Plain noise, and a heading that is far too long for one line of a terminal of eighty columns."""
+
+    level: float = option(0.5, "How much.", low=0, high=1)
+    steps: int = option(3, "How long.", flags=("-s",), low=0)
+    shift: int = option(0, "Where to.")
+    kind: Literal["plain", "off", "none"] = option("plain", "Which.")
+    clip: bool = option(False, "Whether.")
+    means: tuple[float, ...] = option((), "Per channel.")
+    label: str = option("", "Free text.")
+
+
+@dataclass
+class Place:
+    """Where."""
+
+    device: str = option("auto", "On what.")
+
+
+@dataclass
+class Config:
+    """Small, so that the tests do not move with the programs."""
+
+    noise: Noise = field(default_factory=Noise)
+    place: Place = field(default_factory=Place)
+    method: str = option("first", "Recipe.")
+
+
+def read(*argv, cls=Config, **more):
+    return parse(cls, list(argv), description="A test.", **more)[0]
+
+
+def refused(*argv, cls=Config, **more):
+    """The message of the OptionError; it must be one line."""
+    with pytest.raises(OptionError) as caught:
+        read(*argv, cls=cls, **more)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+@pytest.fixture
+def file(tmp_path):
+    """Writes a text or bytes to a new file and returns its path."""
+    def write(content, name="some.yaml"):
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return str(path)
+    return write
+
+
+@pytest.fixture
+def methods(file):
+    return {"first": file("noise: {steps: 10, level: 1e-3}\nexpect: {top1: 90}", "first.yaml"),
+            "second": file("noise: {steps: 20}", "second.yaml")}
+
+
+def other_value(hint, spec):
+    """A valid text for YAML and flags that differs from the default, and its value."""
+    if hint is bool:
+        return str(not spec.default).lower(), not spec.default
+    if get_origin(hint) is Literal:
+        name = next(name for name in get_args(hint) if name != spec.default)
+        return name, name
+    if hint is int:
+        return str(spec.default + 3), spec.default + 3
+    if hint is float:
+        return ("25e-2", 0.25) if spec.default != 0.25 else ("0.5", 0.5)
+    return ("elsewhere", "elsewhere") if hint is str else ("0.25,1e-1", (0.25, 0.1))
+
+
+def every_field(*classes):
+    return [pytest.param(cls, name, f.name, *other_value(get_type_hints(section)[f.name], f),
+                         id=f"{cls.__name__}.{name}.{f.name}")
+            for cls in classes for name, section in sections(cls).items() for f in fields(section)]
+
+
+@pytest.mark.parametrize("cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, Config))
+def test_every_field_is_set_alike_by_flag_dotted_flag_and_yaml(cls, section, name, text, value, file):
+    expected = cls(**{section: replace(getattr(cls(), section), **{name: value})})
+    assert read(f"--{name}", text, cls=cls) == expected
+    assert read(f"--{name.replace('_', '-')}={text}", cls=cls) == expected
+    assert read(f"--{section}.{name}", text, cls=cls) == expected
+    assert read(f"--{section.replace('_', '-')}.{name.replace('_', '-')}={text}", cls=cls) == expected
+    in_yaml = f"[{text}]" if isinstance(value, tuple) else text
+    assert read("--config", file(f"{section}:\n  {name}: {in_yaml}\n"), cls=cls) == expected
+    assert read("--config", file(to_yaml(expected)), cls=cls) == expected
+
+
+@pytest.mark.parametrize("cls", [DistillConfig, ScratchConfig])
+def test_names_and_spellings_are_unique_in_a_program(cls):
+    options = list_options(cls)
+    spellings = [f"--{o.name}" for o in options] + [flag for o in options for flag in o.flags]
+    spellings += [f"--no_{o.name}" for o in options if o.kind is bool]
+    assert len(set(spellings)) == len(spellings)
+    assert all(o.help.endswith(".") for o in options)
+
+
+def test_published_flags_of_cmi_and_rgal():
+    config = read(*PUBLISHED.split(), cls=DistillConfig)
+    given = {name: value for section in sections(DistillConfig)
+             for name, value in asdict(getattr(config, section)).items()}
+    assert (config.method, given["device"], given["workers"]) == ("rgal", "cuda:1", 3)
+    assert given["pair_sample"] is given["balanced_sampling"] is given["evaluate_only"] is True
+    words = PUBLISHED.split()
+    for flag, text in zip(words, words[1:]):
+        name = flag.lstrip("-")
+        if name in given and not text.startswith("--"):
+            assert given[name] == type(given[name])(text), flag
+
+
+def test_each_source_overrides_the_ones_before(file, methods):
+    low = file("noise: {steps: 30, shift: 1}", "low.yaml")
+    high = file("noise: {steps: 40}", "high.yaml")
+    assert read().noise.steps == 3
+    assert read(method_files=methods).noise == Noise(steps=10, level=1e-3)
+    assert read("--config", low, method_files=methods).noise == Noise(steps=30, level=1e-3, shift=1)
+    assert read("--config", low, "--config", high).noise == Noise(steps=40, shift=1)
+    assert read("--config", high, f"--config={low}").noise.steps == 30
+    assert read("--steps", "50", "--config", low).noise == Noise(steps=50, shift=1)
+    assert read("--steps", "50", "--noise.steps", "60", "-s", "70").noise.steps == 70
+    assert read("--gpu", "1", "--device", "cpu").place.device == "cpu"
+    assert read("--device", "cpu", "--gpu=1").place.device == "cuda:1"
+
+
+def test_the_method_is_named_by_flag_or_yaml(file, methods):
+    chosen, later = file("method: second\n"), file("method: first", "later.yaml")
+    for argv, method, steps in ((["--config", chosen], "second", 20), (["--method", "second"], "second", 20),
+                                (["--config", chosen, "--method=first"], "first", 10), ([], "first", 10),
+                                (["--config", chosen, "--config", later], "first", 10)):
+        config = read(*argv, method_files=methods)
+        assert (config.method, config.noise.steps) == (method, steps)
+
+
+def test_a_method_file_cannot_name_a_method(file):
+    assert "unknown key method" in refused(method_files={"first": file("method: first")})
+
+
+def test_spellings_of_booleans_tuples_and_negative_numbers(file):
+    assert read("--clip").noise.clip and read("--clip", "--steps", "1").noise.clip
+    for argv in (["--clip", "false"], ["--no_clip"], ["--no-clip"], ["--clip=no"], ["--clip", "--no_clip"]):
+        assert read(*argv).noise.clip is False
+    assert read("--no_clip", "--clip").noise.clip is True
+    assert read("--means", "-.5,1e-3,2").noise.means == (-0.5, 1e-3, 2.0)
+    assert read("--means", "1", "--means", "").noise.means == read("--means=").noise.means == ()
+    assert read("--shift", "-2").noise.shift == read("--shift=-2").noise.shift == -2
+    assert read("--label=-x=y").noise.label == "-x=y"
+    assert read("--config", file("noise: {means: 0.5, shift: -2}")).noise == Noise(means=(0.5,), shift=-2)
+
+
+def test_the_traps_of_yaml(file):
+    def noise(text):
+        return read("--config", file("noise:\n  " + text)).noise
+    assert noise("level: 1e-3").level == 1e-3
+    for off in ("off", "Off", "false", "no", '"off"'):
+        assert noise(f"kind: {off}").kind == "off"
+    for none in ("none", "None", "null", "~", '"none"', ""):
+        assert noise(f"kind: {none}").kind == "none"
+    for yes in ("true", "on", "yes", "True"):
+        assert noise(f"clip: {yes}").clip is True
+    for text in ("007", "off", "1:30", "1e3"):
+        assert noise(f"label: {text}").label == text
+    for text, label in (("null", ""), ("~", ""), ("", ""), ("'null'", "null")):
+        assert noise(f"label: {text}").label == label
+
+
+@pytest.mark.parametrize("content", [
+    "", "# nothing\n", "---\n", "noise:\n", "noise: {}\nexpect:\n", "\ufeffexpect: {a: [1]}"])
+def test_files_that_set_nothing(content, file):
+    assert read("--config", file(content)) == Config()
+
+
+VALUES = [("level", "2", "from 0 to 1"), ("level", "-0.1", "from 0 to 1"), ("level", "nan", "a number"),
+          ("shift", "4.0", "whole number"), ("shift", "1.5", "whole number"), ("steps", "on", "whole number"),
+          ("level", "true", "a number"), ("level", "half", "a number"), ("steps", "-1", "at least 0"),
+          ("clip", "1", "true or false"), ("clip", "maybe", "true or false"), ("steps", "''", "whole number"),
+          ("means", "0.1,x", "numbers"), ("means", "1,.inf", "numbers"), ("means", "1,inf", "numbers"),
+          ("kind", "plan", "one of plain, off, none; did you mean plain?"), ("kind", "1", "plain, off, none")]
+
+
+@pytest.mark.parametrize("name, text, allowed", VALUES)
+def test_values_that_an_option_cannot_have(name, text, allowed, file):
+    message = refused(f"--{name}={text.strip(chr(39))}")
+    assert f"--{name} cannot be" in message and allowed in message
+    path = file(f"\nnoise:\n  {name}: {f'[{text}]' if name == 'means' else text}\n")
+    message = refused("--config", path, f"--{name}", "0")  # a mistake counts though it is overridden
+    assert message.startswith(f"{path}:3: noise.{name} cannot be") and allowed in message
+
+
+def test_infinite_and_empty_values():
+    assert "a number" in refused("--level", "inf") and "a number" in refused("--level", "1e999")
+    assert "not empty" in refused("--device", "") and read("--label", "").noise.label == ""
+    assert "at least 0" in refused("--gpu", "-1") and "whole number" in refused("--gpu", "one")
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--step", "5"], "unknown option --step; did you mean --steps?"),
+    (["--noise.step", "5"], "unknown option --noise.step; did you mean --steps?"),
+    (["--place.steps=5"], "unknown option --place.steps; did you mean --steps?"),
+    (["-gpu", "0"], "unknown option -gpu; did you mean --gpu?"),
+    (["--print-confg"], "unknown option --print-confg; did you mean --print_config?"),
+    (["--no_steps"], "unknown option --no_steps; did you mean --steps?"),
+    (["--zzzzzz"], "unknown option --zzzzzz; --help lists them"),
+    (["--a\nb"], "unknown option --a b"),
+    (["--"], "unknown option --"),
+    (["--steps"], "--steps needs a value, a whole number of at least 0"),
+    (["--label", "--clip"], "--label needs a value, a text"),
+    (["--config"], "--config needs a value"),
+    (["--no_clip=true"], "--no_clip takes no value; write --clip=true"),
+    (["--no_clip", "true"], "unexpected word 'true'"),
+    (["train"], "unexpected word 'train'"),
+    (["--steps", "5", "6"], "unexpected word '6'"),
+    (["--label=two\nlines", "--steps=two\nlines"], r"--steps cannot be 'two\nlines'"),
+])
+def test_mistakes_on_the_command_line(argv, words):
+    assert words in refused(*argv)
+
+
+def test_an_unknown_method_is_told_the_nearest(file, methods):
+    expected = "cannot be 'secnd'; it takes one of first, second; did you mean second?"
+    assert refused("--method", "secnd", method_files=methods) == f"--method {expected}"
+    path = file("noise:\n\nmethod: secnd")
+    assert refused("--config", path, method_files=methods) == f"{path}:3: method {expected}"
+
+
+@pytest.mark.parametrize("content, line, words", [
+    ("steps: 5", 1, "unknown key steps; did you mean noise: {steps: ...}?"),
+    ("noise.steps: 5", 1, "unknown key noise.steps; did you mean noise: {steps: ...}?"),
+    ("place: {steps: 5}", 1, "unknown key place.steps; did you mean noise: {steps: ...}?"),
+    ("place:\n  method: first", 2, "unknown key place.method; did you mean method?"),
+    ("noise:\n  stps: 5", 2, "unknown key noise.stps; did you mean noise: {steps: ...}?"),
+    ("\nnoisy: {steps: 5}", 2, "unknown key noisy; did you mean noise?"),
+    ("call: {dry_run: true}", 1, "unknown key call; --help lists them"),
+    ("gpu: 1", 1, "unknown key gpu"),
+    ("noise: loud", 1, "noise is a section: write noise: {NAME: VALUE}"),
+    ("noise: [1]", 1, "noise is a section"),
+    ("- 1", 1, "the file must hold names and values"),
+    ("word", 1, "the file must hold names and values"),
+    ("expect: 93", 1, "expect must hold names and values"),
+    ("noise:\n  steps: 1\n  steps: 2", 3, "steps is given twice"),
+    ("noise: {}\nnoise: {}", 2, "noise is given twice"),
+    ("{[1]: 2}", 1, "a sequence cannot be a name"),
+    ("noise: {steps: [1]}", 1, "noise.steps cannot be a sequence; it takes a whole number"),
+    ("noise: {label: {a: b}}", 1, "noise.label cannot be a mapping"),
+    ("noise: {means: [[1]]}", 1, "noise.means cannot be a sequence"),
+    ("noise: {means: [~]}", 1, "noise.means cannot be"),
+    ("noise:\n  steps: [1\nx: y: z", 3, "not valid YAML"),
+    ("noise:\n\tsteps: 1", 2, "not valid YAML"),
+    ("noise: *other", 1, "not valid YAML"),
+    ("noise: {}\n---\nnoise: {}", 2, "not valid YAML"),
+])
+def test_mistakes_in_a_file(content, line, words, file):
+    path = file(content)
+    assert refused("--config", path).startswith(f"{path}:{line}: {words}")
+
+
+def test_a_known_name_in_the_wrong_place_is_answered_with_its_own_place_alone(file):
+    path = file("g_steps: 5")
+    assert refused("--config", path, cls=DistillConfig) == (
+        f"{path}:1: unknown key g_steps; did you mean schedule: {{g_steps: ...}}?")
+    assert refused("--distill.g_steps=5", cls=DistillConfig).endswith("did you mean --g_steps?")
+
+
+def test_files_that_cannot_be_read(file, tmp_path):
+    assert "No such file" in refused("--config", str(tmp_path / "absent.yaml"))
+    assert str(tmp_path) in refused("--config", str(tmp_path))
+    for content in (b"noise: \xff", b"\xff\xfe", b"noise: \x00"):
+        path = file(content)
+        assert refused("--config", path).startswith(f"{path} is not a text file")
+    assert "No such file" in refused(method_files={"first": tmp_path / "absent.yaml"})
+
+
+def test_nothing_in_a_file_is_executed(file, tmp_path):
+    trace = tmp_path / "trace"
+    label = "noise: {label: !!python/object/apply:os.mkdir "
+    assert read("--config", file(f"{label} '{trace}'}}")).noise.label == str(trace)
+    assert "sequence" in refused("--config", file(f"{label} ['{trace}']}}"))
+    assert not trace.exists()
+
+
+@pytest.mark.parametrize("config", [
+    Config(), DistillConfig(), ScratchConfig(),
+    Config(noise=Noise(kind="off", level=1e-5, means=(0.5, 1e-7), clip=True), method="second"),
+    *(Config(noise=Noise(kind="none", label=text)) for text in (
+        "null", "~", "off", "1e-3", "yes", " a: b # c ", "two\nlines", "'\"", "é", "[x]", "=", "\x07"))])
+def test_to_yaml_reads_back(config, file):
+    text = to_yaml(config)
+    assert read("--config", file(text), cls=type(config)) == config
+    assert set(yaml.safe_load(text)) == set(asdict(config))
+
+
+def test_to_yaml_keeps_letters_readable():
+    assert "label: é\n" in to_yaml(Config(noise=Noise(label="é")))
+
+
+def test_to_yaml_is_complete_whatever_the_method_sets(file, methods):
+    path = file(to_yaml(Config(method="second")))
+    assert read("--config", path, method_files=methods) == Config(method="second")
+
+
+def test_two_equal_tuples_are_written_out_twice():
+    mean = (0.5, 0.25)
+    config = DistillConfig()
+    config.teacher.teacher_mean = config.teacher.teacher_std = mean
+    assert to_yaml(config).count("[0.5, 0.25]") == 2
+
+
+def test_invocation():
+    def call(*argv):
+        invocation = parse(Config, argv, description="")[1]
+        return invocation.print_config, invocation.dry_run
+    assert call() == (False, False)
+    assert call("--print-config") == call("--print_config") == (True, False)
+    assert call("--dry-run", "--steps", "1") == call("--dry_run") == (False, True)
+
+
+def test_defaults_are_not_shared_between_calls():
+    read().noise.steps = 99
+    assert read().noise.steps == 3
+
+
+@pytest.mark.parametrize("columns", [60, 80, 200])
+@pytest.mark.parametrize("cls", [DistillConfig, ScratchConfig])
+def test_help_shows_every_option_with_its_sentence_choices_and_default(cls, columns, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", str(columns))
+    with pytest.raises(SystemExit) as caught:
+        read("--nonsense", "-h", cls=cls, examples="python program.py --seed 1")
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= min(columns, 100) or columns < 80
+    flat = " ".join(text.split())
+    for name, section in sections(cls).items():
+        assert " ".join(f"{name}: {section.__doc__}".split()) in flat
+    for opt in list_options(cls):
+        assert f"--{opt.name}" in flat and f"{opt.help} (" in flat
+        assert all(choice in flat for choice in opt.choices)
+    assert "(one of test, none; default test)" in flat and "--weight_decay, --wd X" in flat
+    assert "python program.py --seed 1" in text
+
+
+def test_help_names_the_methods_and_what_the_default_one_sets(capsys, methods):
+    with pytest.raises(SystemExit):
+        read("--help", method_files=methods)
+    flat = " ".join(capsys.readouterr().out.split())
+    assert "Recipe. (one of first, second; default first)" in flat
+    assert "How long. (default 3; the default method sets 10)" in flat
+    assert "Whether. (default false)" in flat and "Per channel. (default empty)" in flat

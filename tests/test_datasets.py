@@ -1,0 +1,437 @@
+import struct
+import urllib.error
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from PIL import Image
+
+from datafree.datasets.cards import CARDS, DatasetCard
+from datafree.datasets.digits import DIGITS_FILE
+from datafree.datasets.loading import derive_card, load_split, resolve_card
+from datafree.datasets.splits import LazySplit, TensorSplit
+from datafree.errors import InputError, OptionError
+
+CARD = DatasetCard("own", 3, 6, 5, 2, (0.5,) * 3, (0.25,) * 3)
+
+
+def write_image(path, pixels):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(pixels).save(path)
+
+
+def random_pixels(seed, shape):
+    return np.random.default_rng(seed).integers(0, 256, shape, dtype=np.uint8)
+
+
+def write_folder(root, classes=("cat", "dog"), splits=("train", "test"), count=3, shape=(6, 5, 3)):
+    """PNG images with random pixels; returns {(split, class, number): pixels}."""
+    written = {}
+    for s, split in enumerate(splits):
+        for c, name in enumerate(classes):
+            for n in range(count):
+                pixels = random_pixels((s, c, n), shape)
+                write_image(root / split / name / f"{n}.png", pixels)
+                written[split, name, n] = pixels
+    return written
+
+
+def write_mnist(raw, images, labels):
+    """The four files of MNIST's idx format; both splits hold the same."""
+    raw.mkdir(parents=True)
+    for part in ("train", "t10k"):
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(
+            struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
+            struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
+
+
+# Cards
+
+def test_cards_are_complete():
+    shapes = {name: (card.shape, card.num_classes) for name, card in CARDS.items()}
+    assert shapes == {
+        "digits": ((1, 16, 16), 10), "mnist": ((1, 28, 28), 10), "fashion_mnist": ((1, 28, 28), 10),
+        "svhn": ((3, 32, 32), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100),
+        "tiny_imagenet": ((3, 64, 64), 200), "imagenet": ((3, 224, 224), 1000)}
+    assert CARDS["cifar10"].mean == (0.4914, 0.4822, 0.4465)
+    assert CARDS["cifar10"].std == (0.2023, 0.1994, 0.2010)
+
+
+def test_card_survives_yaml(tmp_path):
+    CARD.to_yaml(tmp_path / "card.yaml")
+    assert DatasetCard.from_yaml(tmp_path / "card.yaml") == CARD
+
+
+def test_card_reads_exponents(tmp_path):
+    path = tmp_path / "card.yaml"
+    path.write_text("{name: x, channels: 1, height: 4, width: 4, num_classes: 2, mean: [5e-1], std: [1e-3]}")
+    card = DatasetCard.from_yaml(path)
+    assert (card.mean, card.std) == ((0.5,), (0.001,))
+
+
+@pytest.mark.parametrize("key, value, message", [
+    ("name", "''", "needs a name"),
+    ("channels", "0", "channels of the data card own must be a whole number"),
+    ("height", "6.5", "height .* not 6.5"),
+    ("width", "true", "width .* not True"),
+    ("num_classes", "1", "num_classes .* at least 2"),
+    ("mean", "[0.5]", "mean .* has 1 numbers"),
+    ("mean", "[125.3, 123.0, 113.9]", r"mean .* images in \[0, 1\]"),
+    ("mean", "0.5", "mean must be a list"),
+    ("std", "[0.2, 0, 0.2]", "std above 0"),
+    ("std", "[a, b, c]", "std must be a list"),
+    ("std", "[.nan, 0.2, 0.2]", r"std .* images in \[0, 1\]"),
+    ("nmu_classes", "3", "unknown key 'nmu_classes'; did you mean num_classes"),
+])
+def test_bad_card_is_one_sentence(tmp_path, key, value, message):
+    path = tmp_path / "card.yaml"
+    CARD.to_yaml(path)
+    kept = [line for line in path.read_text().splitlines() if ":" in line and not line.startswith(key + ":")]
+    kept = [line + " [0.5, 0.5, 0.5]" if line in ("mean:", "std:") else line for line in kept]
+    path.write_text("\n".join([*kept, f"{key}: {value}"]))
+    with pytest.raises(InputError, match=message) as caught:
+        DatasetCard.from_yaml(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("text, message", [
+    ("name: own", "channels, height, .* missing"), ("- 1", "key: value"), ("a: [", "not YAML")])
+def test_broken_card_file(tmp_path, text, message):
+    path = tmp_path / "card.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError, match=message):
+        resolve_card("anything", tmp_path, card_path=path)
+
+
+def test_absent_card_file(tmp_path):
+    with pytest.raises(InputError, match="none.yaml .*--card"):
+        resolve_card("cifar10", tmp_path, card_path=tmp_path / "none.yaml")
+
+
+# Digits
+
+def test_digits_file():
+    assert DIGITS_FILE.stat().st_size < 150_000
+    with np.load(DIGITS_FILE) as file:
+        images, labels, test = file["images"], file["labels"], file["test"]
+    assert images.shape == (1797, 8, 8) and images.dtype == np.uint8 and images.max() == 16
+    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert test.sum() == 355
+    for label in range(10):
+        assert np.array_equal(np.flatnonzero(test[labels == label]) % 5, [4] * (np.sum(labels == label) // 5))
+    train_images = {image.tobytes() for image in images[~test]}
+    assert not any(image.tobytes() in train_images for image in images[test])
+
+
+def test_digits_are_enlarged_bilinearly(tmp_path):
+    card = resolve_card("digits", tmp_path)
+    train, test = (load_split(card, tmp_path, split) for split in ("train", "test"))
+    assert len(train) == 1442 and len(test) == 355 and test.images.shape == (355, 1, 16, 16)
+    with np.load(DIGITS_FILE) as file:
+        small = file["images"][file["test"]].astype(float) * 255 / 16
+    large = test.images[:, 0].numpy()
+    assert np.array_equal(large[:, 0, 0], np.round(small[:, 0, 0]))
+    near = 0.75 * small[:, 3] + 0.25 * small[:, 4]
+    assert np.array_equal(large[:, 7, 8], np.round(0.75 * near[:, 4] + 0.25 * near[:, 3]))
+    pixels = train.images.double() / 255
+    assert pixels.mean().item() == pytest.approx(card.mean[0], abs=1e-4)
+    assert pixels.std().item() == pytest.approx(card.std[0], abs=1e-4)
+
+
+# Folders
+
+@pytest.mark.parametrize("test_folder", ["test", "val"])
+def test_folder_keeps_every_byte(tmp_path, test_folder):
+    written = write_folder(tmp_path / "own", classes=("dog", "cat"), splits=("train", test_folder))
+    split = load_split(CARD, tmp_path, "test")
+    assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
+    for index, (name, number) in enumerate((c, n) for c in ("cat", "dog") for n in range(3)):
+        image = split.images[index].permute(1, 2, 0).numpy()
+        assert np.array_equal(image, written[test_folder, name, number])
+
+
+def test_folder_wins_over_torchvision(tmp_path):
+    names = [f"class{i}" for i in range(10)]
+    written = write_folder(tmp_path / "cifar10", classes=names, splits=("test",), count=1, shape=(32, 32, 3))
+    split = load_split(CARDS["cifar10"], tmp_path, "test", download=False)
+    assert split.labels.tolist() == list(range(10))
+    assert np.array_equal(split.images[7].permute(1, 2, 0).numpy(), written["test", "class7", 0])
+    with pytest.raises(InputError, match="train holds 0 class folders"):
+        load_split(CARDS["cifar10"], tmp_path, "train", download=False)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "JPEG", "webp", "bmp"])
+def test_every_format_is_read_and_fitted_to_the_card(tmp_path, suffix):
+    grey = np.full((9, 9), 100, np.uint8)
+    for name in ("a", "b"):
+        write_image(tmp_path / "own" / "test" / name / f"1.{suffix}", grey)
+        (tmp_path / "own" / "test" / name / "._1.png").write_bytes(b"hidden")
+        (tmp_path / "own" / "test" / name / "notes.txt").write_text("not an image")
+    split = load_split(CARD, tmp_path, "test")
+    assert split.images.shape == (2, 3, 6, 5)
+    assert (split.images.int() - 100).abs().max() <= 2
+
+
+def test_colour_becomes_grey_for_a_grey_card(tmp_path):
+    write_folder(tmp_path / "own", shape=(6, 5, 3))
+    card = DatasetCard("own", 1, 6, 5, 2, (0.5,), (0.25,))
+    colours = load_split(CARD, tmp_path, "test").images.double()
+    grey = load_split(card, tmp_path, "test").images.double()
+    luma = (colours * torch.tensor([0.299, 0.587, 0.114]).double().view(1, 3, 1, 1)).sum(1, keepdim=True)
+    assert (grey - luma).abs().max() <= 1
+
+
+def test_tiny_imagenet_in_its_own_layout(tmp_path):
+    root, names = tmp_path / "tiny-imagenet-200", ("n02", "n01")
+    for name in names:
+        write_image(root / "train" / name / "images" / f"{name}_0.JPEG", random_pixels(0, (64, 64, 3)))
+    (root / "test" / "images").mkdir(parents=True)
+    for number in range(4):
+        write_image(root / "val" / "images" / f"val_{number}.bmp", np.full((64, 64, 3), number, np.uint8))
+    (root / "val" / "val_annotations.txt").write_text(
+        "".join(f"val_{number}.bmp\t{names[number % 2]}\t0\t0\t9\t9\n" for number in range(4)))
+    card = DatasetCard("tiny_imagenet", 3, 64, 64, 2, (0.5,) * 3, (0.25,) * 3)
+    assert load_split(card, tmp_path, "train").labels.tolist() == [0, 1]
+    test = load_split(card, tmp_path, "test")
+    assert test.labels.tolist() == [0, 0, 1, 1] and test.images[:, 0, 0, 0].tolist() == [1, 3, 0, 2]
+
+
+def test_broken_image_is_named(tmp_path):
+    write_folder(tmp_path / "own")
+    path = tmp_path / "own" / "test" / "dog" / "1.png"
+    for broken in (b"", b"not an image", path.read_bytes()[:60]):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match=r"cannot read the image .*dog.1\.png"):
+            load_split(CARD, tmp_path, "test")
+
+
+def test_sixteen_bits_are_refused(tmp_path):
+    write_folder(tmp_path / "own")
+    Image.fromarray(np.full((6, 5), 40_000, np.uint16)).save(tmp_path / "own" / "test" / "cat" / "0.png")
+    with pytest.raises(InputError, match=r"cat.0\.png has more than 8 bits"):
+        load_split(CARD, tmp_path, "test")
+
+
+@pytest.mark.parametrize("classes", [(), ("cat",)])
+def test_too_few_classes(tmp_path, classes):
+    (tmp_path / "own" / "test").mkdir(parents=True)
+    write_folder(tmp_path / "own", classes=classes, splits=("test",))
+    with pytest.raises(InputError, match=f"holds {len(classes)} class folders but at least 2.*--eval none"):
+        load_split(CARD, tmp_path, "test")
+
+
+def test_class_without_images(tmp_path):
+    write_folder(tmp_path / "own")
+    (tmp_path / "own" / "train" / "emu").mkdir()
+    with pytest.raises(InputError, match="emu holds no images"):
+        load_split(CARD, tmp_path, "train")
+
+
+def test_class_count_that_differs_from_the_card(tmp_path):
+    write_folder(tmp_path / "own", classes=("a", "b", "c"))
+    with pytest.raises(InputError, match="3 classes in .*own but 2 in the data card own"):
+        load_split(CARD, tmp_path, "test")
+
+
+def test_missing_data_set(tmp_path):
+    with pytest.raises(InputError, match="no test images of own: looked for .*own/test/<class>.*--eval none"):
+        load_split(CARD, tmp_path, "test")
+    with pytest.raises(InputError) as caught:
+        load_split(CARD, tmp_path, "train")
+    assert "--eval none" not in str(caught.value)
+
+
+# Torchvision's files
+
+@pytest.mark.parametrize("place", ["", "mnist"])
+def test_mnist_files_of_torchvision(tmp_path, place):
+    images, labels = random_pixels(0, (20, 28, 28)), np.arange(20, dtype=np.uint8) % 10
+    write_mnist(tmp_path / place / "MNIST" / "raw", images, labels)
+    split = load_split(CARDS["mnist"], tmp_path, "test", download=False)
+    assert np.array_equal(split.images[:, 0].numpy(), images) and split.labels.tolist() == labels.tolist()
+    assert split.labels.dtype == torch.int64
+
+
+def test_channels_of_torchvisions_cifar_come_first(tmp_path, monkeypatch):
+    pixels = random_pixels(0, (10, 32, 32, 3))
+
+    class Cifar:
+        def __init__(self, root, train, download):
+            self.data, self.targets = pixels, list(range(10))
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
+    split = load_split(CARDS["cifar10"], tmp_path, "train")
+    assert np.array_equal(split.images.numpy(), pixels.transpose(0, 3, 1, 2))
+
+
+def test_torchvision_shape_that_differs_from_the_card(tmp_path):
+    images, labels = random_pixels(0, (20, 28, 28)), np.arange(20, dtype=np.uint8) % 10
+    write_mnist(tmp_path / "MNIST" / "raw", images, labels)
+    card = DatasetCard("mnist", 1, 32, 32, 10, (0.5,), (0.25,))
+    with pytest.raises(InputError, match=r"shape \(1, 28, 28\).* says \(1, 32, 32\)"):
+        load_split(card, tmp_path, "test", download=False)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10", "cifar100"])
+def test_absent_torchvision_files(tmp_path, name):
+    with pytest.raises(InputError, match="looked for .* torchvision's .*--data_root.*--eval none") as caught:
+        load_split(CARDS[name], tmp_path, "test", download=False)
+    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_failed_download(tmp_path, monkeypatch):
+    def unreachable(root, train, download):
+        raise urllib.error.URLError("no route to host") if download else RuntimeError("not found")
+
+    monkeypatch.setattr(torchvision.datasets, "CIFAR10", unreachable)
+    with pytest.raises(InputError, match="download failed: .*no route to host.*--data_root"):
+        load_split(CARDS["cifar10"], tmp_path, "train")
+
+
+# Cards of own folders
+
+def test_unknown_data_set_names_the_nearest(tmp_path):
+    (tmp_path / "flowers").mkdir()
+    with pytest.raises(OptionError, match="nearest: cifar10"):
+        resolve_card("cifar1O", tmp_path, may_derive=True)
+    with pytest.raises(OptionError, match="nearest: flowers"):
+        resolve_card("flower", tmp_path)
+
+
+@pytest.mark.parametrize("shape, channels", [((6, 5, 3), 3), ((6, 5), 1)])
+def test_derived_card_equals_numpy(tmp_path, shape, channels, capsys):
+    written = write_folder(tmp_path / "own", shape=shape)
+    card = resolve_card("own", tmp_path, may_derive=True)
+    pixels = np.stack([p for (split, *_), p in written.items() if split == "train"]) / 255
+    pixels = pixels.reshape(-1, channels)
+    assert (card.name, card.shape, card.num_classes) == ("own", (channels, 6, 5), 2)
+    assert card.mean == pytest.approx(pixels.mean(0), abs=1e-6)
+    assert card.std == pytest.approx(pixels.std(0), abs=1e-6)
+    assert DatasetCard.from_yaml(tmp_path / "own" / "card.yaml") == card
+    assert "card.yaml" in capsys.readouterr().out
+
+
+def test_card_needs_no_images_once_written(tmp_path):
+    write_folder(tmp_path / "own", splits=("train",))
+    card = resolve_card("own", tmp_path, may_derive=True)
+    (tmp_path / "own" / "train").rename(tmp_path / "gone")
+    assert resolve_card("own", tmp_path) == card
+
+
+def test_card_follows_its_folder_to_another_name(tmp_path):
+    (tmp_path / "renamed").mkdir()
+    CARD.to_yaml(tmp_path / "renamed" / "card.yaml")
+    assert resolve_card("renamed", tmp_path).name == "renamed"
+
+
+def test_distillation_derives_no_card(tmp_path):
+    write_folder(tmp_path / "own")
+    with pytest.raises(InputError, match="train_scratch.py --dataset own.*--card"):
+        resolve_card("own", tmp_path)
+    assert not (tmp_path / "own" / "card.yaml").exists()
+
+
+def test_card_is_derived_from_a_spread_of_files(tmp_path, monkeypatch):
+    for name, grey in (("black", 0), ("white", 255)):
+        for number in range(6):
+            write_image(tmp_path / "train" / name / f"{number}.png", np.full((4, 4), grey, np.uint8))
+    monkeypatch.setattr("datafree.datasets.loading.CARD_SAMPLE", 4)
+    assert derive_card("own", tmp_path).mean == (0.5,)
+
+
+# Splits
+
+def numbered_split(size=7):
+    images = torch.arange(size, dtype=torch.uint8).view(size, 1, 1, 1)
+    return TensorSplit(images, torch.arange(size), size)
+
+
+def test_batches_are_in_order_and_in_0_to_1():
+    batches = list(numbered_split().batches(3))
+    assert [labels.tolist() for _, labels in batches] == [[0, 1, 2], [3, 4, 5], [6]]
+    assert torch.equal(torch.cat([images for images, _ in batches]).flatten(), torch.arange(7.0) / 255)
+
+
+def test_every_pass_shows_each_image_once_in_another_order():
+    split = numbered_split().to("cpu")
+    drawn = torch.cat([split.sample(3, torch.Generator().manual_seed(0))[1] for _ in range(14)])
+    passes = drawn.view(6, 7)
+    assert all(sorted(one.tolist()) == list(range(7)) for one in passes)
+    assert len({tuple(one.tolist()) for one in passes}) > 1
+
+
+def test_images_stay_with_their_labels_and_may_exceed_a_pass():
+    images, labels = numbered_split().sample(20)
+    assert torch.equal((images.flatten() * 255).round().long(), labels) and len(labels) == 20
+
+
+def test_stream_depends_on_the_generator_alone():
+    generators = (torch.Generator().manual_seed(seed) for seed in (3, 3, 4))
+    first, second, other = (numbered_split(50).sample(50, generator)[1] for generator in generators)
+    assert torch.equal(first, second) and not torch.equal(first, other)
+
+
+def test_stream_resumes():
+    split, again = numbered_split(), numbered_split()
+    split.sample(10)
+    state = split.state_dict()
+    expected = [split.sample(4)[1].tolist() for _ in range(5)]
+    again.sample(2)
+    again.load_state_dict(state)
+    assert [again.sample(4)[1].tolist() for _ in range(5)] == expected
+    with pytest.raises(InputError, match="7 images but there are 8"):
+        numbered_split(8).load_state_dict(state)
+
+
+@pytest.fixture(scope="module")
+def photographs(tmp_path_factory):
+    root = tmp_path_factory.mktemp("photographs")
+    for index in range(6):
+        shape = [(150, 200, 3), (200, 150, 3), (128, 144, 3)][index % 3]
+        write_image(root / "own" / "val" / f"class{index // 3}" / f"{index}.png", random_pixels(index, shape))
+    return root
+
+
+LARGE_CARD = DatasetCard("own", 3, 128, 144, 2, (0.5,) * 3, (0.25,) * 3)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_large_images_are_decoded_as_needed(photographs, workers):
+    split = load_split(LARGE_CARD, photographs, "test", workers=workers)
+    assert isinstance(split, LazySplit) and len(split) == 6 and split.num_classes == 2
+    images, labels = (torch.cat(parts) for parts in zip(*split.batches(4)))
+    assert images.shape == (6, 3, 128, 144) and labels.tolist() == [0, 0, 0, 1, 1, 1]
+    assert torch.equal((images[2] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(
+        random_pixels(2, (128, 144, 3))))
+
+
+def test_evaluation_crop_equals_torchvisions(photographs):
+    card = DatasetCard("own", 3, 130, 130, 2, (0.5,) * 3, (0.25,) * 3)
+    images, _ = next(load_split(card, photographs, "test", workers=0).batches(1))
+    transforms = torchvision.transforms
+    oracle = transforms.Compose([transforms.Resize(149), transforms.CenterCrop(130), transforms.ToTensor()])
+    assert torch.allclose(images[0], oracle(Image.open(photographs / "own" / "val" / "class0" / "0.png")))
+
+
+def test_lazy_stream_resumes_with_its_crops(photographs):
+    split, again = (load_split(LARGE_CARD, photographs, "test", workers=w) for w in (1, 0))
+    labels = torch.cat([split.sample(2)[1] for _ in range(3)])
+    assert sorted(labels.tolist()) == [0, 0, 0, 1, 1, 1]
+    state, random_state = split.state_dict(), torch.get_rng_state()
+    images, labels = split.sample(5)
+    again.load_state_dict(state)
+    images_again, labels_again = again.sample(5)
+    assert torch.equal(images, images_again) and torch.equal(labels, labels_again)
+    assert images.shape == (5, 3, 128, 144) and torch.equal(torch.get_rng_state(), random_state)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_broken_large_image_is_one_sentence(tmp_path, workers):
+    write_folder(tmp_path / "own", shape=(128, 144, 3))
+    path = tmp_path / "own" / "test" / "dog" / "1.png"
+    path.write_bytes(b"no image")
+    with pytest.raises(InputError) as caught:
+        list(load_split(LARGE_CARD, tmp_path, "test", workers=workers).batches(3))
+    assert str(caught.value) == f"cannot read the image {path} (unknown format); replace or remove it"

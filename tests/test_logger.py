@@ -1,0 +1,210 @@
+"""The run folder: who may use it, what it holds, what a resumed run finds, and pictures."""
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from datafree import logger
+from datafree.errors import InputError
+from datafree.logger import RunFolder, draw_grid, table
+
+CONFIG = "run:\n  seed: 3\n"
+
+
+def rows(root):
+    return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
+
+
+def events(root):
+    accumulator = EventAccumulator(str(root / "tb"), size_guidance={"images": 0})
+    accumulator.Reload()
+    return accumulator
+
+
+def test_layout(tmp_path, capsys):
+    root = tmp_path / "rgal" / "seed0"
+    with RunFolder(root, "rgal", CONFIG) as folder:
+        folder.log("two\nlines")
+        folder.metrics(0, {"acc1": 92.41})
+        folder.grid("epoch_0000", torch.rand(4, 3, 32, 32))
+        folder.summary({"acc1": 92.41, "bad": float("nan"), "nested": {"n": torch.tensor(3)}})
+        assert folder.checkpoints == root / "checkpoints" and folder.checkpoints.is_dir()
+    assert yaml.safe_load((root / "config.yaml").read_text()) == {"run": {"seed": 3}}
+    assert json.loads((root / "env.json").read_text())["torch"] == torch.__version__
+    assert json.loads((root / "summary.json").read_text()) == {"acc1": 92.41, "bad": None, "nested": {"n": 3}}
+    log = (root / "log.txt").read_text()
+    assert re.fullmatch(r"\[\d\d/\d\d \d\d:\d\d:\d\d rgal\]: two\nlines\n", log)
+    assert capsys.readouterr().out == log
+    assert (root / "grids" / "epoch_0000.png").is_file()
+    assert not list(root.rglob("*.tmp"))
+
+
+def test_metrics_are_json_and_tensorboard(tmp_path):
+    with RunFolder(tmp_path, "r", CONFIG) as folder:
+        folder.metrics(0, {"loss": 1 / 3, "big": np.float32(12345.678), "images": 256, "t": torch.tensor(0.1)})
+        folder.metrics(1, {"loss": float("nan"), "inf": -float("inf"), "none": None, "tiny": 1.23456789e-9})
+        assert rows(tmp_path) == [  # written at once, not at close
+            {"epoch": 0, "loss": 0.333333, "big": 12345.7, "images": 256, "t": 0.1},
+            {"epoch": 1, "loss": None, "inf": None, "none": None, "tiny": 1.23457e-9}]
+        seen = events(tmp_path)
+    assert sorted(seen.Tags()["scalars"]) == ["big", "images", "loss", "t", "tiny"]
+    assert [(e.step, round(e.value, 6)) for e in seen.Scalars("loss")] == [(0, 0.333333)]
+
+
+def test_a_folder_that_holds_a_run(tmp_path):
+    RunFolder(tmp_path, "r", CONFIG).close()
+    with pytest.raises(InputError, match="already holds a run; .*--log_tag NEW, .*--resume auto"):
+        RunFolder(tmp_path, "r", "other")
+    assert (tmp_path / "config.yaml").read_text() == CONFIG
+    RunFolder(tmp_path, "r", "other", resume=True).close()  # the refusal did not keep the lock
+    assert (tmp_path / "config.yaml").read_text() == "other"
+
+
+def test_resume_where_nothing_is_yet(tmp_path):
+    with RunFolder(tmp_path / "new", "r", CONFIG, resume=True) as folder:
+        folder.truncate_metrics(0)
+        folder.metrics(0, {"a": 1})
+    assert rows(tmp_path / "new") == [{"epoch": 0, "a": 1}]
+
+
+def test_resume_never_doubles_a_row(tmp_path):
+    with RunFolder(tmp_path, "r", CONFIG) as folder:
+        for epoch in range(4):
+            folder.metrics(epoch, {"a": epoch})
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"epoch": 1, "a')  # a row that a kill cut short
+    with RunFolder(tmp_path, "r", CONFIG, resume=True) as folder:
+        folder.truncate_metrics(2)
+        assert rows(tmp_path) == [{"epoch": 0, "a": 0}, {"epoch": 1, "a": 1}]
+        folder.metrics(2, {"a": 20})
+    assert [row["a"] for row in rows(tmp_path)] == [0, 1, 20]
+    assert [(e.step, e.value) for e in events(tmp_path).Scalars("a")] == [(0, 0), (1, 1), (2, 20)]
+
+
+HOLDER = """
+import sys, time
+from datafree.logger import RunFolder
+folder = RunFolder(sys.argv[1], "r", "")
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_in_use_until_the_other_process_dies(tmp_path):
+    source = Path(logger.__file__).parents[1]
+    holder = subprocess.Popen([sys.executable, "-c", HOLDER, tmp_path], stdout=subprocess.PIPE, cwd=source)
+    try:
+        assert holder.stdout.readline() == b"held\n"
+        for resume in (False, True):
+            with pytest.raises(InputError, match="in use by a running process; .*--log_tag NEW"):
+                RunFolder(tmp_path, "r", CONFIG, resume=resume)
+    finally:
+        holder.send_signal(signal.SIGKILL)
+        holder.communicate()
+    RunFolder(tmp_path, "r", CONFIG, resume=True).close()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_a_closed_folder_is_free_while_forked_workers_live(tmp_path):
+    reader, writer = os.pipe()
+    folder = RunFolder(tmp_path, "r", CONFIG)
+    if os.fork() == 0:
+        os.close(writer)
+        os.read(reader, 1)  # lives until the parent closes the pipe
+        os._exit(0)
+    folder.close()
+    folder.close()
+    RunFolder(tmp_path, "r", CONFIG, resume=True).close()
+    os.close(writer)
+    os.wait()
+
+
+def test_without_locks_a_run_still_works(tmp_path, monkeypatch):
+    monkeypatch.setattr(logger, "fcntl", None)
+    with RunFolder(tmp_path, "r", CONFIG) as folder:
+        folder.log("x")
+
+
+def test_a_root_that_cannot_be_a_folder(tmp_path):
+    (tmp_path / "file").touch()
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        with pytest.raises(InputError, match="could not write .*file.* choose another --save_dir or --log_tag"):
+            RunFolder(root, "r", CONFIG)
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_that_is_not_writable(tmp_path):
+    tmp_path.chmod(0o500)
+    with pytest.raises(InputError, match="Permission denied.* choose another --save_dir"):
+        RunFolder(tmp_path / "run", "r", CONFIG)
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_disk_full_names_the_file(tmp_path):
+    with RunFolder(tmp_path, "r", CONFIG) as folder:
+        for name in ("metrics.jsonl", "log.txt", "summary.json.tmp", "grids/g.png"):
+            (tmp_path / name).symlink_to("/dev/full")
+        for name, write in {"metrics.jsonl": lambda: folder.metrics(0, {"a": 1}), "log.txt": lambda: folder.log("x"),
+                            "summary.json": lambda: folder.summary({"a": 1}),
+                            "grids/g.png": lambda: folder.grid("g", torch.rand(1, 3, 8, 8))}.items():
+            with pytest.raises(InputError, match=rf"could not write .*{name} \(No space left on device\); make room"):
+                write()
+
+
+def test_a_grid_holds_the_images_enlarged(tmp_path):
+    images = torch.randint(0, 256, (5, 3, 20, 32)) / 255
+    with RunFolder(tmp_path, "r", CONFIG) as folder:
+        folder.grid("epoch_0040", images, columns=3)
+    picture = np.asarray(Image.open(tmp_path / "grids" / "epoch_0040.png"))
+    height, width, gap = 80, 128, 2  # four times: the first whole factor that makes 20 pixels at least 64
+    assert picture.shape == (2 * (height + 2 * gap), 3 * (width + 2 * gap), 3)
+    for i, image in enumerate(images):
+        top, left = i // 3 * (height + 2 * gap) + gap, i % 3 * (width + 2 * gap) + gap
+        tile = picture[top:top + height:4, left:left + width:4]
+        assert np.array_equal(tile, (image * 255).round().byte().permute(1, 2, 0).numpy())
+    drawn = events(tmp_path).Images("grids/epoch")
+    assert [(e.step, e.width, e.height) for e in drawn] == [(40, picture.shape[1], picture.shape[0])]
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 28, 28), (3, 3, 224, 300), (9, 1, 8, 8), (2, 3, 64, 64)])
+def test_grids_of_any_shape(shape):
+    picture = draw_grid(torch.rand(shape).requires_grad_(), ["a"] * shape[0])
+    scale = {28: 3, 224: 1, 8: 8, 64: 1}[shape[2]]
+    columns = min(8, shape[0])
+    assert picture.size[0] == columns * (shape[3] * scale + 4)
+
+
+def test_captions_stay_clear_of_the_images():
+    images = torch.zeros(4, 3, 64, 64)
+    for labels in (["cat", "a very long name of a class", "dog", "frog"], ["first row", "the second row, with a long label"]):
+        picture = np.asarray(draw_grid(images, labels, columns=2).convert("L"))
+        black_rows = (picture[:, 2:66] == 0).all(1)
+        assert black_rows.sum() == 2 * 64  # nothing is drawn over them, nothing of them is lost
+        band = picture[66:66 + logger.CAPTION]
+        assert band.min() < 100 and (band[:, -1] == 255).all() and (band[-1] == 255).all()
+    with pytest.raises(ValueError, match="3 labels for 4 images in rows of 2"):
+        draw_grid(images, ["a", "b", "c"], columns=2)
+
+
+def test_values_outside_the_range_are_clipped():
+    picture = np.asarray(draw_grid(torch.tensor([-1.0, 2.0, float("nan"), 0.5]).view(4, 1, 1, 1).expand(4, 3, 64, 64)))
+    assert [picture[30, 30 + 68 * i, 0] for i in range(4)] == [0, 255, 0, 128]
+
+
+def test_table():
+    text = table([{"name": "teacher", "acc1": 99.4, "images": 1347}, {"name": "RGAL student", "acc1": 5, "note": None}])
+    assert text.splitlines() == [
+        "name           acc1  images  note",
+        "------------  -----  ------  ----",
+        "teacher       99.40    1347  -",
+        "RGAL student      5       -  -"]

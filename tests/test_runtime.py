@@ -1,0 +1,155 @@
+"""The machine: devices, seeds, random state through a file, precision, signals, the record of a run."""
+import json
+import os
+import random
+import signal
+import subprocess
+import threading
+
+import numpy as np
+import pytest
+import torch
+
+from datafree import runtime
+from datafree.errors import InputError, OptionError
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    """Pretend that torch sees a number of GPUs."""
+    def pretend(count):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    return pretend
+
+
+@pytest.mark.parametrize("count, name, expected", [
+    (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "cpu", "cpu"),
+    (2, "auto", "cuda:0"), (2, "cuda", "cuda:0"), (2, "cuda:1", "cuda:1"),
+])
+def test_device(gpus, count, name, expected):
+    gpus(count)
+    assert runtime.choose_device(name) == torch.device(expected)
+
+
+@pytest.mark.parametrize("count, name", [(0, "cuda"), (0, "cuda:0"), (2, "cuda:2")])
+def test_absent_gpu_names_the_remedy(gpus, count, name):
+    gpus(count)
+    with pytest.raises(InputError, match=rf"{name}: no such GPU, torch finds {count}; --device cpu"):
+        runtime.choose_device(name)
+
+
+@pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "", "cpu:0"])
+def test_unknown_device_is_an_option_error(name):
+    with pytest.raises(OptionError, match="none of auto, cpu, cuda, cuda:N"):
+        runtime.choose_device(name)
+
+
+def draws():
+    return random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.randn(3).tolist()
+
+
+def test_seed_repeats_every_generator():
+    runtime.seed_everything(7, deterministic=False)
+    first = draws()
+    runtime.seed_everything(7, deterministic=False)
+    assert draws() == first
+    runtime.seed_everything(8, deterministic=False)
+    assert not set(map(str, draws())) & set(map(str, first))
+
+
+def test_deterministic_is_a_switch():
+    runtime.seed_everything(0, deterministic=True)
+    assert torch.are_deterministic_algorithms_enabled() and not torch.backends.cudnn.benchmark
+    runtime.seed_everything(0, deterministic=False)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_random_state_is_exact_through_a_file(tmp_path):
+    runtime.seed_everything(3, deterministic=False)
+    draws()  # leaves half of a gauss pair waiting in python and in numpy
+    torch.save(runtime.rng_state(), tmp_path / "rng.pth")
+    expected = [draws() for _ in range(700)]  # more numbers than one block of the Mersenne twister
+    runtime.seed_everything(99, deterministic=False)
+    runtime.load_rng_state(torch.load(tmp_path / "rng.pth", weights_only=True))
+    assert [draws() for _ in range(700)] == expected
+
+
+def test_autocast():
+    layer, x = torch.nn.Linear(4, 4), torch.randn(2, 4)
+    with runtime.autocast(CPU, "bf16"):
+        assert layer(x).dtype == torch.bfloat16
+        with runtime.autocast(CPU, "none"):
+            assert layer(x).dtype == torch.float32
+    with pytest.raises(InputError, match="fp16 needs a GPU; use --precision bf16 or none"):
+        runtime.autocast(CPU, "fp16")
+
+
+def test_threads():
+    before = torch.get_num_threads()
+    runtime.set_threads(1)
+    assert torch.get_num_threads() == 1
+    runtime.set_threads(0)
+    assert torch.get_num_threads() == 1
+    runtime.set_threads(before)
+
+
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
+def test_a_signal_is_noted_and_the_handlers_come_back(name):
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
+    with runtime.StopSignal() as stop:
+        assert not stop.received
+        os.kill(os.getpid(), getattr(signal, name))
+        assert stop.received == name
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_the_second_interrupt_is_raised():
+    before = signal.getsignal(signal.SIGINT)
+    with pytest.raises(KeyboardInterrupt), runtime.StopSignal():
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == before
+
+
+def test_stop_signal_outside_the_main_thread():
+    seen = []
+
+    def work():
+        with runtime.StopSignal() as stop:
+            seen.append(stop.received)
+
+    thread = threading.Thread(target=work)
+    thread.start()
+    thread.join()
+    assert seen == [None]
+
+
+def test_environment_is_json():
+    record = runtime.environment(CPU)
+    assert json.loads(json.dumps(record)) == record
+    assert record["torch"] == torch.__version__ and record["device"] == "cpu"
+    assert "pytest" in record["command"] and record["threads"] == torch.get_num_threads()
+
+
+def git(folder, *arguments):
+    who = ["-c", "user.name=n", "-c", "user.email=e"]
+    return subprocess.run(["git", "-C", folder, *who, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def test_commit_and_dirt_of_this_tree_only(tmp_path, monkeypatch):
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "code.py").write_text("1")
+    git(tmp_path, "init", "-q")
+    git(tmp_path, "add", "code.py")
+    git(tmp_path, "commit", "-qm", "first")
+    monkeypatch.setattr(runtime, "SOURCE", tmp_path)
+    record = runtime.environment(CPU)
+    assert (record["commit"], record["dirty"]) == (git(tmp_path, "rev-parse", "HEAD").strip(), False)
+    (tmp_path / "code.py").write_text("2")
+    assert runtime.environment(CPU)["dirty"]
+    monkeypatch.setattr(runtime, "SOURCE", tmp_path / "inside")  # the repository above is another project's
+    assert runtime.environment(CPU)["commit"] is None

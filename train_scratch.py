@@ -1,0 +1,65 @@
+"""Trains a network on real images: a teacher, or a student as the upper bound."""
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import registry  # noqa: F401  makes registered models and data sets known
+from datafree import checkpoint, cli
+from datafree.config import ScratchConfig
+from datafree.engine import Engine
+from datafree.errors import exit_on_input_error
+from datafree.learners.supervised import SupervisedLearner
+from datafree.session import Session, short
+from datafree.synthesis.sources import RealSource
+
+EXAMPLES = """
+python train_scratch.py --dataset cifar10 --model wrn40_2
+python train_scratch.py --dataset digits --model resnet20 --flip false --epochs 15
+python train_scratch.py --dataset cifar10 --model wrn40_2 --weights teacher.pth --evaluate_only
+"""
+
+
+def main():
+    config, call = cli.parse(ScratchConfig, sys.argv[1:], description=__doc__, examples=EXAMPLES)
+    if call.print_config:
+        print(cli.to_yaml(config), end="")
+        return
+    session, options = Session(config, derive_card=True), config.training
+    network = session.network("model", options.model, options.weights)
+    if config.run.evaluate_only:
+        session.evaluate_only(network)
+        return
+    split = session.split("train")
+    batch = min(options.batch_size, len(split))
+    schedule = SimpleNamespace(epochs=options.epochs, rounds=1, kd_steps=max(len(split) // batch, 1), g_steps=0,
+                               warmup=0, batch_size=batch)
+    plan = (f"Plan: {options.model} is trained on {len(split):,} images of {session.card.name}, "
+            f"{'x'.join(map(str, session.card.shape))} in {session.card.num_classes} classes, on {session.device}: "
+            f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {batch} images.")
+    if call.dry_run:
+        print(plan)
+        return
+    with session.open_folder("scratch", options.model) as folder:
+        folder.log(plan)
+        learner = SupervisedLearner(network, session.augment, options, schedule.epochs * schedule.kd_steps,
+                                    config.run.precision)
+        engine = Engine(learner, RealSource(split), schedule, folder, config.run, facts=session.facts(options.model),
+                        evaluate=(lambda: session.score(network)) if session.test else None)
+        session.train(engine)
+        if engine.finished:
+            publish(session, folder)
+
+
+def publish(session, folder):
+    """Copy the last weights to where datafree_kd.py looks for a teacher, unless others are there."""
+    model = short(session.config.training.model)
+    place = Path("checkpoints/pretrained") / f"{session.card.name}_{model}.pth"
+    if place.exists():
+        folder.log(f"{place} exists and stays as it is; the new weights are {folder.checkpoints / 'student_last.pth'}")
+        return
+    checkpoint.save(place, checkpoint.load(folder.checkpoints / "student_last.pth"))
+    folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
