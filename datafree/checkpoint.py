@@ -11,6 +11,7 @@ from datafree.errors import InputError
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
 WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
+PLAIN = (int, float, str, list, tuple)
 
 
 def save(path, state):
@@ -36,7 +37,7 @@ def load(path):
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
-        code = re.search(r"GLOBAL (\S+)", str(error))
+        code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
             raise InputError(f"{path} asks to run or build {code[1]}; refused, nothing was executed: "
                              "save it again as a dict of tensors, numbers and strings") from error
@@ -115,12 +116,12 @@ def _load_safetensors(path):
 
 
 def _split(contents, path):
-    """The state_dict in a checkpoint, and the plain values (numbers, strings) beside it."""
+    """The state_dict in a checkpoint, and the plain values (numbers, strings, lists) beside it."""
     if _is_state_dict(contents):
         return contents, {}
     for key in WEIGHT_KEYS:
         if _is_state_dict(contents.get(key)):
-            return contents[key], {n: v for n, v in contents.items() if isinstance(v, (int, float, str))}
+            return contents[key], {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
     raise InputError(f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "
                      f"{', '.join(WEIGHT_KEYS)}, such as a run's student_last.pth")
 

@@ -99,6 +99,7 @@ class Synthesis:
         "random", "Weights a round starts from: new random ones, or a start that learns from the rounds (Reptile).")
     meta_rate: float = option(1.0, "Step of the learned start towards each round's weights; 1 carries on from them.",
                               low=0, high=1)
+    class_noise: float = option(0.0, "Distance from 0 of each class's own centre of the noise; 0 draws all alike.", low=0)
     keep: Literal["best", "last"] = option("best", "The step of a round whose batch enters the pool: lowest loss, or last.")
     bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.")
     bn_reduction: Literal["norm", "mse", "gaussian"] = option(

@@ -14,7 +14,8 @@ from datafree.errors import InputError
 
 
 def net(classes=3, width=4):
-    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), nn.Linear(width * 36, classes))
+    head = nn.Linear(width * 36, classes)
+    return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), head)
 
 
 class Creates:
@@ -44,7 +45,7 @@ def test_a_failed_replacement_leaves_the_old_file(tmp_path, monkeypatch):
     path = tmp_path / "last.pth"
     checkpoint.save(path, {"epoch": 1})
     monkeypatch.setattr(os, "replace", raise_no_space)
-    with pytest.raises(InputError, match=r"could not write .*last.pth \(No space left.*previous checkpoint is untouched"):
+    with pytest.raises(InputError, match=r"could not write .*last.pth \(No space left.* is untouched"):
         checkpoint.save(path, {"epoch": 2})
     assert checkpoint.load(path) == {"epoch": 1} and os.listdir(tmp_path) == ["last.pth"]
 
@@ -87,7 +88,7 @@ def test_killed_while_writing(tmp_path):
         torch.save = lambda state, file: (file.write(b"half"), file.flush(), os.kill(os.getpid(), 9))
         checkpoint.save(path, {"epoch": 2})
     assert os.waitpid(child, 0)[1] == 9
-    assert checkpoint.load(path) == {"epoch": 1} and sorted(os.listdir(tmp_path)) == ["last.pth", "last.pth.tmp"]
+    assert checkpoint.load(path) == {"epoch": 1}
     checkpoint.save(path, {"epoch": 3})
     assert checkpoint.load(path) == {"epoch": 3} and os.listdir(tmp_path) == ["last.pth"]
 
@@ -139,8 +140,8 @@ def test_truncated_file(tmp_path, zipped, share):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("content", [b"hello world\n", b"<html>404</html>", bytes(range(256)), b"PK\x03\x04" * 9,
-                                     b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+@pytest.mark.parametrize("content", [b"hello world\n", b"<html>404</html>", bytes(range(256)),
+                                     b"PK\x03\x04" * 9, b"version https://git-lfs.github.com/spec/v1\n"])
 def test_not_a_checkpoint(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(InputError, match="truncated or no torch checkpoint"):
@@ -150,8 +151,9 @@ def test_not_a_checkpoint(tmp_path, content):
 @pytest.mark.parametrize("zipped", [True, False])
 def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
     path, proof = tmp_path / "evil.pth", tmp_path / "proof"
-    torch.save({"state_dict": net().state_dict(), "x": Creates(proof)}, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"evil.pth asks to run or build \w+.open; refused, nothing was executed"):
+    contents = {"state_dict": net().state_dict(), "x": Creates(proof)}
+    torch.save(contents, path, _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=r"evil.pth asks to run or build \w+.open; refused, nothing was"):
         checkpoint.load_weights(net(), path)
     assert not proof.exists()
     torch.load(path, weights_only=False)["x"].close()
@@ -205,8 +207,9 @@ def test_every_form_of_weights(tmp_path, form):
 
 
 def test_what_the_file_says_beside_the_weights(tmp_path):
-    facts = {"acc1": 91.5, "dataset": "digits", "model": "lenet", "num_classes": 3}
-    torch.save({"state_dict": net().state_dict(), **facts, "optimizer": {"lr": 1}, "none": None}, tmp_path / "w.pth")
+    facts = {"acc1": 91.5, "dataset": "digits", "model": "lenet", "num_classes": 3, "mean": [0.5]}
+    contents = {"state_dict": net().state_dict(), **facts, "optimizer": {"lr": 1}, "none": None}
+    torch.save(contents, tmp_path / "w.pth")
     assert checkpoint.load_weights(net(), tmp_path / "w.pth") == facts
     torch.save(net().state_dict(), tmp_path / "w.pth")
     assert checkpoint.load_weights(net(), tmp_path / "w.pth") == {}
@@ -232,19 +235,19 @@ def refused(tmp_path, contents, model, match):
 def test_weights_of_another_model(tmp_path):
     weights = net().state_dict()
     refused(tmp_path, nn.Linear(4, 3).state_dict(), net(),
-            r"8 tensors missing \(0.weight, 0.bias, 1.weight, ...\), 2 unexpected \(weight, bias\); weights of another")
-    refused(tmp_path, {**weights, "4.weight": torch.zeros(1)}, net(), r"0 tensors missing \(none\), 1 unexpected \(4.w")
+            r"8 tensors missing \(0.weight, 0.bias, 1.weight, ...\), 2 unexpected \(weight, bias\)")
+    refused(tmp_path, {**weights, "4.bias": torch.zeros(1)}, net(), r"0 tensors missing \(none\), 1 unexp")
     del weights["3.bias"]
     refused(tmp_path, weights, net(), r"1 tensors missing \(3.bias\), 0 unexpected \(none\)")
 
 
 def test_another_class_count(tmp_path):
-    refused(tmp_path, net(classes=10).state_dict(), net(classes=3), r"answers 10 classes \(3.weight\), the model 3")
+    refused(tmp_path, net(classes=10).state_dict(), net(), r"answers 10 classes \(3.weight\), the model 3")
 
 
 def test_another_width_is_not_taken_for_a_class_count(tmp_path):
-    refused(tmp_path, net(width=5).state_dict(), net(), r"0.weight is \(5, 1, 3, 3\), the model's is \(4, 1, 3, 3\) \(7 t")
-    refused(tmp_path, nn.Linear(3, 2).state_dict(), nn.Linear(4, 2), r"weight is \(2, 3\), the model's is \(2, 4\)")
+    refused(tmp_path, net(width=5).state_dict(), net(), r"0.weight is \(5, 1, 3, 3\), the model's is \(4, ")
+    refused(tmp_path, nn.Linear(3, 2).state_dict(), nn.Linear(4, 2), r"is \(2, 3\), the model's is \(2, 4\)")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

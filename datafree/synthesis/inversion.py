@@ -14,7 +14,8 @@ class InversionSynthesis(BaseSynthesis):
 
     With ``generator_init: random`` every round starts from new weights. With ``meta`` it starts
     from weights that follow the rounds (Reptile, Nichol et al. 2018) and keeps Adam's state, so
-    that a few steps a round are enough.
+    that a few steps a round are enough. Such a generator sees ever new noise, so it can follow the
+    classes asked for only if the noise tells them: ``class_noise`` moves each class's noise its own way.
 
     objective: :class:`SynthesisObjective`. augment: images -> views. settings: the Synthesis section.
     """
@@ -24,6 +25,8 @@ class InversionSynthesis(BaseSynthesis):
         self.settings, self.g_steps, self.balanced, self.precision = settings, g_steps, balanced, precision
         self.scaler = torch.amp.GradScaler(pool.device.type, enabled=precision == "fp16")
         self.optimizer = self._new_optimizer()
+        directions = torch.randn(pool.num_classes, settings.nz, device=pool.device)
+        self.centres = settings.class_noise * torch.nn.functional.normalize(directions)
         self._latest = None
 
     @property
@@ -32,9 +35,9 @@ class InversionSynthesis(BaseSynthesis):
 
     def synthesize(self):
         n, device = self.settings.synthesis_batch_size, self.pool.device
-        z = torch.randn(n, self.settings.nz, device=device, requires_grad=True)
-        z_optimizer = torch.optim.Adam([z], self.settings.lr_z, ADAM_BETAS)
         targets = torch.randint(self.pool.num_classes, (n,), device=device).sort().values
+        z = torch.randn(n, self.settings.nz, device=device) + self.centres[targets]
+        z_optimizer = torch.optim.Adam([z.requires_grad_()], self.settings.lr_z, ADAM_BETAS)
         start = self._begin_round()
         kept = torch.zeros(n, *self.pool.shape, device=device)
         lowest = torch.full((), float("inf"), device=device)
@@ -95,7 +98,7 @@ class InversionSynthesis(BaseSynthesis):
 
     def state_dict(self):
         state = {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict(), "pool": self.pool.state_dict()}
+                 "scaler": self.scaler.state_dict(), "pool": self.pool.state_dict(), "centres": self.centres}
         if self.objective.contrast:
             state["contrast"] = self.objective.contrast.state_dict()
         return state
@@ -105,5 +108,6 @@ class InversionSynthesis(BaseSynthesis):
         self.optimizer.load_state_dict(state["optimizer"])
         self.scaler.load_state_dict(state["scaler"])
         self.pool.load_state_dict(state["pool"])
+        self.centres = state["centres"].to(self.pool.device)
         if self.objective.contrast:
             self.objective.contrast.load_state_dict(state["contrast"])

@@ -1,0 +1,90 @@
+"""What the tests of whole programs share: one thread, a trained teacher, commands called in this process."""
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import datafree_kd  # noqa: E402
+import nets  # noqa: E402
+import train_scratch  # noqa: E402
+from datafree.errors import exit_on_input_error  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def call(program, *words):
+    """What typing ``python <program> <words>`` does, in this process."""
+    before = sys.argv
+    sys.argv = [f"{program.__name__}.py", *map(str, words)]
+    try:
+        exit_on_input_error(program.main)
+    finally:
+        sys.argv = before
+
+
+def scratch(*words):
+    call(train_scratch, "--threads", 1, "--dataset", "digits", "--flip", "false", "--crop_padding", 1, *words)
+
+
+TINY_RUN = ("--threads", 1, "--dataset", "digits", "--flip", "false", "--crop_padding", 1,
+            "--student", nets.name("small"), "--epochs", 4, "--ep_steps", 6, "--kd_steps", 3, "--g_steps", 3,
+            "--synthesis_batch_size", 16, "--batch_size", 16, "--nz", 16, "--ngf", 4, "--print_freq", 2)
+
+
+@pytest.fixture(scope="session")
+def teacher(tmp_path_factory):
+    """Path of the weights of a ``tiny`` network that knows digits well."""
+    place = tmp_path_factory.mktemp("teacher")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        scratch("--model", nets.name("tiny"), "--epochs", 12, "--batch_size", 64, "--save_dir", "runs")
+    return place / "checkpoints" / "pretrained" / "digits_tiny.pth"
+
+
+@pytest.fixture
+def distil(teacher, tmp_path, monkeypatch):
+    """Call datafree_kd.py on a tiny budget from ``tmp_path`` -> the folder of the run, called ``tag``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, method="rgal", tag="run", save_dir="runs"):
+        call(datafree_kd, "--method", method, "--teacher", nets.name("tiny"), "--teacher_weights", teacher,
+             "--save_dir", save_dir, "--log_tag", tag, *TINY_RUN, *words)
+        return tmp_path / save_dir / f"digits_{method}_tiny_small" / tag
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys):
+    """Call something that has to stop: a non-zero exit and, last on stderr, one line "error: ..." -> that line."""
+
+    def run(function, *words, code=1, doors_only=True):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as stop:
+            function(*words)
+        lines = capsys.readouterr().err.strip().splitlines()
+        assert stop.value.code == code and lines[-1].startswith("error: "), lines
+        assert not doors_only or len(lines) == 1, lines
+        assert not any("Traceback" in line for line in lines)
+        return lines[-1]
+
+    return run
+
+
+def command(*words, **options):
+    """Run ``python <words>`` from the project's root as a process of its own."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, **options)
+
+
+def rows(folder):
+    """The rows of metrics.jsonl without the seconds."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
