@@ -1,16 +1,17 @@
 """Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import registry
 from datafree import cli, diagnostics
 from datafree.config import DistillConfig
 from datafree.engine import Engine
-from datafree.errors import InputError, exit_on_input_error
+from datafree.errors import InputError, OptionError, exit_on_input_error
 from datafree.learners.distill import DistillLearner
 from datafree.models.generator import Generator
 from datafree.pool import ImagePool
-from datafree.session import Session
+from datafree.session import Session, short
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.sources import NoiseSource, RealSource
@@ -37,7 +38,8 @@ def main():
     schedule = plan_schedule(config)
     source = build_source(session, teacher, student, schedule)
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
-                             schedule.epochs * schedule.rounds * schedule.kd_steps, config.run.precision)
+                             (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
+                             config.run.precision)
     plan = describe_plan(session, schedule)
     if call.dry_run:
         print("\n".join(plan))
@@ -46,7 +48,8 @@ def main():
         for line in plan:
             folder.log(line)
         columns = check_teacher(session, teacher, folder)
-        engine = Engine(learner, source, schedule, folder, config.run, facts=session.facts(config.student.student),
+        facts = session.facts(config.student.student, method=config.method, teacher=config.teacher.teacher)
+        engine = Engine(learner, source, schedule, folder, config.run, facts=facts,
                         evaluate=(lambda: session.score(student)) if session.test else None,
                         describe=diagnostics.Watch(source, teacher, student, config.relation.sampling_space))
         session.train(engine, **columns)
@@ -55,11 +58,11 @@ def main():
 def load_teacher(session):
     """The teacher with its weights, frozen."""
     options = session.config.teacher
-    weights = options.teacher_weights or f"checkpoints/pretrained/{session.card.name}_{options.teacher}.pth"
+    weights = options.teacher_weights or f"checkpoints/pretrained/{session.card.name}_{short(options.teacher)}.pth"
     try:
         return session.network("teacher", options.teacher, weights, options.teacher_mean, options.teacher_std).freeze()
     except InputError as error:
-        if options.teacher_weights:
+        if options.teacher_weights or Path(weights).exists() or isinstance(error, OptionError):
             raise
         raise InputError(f"{error} (train it by: python train_scratch.py --dataset {session.card.name} "
                          f"--model {options.teacher}; or give --teacher_weights)") from None
@@ -71,6 +74,9 @@ def plan_schedule(config):
     if s.kd_steps > s.ep_steps:
         raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
                          "lower --kd_steps or raise --ep_steps")
+    if s.warmup >= s.epochs:
+        raise InputError(f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or "
+                         "raise --epochs")
     return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
                            g_steps=s.g_steps if made else 0, batch_size=config.distill.batch_size)
 
@@ -84,6 +90,9 @@ def build_source(session, teacher, student, schedule):
     if options.source == "real":
         return RealSource(session.split("train"))
     objective = SynthesisObjective(options, config.relation, teacher, student).to(device)
+    if 0 < options.pool_size < options.synthesis_batch_size:
+        raise InputError(f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
+                         f"--synthesis_batch_size {options.synthesis_batch_size} or more, or give 0 to hold all")
     images = schedule.epochs * schedule.rounds * options.synthesis_batch_size
     pool = ImagePool(min(options.pool_size or images, images), card.shape, card.num_classes, device)
     generator = Generator(options.nz, options.ngf, card.shape).to(device)

@@ -24,7 +24,7 @@ def main():
     if call.print_config:
         print(cli.to_yaml(config), end="")
         return
-    session, options = Session(config, derive_card=True), config.training
+    session, options = Session(config, derive_card=True, write=not call.dry_run), config.training
     network = session.network("model", options.model, options.weights)
     if config.run.evaluate_only:
         session.evaluate_only(network)
@@ -43,7 +43,8 @@ def main():
         folder.log(plan)
         learner = SupervisedLearner(network, session.augment, options, schedule.epochs * schedule.kd_steps,
                                     config.run.precision)
-        engine = Engine(learner, RealSource(split), schedule, folder, config.run, facts=session.facts(options.model),
+        facts = session.facts(options.model, method="scratch")
+        engine = Engine(learner, RealSource(split), schedule, folder, config.run, facts=facts,
                         evaluate=(lambda: session.score(network)) if session.test else None)
         session.train(engine)
         if engine.finished:

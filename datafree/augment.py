@@ -66,5 +66,6 @@ def random_resized_crop(images, scale=(0.25, 1.0)):
     theta = torch.zeros(n, 2, 3, device=device)
     theta[:, 0, 0] = theta[:, 1, 1] = side
     theta[:, :, 2] = centre
-    grid = F.affine_grid(theta, list(images.shape), align_corners=False)
-    return F.grid_sample(images, grid.to(images.dtype), padding_mode="reflection", align_corners=False)
+    with torch.autocast(device.type, enabled=False):  # coordinates of half precision would move pixels
+        grid = F.affine_grid(theta, list(images.shape), align_corners=False)
+        return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)

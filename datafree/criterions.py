@@ -3,6 +3,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from datafree.errors import InputError
 from datafree.hooks import pooled
 
 
@@ -85,6 +86,10 @@ class StageProjection(nn.Module):
 
     def __init__(self, student, teacher):
         super().__init__()
+        for role, tap in (("student", student), ("teacher", teacher)):
+            if not tap.stage_sizes:
+                raise InputError(f"the {role} has no stages of feature maps to compare; "
+                                 "set --cd_loss 0 and --gram_loss 0")
         self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes)
         self.project = nn.ModuleList(
             nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs)

@@ -32,8 +32,10 @@ def describe(images, targets, teacher, student, space="embedding"):
         answer, student_labels = teacher.features(images), student(images).argmax(1)
     labels, count = answer.logits.argmax(1), len(images)
     share = torch.bincount(labels, minlength=teacher.num_classes) / count
+    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    highest = math.log(min(teacher.num_classes, count))
     numbers = {
-        "label_entropy": -(share * share.clamp_min(1e-12).log()).sum() / math.log(min(teacher.num_classes, count)),
+        "label_entropy": entropy / highest if highest else torch.ones(()),  # one image cannot spread
         "classes_hit": (share > 0).sum(),
         "teacher_confidence": answer.logits.float().softmax(1).amax(1).mean(),
         "student_agreement": (labels == student_labels).float().mean(),
@@ -88,7 +90,8 @@ def alarms(now, first):
     if now["near_duplicates"] > 0.2:
         found.append(f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; "
                      "raise --lr_z or --triplet")
-    if now["student_agreement"] < 1.5 / max(now["classes_hit"], 2) and now["classes_hit"] > 1:
+    chance = 1 / now["classes_hit"]
+    if now["student_agreement"] < min(1.5 * chance, chance + 0.05) and now["classes_hit"] > 1:
         found.append(f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about "
                      "chance: it is not learning or --adv is too strong; check --lr and --adv")
     return found

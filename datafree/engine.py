@@ -56,7 +56,7 @@ class Engine:
                 self.bar.set_description(f"epoch {self.position['epoch'] + 1}/{s.epochs}")
                 self._epoch(stop)
                 if stop.received:
-                    self.save()
+                    self._save_run()
                     self.folder.log("Stopped by a signal; everything is saved, --resume auto goes on from here.")
                     return self.result
                 self._close_epoch()
@@ -69,16 +69,18 @@ class Engine:
             if at["step"] == 0:
                 self._synthesize(with_student=not warm)
             with self._clock("student"):
-                while at["step"] < s.kd_steps and not warm and not stop.received:
+                # Once a round's images are made it takes a step, or resuming would make them again.
+                while at["step"] < s.kd_steps and not warm and not (stop.received and at["step"]):
                     self._student_step()
             if warm or at["step"] == s.kd_steps:
+                require_finite(self.means.values(), "mean of")
                 at["round"], at["step"] = at["round"] + 1, 0
 
     def _synthesize(self, with_student):
         self.source.with_student = with_student
         with self._clock("synthesis"):
             terms = self.source.synthesize()
-        require_finite(terms, "synthesis")
+        require_finite(terms, "synthesis term")
         self.means.add("synthesis", terms)
 
     def _student_step(self):
@@ -89,7 +91,7 @@ class Engine:
         at["step"] += 1
         self.bar.update()
         if self.run.print_freq and (done + 1) % self.run.print_freq == 0:
-            shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student").items())
+            shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
 
     def _close_epoch(self):
@@ -111,7 +113,7 @@ class Engine:
             self._draw(epoch)
         self.position.update(epoch=epoch + 1, round=0, step=0)
         self.means = Means()
-        self.save(improved)
+        self._save_epoch(improved)
 
     def _evaluate(self, epoch, numbers):
         """Add the test numbers and log them -> whether this epoch is the best so far."""
@@ -141,10 +143,14 @@ class Engine:
             torch.cuda.synchronize(self.learner.device)
         self.seconds[phase] += time.perf_counter() - started
 
-    def save(self, improved=False):
+    def _save_run(self):
+        """Write last.pth, which a run is resumed from."""
+        checkpoint.save(self.folder.checkpoints / "last.pth", self.state_dict())
+
+    def _save_epoch(self, improved):
         """Write last.pth and the student alone; the same as best where this epoch is the best so far."""
         folder = self.folder.checkpoints
-        checkpoint.save(folder / "last.pth", self.state_dict())
+        self._save_run()
         facts = {**self.facts, "epoch": self.position["epoch"], "acc1": self.result.get("acc1")}
         checkpoint.save(folder / "student_last.pth", {"state_dict": self.learner.network.model.state_dict(), **facts})
         if improved:
@@ -157,18 +163,33 @@ class Engine:
                 "seconds": dict(self.seconds), "result": dict(self.result), "facts": dict(self.facts)}
 
     def load(self, path):
-        """Go on from a checkpoint; every part of it must be there."""
+        """Go on from a checkpoint of this run, or of one that differs in no more than its length."""
         state = checkpoint.load(path)
-        checkpoint.require(state, "learner", "source", "rng", "position", "means", "best", "seconds", "result", path=path)
-        self.learner.load_state_dict(state["learner"])
-        self.source.load_state_dict(state["source"])
-        self.means.load_state_dict(state["means"])
+        checkpoint.require(state, *self.state_dict(), path=path)
+        self._check_origin(state, path)
+        try:
+            self.learner.load_state_dict(state["learner"])
+            self.source.load_state_dict(state["source"])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the "
+                             "options that it was written with") from error
+        self.means.load_state_dict(state["means"], self.learner.device)
         for name in ("position", "best", "seconds", "result"):
             setattr(self, name, state[name])
         load_rng_state(state["rng"])
         self.folder.truncate_metrics(self.position["epoch"])
         self.folder.log(f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
                         f"student step {self.position['step']}.")
+
+    def _check_origin(self, state, path):
+        for name in ("method", "dataset", "teacher", "model"):
+            theirs, ours = state["facts"].get(name), self.facts.get(name)
+            if theirs != ours:
+                raise InputError(f"{path} is of a run with {name} {theirs}, not {ours}; resume with that, or "
+                                 "begin anew under --log_tag NEW")
+        if state["position"]["epoch"] > self.schedule.epochs:
+            raise InputError(f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
+                             f"{self.schedule.epochs} to go on from it")
 
 
 class Means:
@@ -189,8 +210,9 @@ class Means:
     def state_dict(self):
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
-    def load_state_dict(self, state):
-        self.sums, self.counts = dict(state["sums"]), defaultdict(int, state["counts"])
+    def load_state_dict(self, state, device):
+        self.sums = {key: total.to(device) for key, total in state["sums"].items()}
+        self.counts = defaultdict(int, state["counts"])
 
 
 def require_finite(terms, where):
@@ -200,7 +222,7 @@ def require_finite(terms, where):
     values = dict(zip(terms, torch.stack([term.float() for term in terms.values()]).tolist()))
     for name, value in values.items():
         if not math.isfinite(value):
-            raise InputError(f"the {where} term {name} became {value}; lower its weight or the learning rate, and "
+            raise InputError(f"the {where} {name} became {value}; lower its weight or the learning rate, and "
                              "check the teacher; the last epoch's checkpoint is kept")
     return values
 

@@ -23,8 +23,8 @@ class Features:
 
 
 def pooled(x):
-    """Global average pooling, (N, C, H, W) -> (N, C); a matrix stays as it is."""
-    return x.mean((2, 3)) if x.dim() == 4 else x
+    """Global average pooling, (N, C, H, W) -> (N, C) in fp32; a matrix stays as it is."""
+    return x.mean((2, 3), dtype=torch.float32) if x.dim() == 4 else x
 
 
 class FeatureTap:
@@ -32,7 +32,8 @@ class FeatureTap:
 
     A *stage* is the output of the last block of the trunk at one spatial size: of the last
     module with children there, or of the last layer where there is none. The *embedding* is
-    what the last ``nn.Linear`` was given; without one it is the last stage, pooled.
+    what the head was given, pooled if it is a map; the head is the last ``nn.Linear``, or a
+    convolution if that learns last. Without a head the embedding is the last stage, pooled.
     One forward pass on zeros of ``shape`` (C, H, W) finds them; then a few hooks are left,
     which keep nothing outside a call of the tap.
     """
@@ -43,19 +44,19 @@ class FeatureTap:
         self._calls = {}
         calls, logits = _trace(model, shape)
         self.num_classes = logits.shape[1]
-        chosen = _choose_stages(calls, _trunk(model, {id(call.module) for call in calls}, calls))
+        head = _find_head(calls, self.num_classes)
+        chosen = _choose_stages(calls[:calls.index(head)] if head else calls, _trunk(model, calls))
         self.stage_channels = [call.output[1] for call in chosen]
         self.stage_sizes = [call.output[2:] for call in chosen]
         for module in {id(call.module): call.module for call in chosen}.values():
             wanted = {call.number: chosen.index(call) for call in chosen if call.module is module}
             module.register_forward_hook(self._stage_hook(wanted))
-        self._head = _find_head(calls, self.num_classes)
-        if self._head is not None:
-            self._head.register_forward_pre_hook(self._embed_hook)
-        if not chosen and self._head is None:
+        if head:
+            head.module.register_forward_pre_hook(self._embed_hook)
+        elif not chosen:
             raise InputError("the network has neither convolution maps nor a linear head, so it has no features to "
                              "compare; use a network with a trunk of nn.Modules")
-        self.embed_dim = self._head.in_features if self._head is not None else self.stage_channels[-1]
+        self.embed_dim = head.input[1] if head else self.stage_channels[-1]
 
     def __call__(self, inputs):
         """Forward pass of normalised ``inputs`` (N, C, H, W) -> :class:`Features`."""
@@ -78,7 +79,7 @@ class FeatureTap:
 
     def _embed_hook(self, module, args):
         if self._taken is not None:
-            self._taken["embed"] = args[0]
+            self._taken["embed"] = pooled(args[0])
 
 
 @dataclass(eq=False)
@@ -106,9 +107,10 @@ def _trace(model, shape):
     parameter = next(model.parameters(), torch.zeros(()))
     try:
         logits = model.eval()(torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype))
-    except (RuntimeError, ValueError) as error:
+    except Exception as error:  # a network of one's own may raise anything
+        reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"the network {type(model).__name__} cannot take images of {shape[0]} channels and "
-                         f"{shape[1]}x{shape[2]} pixels ({str(error).splitlines()[0]}); choose another network") from None
+                         f"{shape[1]}x{shape[2]} pixels ({reason}); choose another network") from error
     finally:
         for hook in hooks:
             hook.remove()
@@ -120,7 +122,7 @@ def _trace(model, shape):
     return calls, logits
 
 
-def _trunk(module, called, calls):
+def _trunk(module, calls):
     """Modules that the image passes one after the other: containers are opened, blocks are not.
 
     A module is opened when it is a plain container, when it does not map images to images, or
@@ -129,10 +131,11 @@ def _trunk(module, called, calls):
     modules = []
     for child in module.children():
         own = [call for call in calls if call.module is child]
-        if own and not isinstance(child, nn.Sequential) and all(_within_one_scale(call) for call in own):
+        plain_container = type(child).forward is nn.Sequential.forward
+        if own and not plain_container and all(_within_one_scale(call) for call in own):
             modules.append(child)
         else:
-            modules += _trunk(child, called, calls)
+            modules += _trunk(child, calls)
     return modules
 
 
@@ -157,8 +160,12 @@ def _choose_stages(calls, trunk):
 
 
 def _find_head(calls, num_classes):
-    heads = [c.module for c in calls if isinstance(c.module, nn.Linear) and len(c.input) == 2
-             and c.module.out_features == num_classes]
+    """The call that answers the classes: the last learned layer's if a convolution, else a linear one's."""
+    learned = [call for call in calls if next(call.module.parameters(recurse=False), None) is not None]
+    answers = [call for call in learned if call.output[1:2] == (num_classes,)]
+    heads = [call for call in answers if isinstance(call.module, nn.Linear) and len(call.input) == 2]
+    if learned and learned[-1] in answers and isinstance(learned[-1].module, nn.Conv2d):
+        return learned[-1]
     return heads[-1] if heads else None
 
 
@@ -189,7 +196,7 @@ class BatchNormTap:
 
 
 class ChannelStatistics(torch.autograd.Function):
-    """Mean and biased variance per channel, (N, C, ...) -> two fp32 vectors (C,).
+    """Mean and biased variance per channel, (N, C, ...) -> two vectors (C,) in at least fp32.
 
     One autograd node with d mean = 1 / n and d var = 2 (x - mean) / n, so that no intermediate map is
     kept. Sums over pixels are products with a vector of ones, which is many times faster on the CPU
@@ -198,10 +205,11 @@ class ChannelStatistics(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x):
-        rows = x.movedim(1, -1).flatten(0, -2).float()
+        rows = x.movedim(1, -1).flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
         ones = rows.new_full((rows.shape[0],), 1 / rows.shape[0])
-        mean = ones @ rows
-        variance = ones @ (rows - mean).square_()
+        with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
+            mean = ones @ rows
+            variance = ones @ (rows - mean).square_()
         ctx.save_for_backward(x, mean)
         ctx.count = rows.shape[0]
         return mean, variance
@@ -212,4 +220,4 @@ class ChannelStatistics(torch.autograd.Function):
         shape = (1, -1) + (1,) * (x.dim() - 2)
         slope = 2 * grad_variance / ctx.count
         offset = grad_mean / ctx.count - slope * mean
-        return (x * slope.view(shape).to(x.dtype)).add_(offset.view(shape).to(x.dtype))
+        return (x * slope.view(shape)).add_(offset.view(shape)).to(x.dtype)

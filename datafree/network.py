@@ -47,11 +47,13 @@ class Network(nn.Module):
     @contextmanager
     def frozen(self):
         """Eval mode and no weight gradients inside the block; as before afterwards."""
-        training, wanted = self.training, [p.requires_grad for p in self.parameters()]
+        modes = {module: module.training for module in self.modules()}
+        wanted = [parameter.requires_grad for parameter in self.parameters()]
         self.eval().requires_grad_(False)
         try:
             yield self
         finally:
-            self.train(training)
+            for module, training in modes.items():
+                module.training = training
             for parameter, flag in zip(self.parameters(), wanted):
                 parameter.requires_grad_(flag)

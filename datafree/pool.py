@@ -24,8 +24,10 @@ class ImagePool:
         if tuple(images.shape[1:]) != self.shape:
             raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit into a pool of {self.shape}")
         place = (self.added + torch.arange(len(images), device=self.device)) % len(self.images)
-        self.images[place] = images.detach().mul(255).round_().clamp_(0, 255).to(torch.uint8)
-        self.targets[place] = targets
+        last = slice(-len(self.images), None)  # of a batch larger than the pool, for no place may occur twice
+        pixels = images[last].detach().float().mul(255).round_().clamp_(0, 255)
+        self.images[place[last]] = pixels.to(torch.uint8)
+        self.targets[place[last]] = targets[last]
         self.added += len(images)
 
     def sample(self, n, balanced=False):
@@ -40,7 +42,14 @@ class ImagePool:
             order = torch.randperm(size, device=self.device)[:n]
         if n > size:
             order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
-        return self.images[order].float().div_(255), self.targets[order]
+        return self._at(order)
+
+    def newest(self, n):
+        """The last n images added, or as many as are held, as :meth:`sample` gives them but in their order."""
+        return self._at(torch.arange(self.added - min(n, len(self)), self.added, device=self.device) % len(self.images))
+
+    def _at(self, places):
+        return self.images[places].float().div_(255), self.targets[places]
 
     def _class_order(self, size):
         """A random order in which the k-th image of every class comes before the (k+1)-th of any."""
@@ -59,6 +68,9 @@ class ImagePool:
 
     def load_state_dict(self, state):
         size = len(state["images"])
+        if size != min(state["added"], len(self.images)):
+            raise InputError(f"the checkpoint's pool holds {size} of {state['added']} images made but this run's would "
+                             f"hold {min(state['added'], len(self.images))}; give the --pool_size it was written with")
         self.images[:size] = state["images"].to(self.device)
         self.targets[:size] = state["targets"].to(self.device)
         self.added = state["added"]

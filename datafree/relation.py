@@ -20,7 +20,8 @@ DISTANCE_CUTOFF = (0.5, 1.4)
 def pairwise_distance(features):
     """Euclidean distances (B, B) in fp32 of L2-normalised rows; maps are average-pooled first."""
     rows = F.normalize(pooled(features).float(), dim=1)
-    squared = 2 - 2 * rows @ rows.T
+    with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
+        squared = 2 - 2 * rows @ rows.T
     # The clamp stops the gradient of the root at coinciding rows, where it has none.
     return squared.clamp_min(1e-12).sqrt()
 

@@ -13,22 +13,25 @@ from datafree.evaluators import evaluate
 from datafree.logger import RunFolder, table
 from datafree.models.custom import build_model
 from datafree.network import Network
-from datafree.runtime import choose_device, environment, seed_everything, set_threads
+from datafree.runtime import autocast, choose_device, environment, seed_everything, set_threads
 
 
 class Session:
     """The surroundings of one run: device, data card, augmentation, test split.
 
     config: DistillConfig or ScratchConfig. derive_card: whether the training images may be opened
-    to find out what an unknown data set looks like.
+    to find out what an unknown data set looks like. write: whether what is found out is written down.
     """
 
-    def __init__(self, config, derive_card=False):
+    def __init__(self, config, derive_card=False, write=True):
         self.config, self.run, self.data = config, config.run, config.data
         self.device = choose_device(self.run.device)
+        autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
+        if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
+            raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
-        self.card = resolve_card(self.data.dataset, self.data.data_root, self.data.card, may_derive=derive_card)
+        self.card = resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write)
         self.augment = CropFlip(self.data.crop_padding, self.data.flip)
         self.test = self.split("test") if self.data.eval == "test" else None
 
@@ -77,9 +80,12 @@ class Session:
         return RunFolder(Path(self.run.save_dir) / name / tag, name, to_yaml(self.config),
                          resume=self.run.resume != "none", device=self.device)
 
-    def facts(self, model):
-        """What is written beside a network's weights: plain values, enough to build and judge it."""
-        return {"model": model, "dataset": self.card.name, "num_classes": self.card.num_classes,
+    def facts(self, model, **origin):
+        """What is written beside a network's weights: plain values, enough to build and judge it.
+
+        origin: the method, and what else of the run must be the same when it is resumed.
+        """
+        return {"model": model, **origin, "dataset": self.card.name, "num_classes": self.card.num_classes,
                 "shape": list(self.card.shape), "mean": list(self.card.mean), "std": list(self.card.std),
                 "config": to_yaml(self.config), "commit": environment(self.device)["commit"] or ""}
 
@@ -90,6 +96,7 @@ class Session:
         """
         folder, last = engine.folder, engine.folder.checkpoints / "last.pth"
         if self.run.resume == "auto" and not last.is_file():
+            folder.truncate_metrics(0)
             folder.log("Nothing to resume yet: the run starts from the beginning.")
         elif self.run.resume != "none":
             engine.load(last if self.run.resume == "auto" else Path(self.run.resume))

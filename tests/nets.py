@@ -28,7 +28,8 @@ def small(num_classes, in_channels=3):
 
 def plain(num_classes, in_channels=3):
     """No BatchNorm at all."""
-    return nn.Sequential(nn.Conv2d(in_channels, 8, 3, stride=2), nn.ReLU(), nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
+    return nn.Sequential(nn.Conv2d(in_channels, 8, 3, stride=2), nn.ReLU(),
+                         nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
                          nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
 
 

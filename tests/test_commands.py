@@ -1,2 +1,420 @@
-def test_x(distil):
-    print(distil())
+"""The programs as they are typed: what a run leaves, what it reads, and what each mistake is answered."""
+import json
+import os
+import re
+import sys
+from pathlib import Path
+
+import datafree_kd
+import nets
+import numpy as np
+import pytest
+import torch
+import train_scratch
+import yaml
+from conftest import TINY_RUN, call, command, forked, rows, scratch
+from PIL import Image
+
+from datafree import session
+from datafree.datasets.cards import DatasetCard
+from datafree.logger import RunFolder
+
+METHODS = ["rgal", "rgal_release", "noise", "real"]
+SHAPES = DatasetCard("shapes", 3, 12, 12, 3, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25))
+
+
+def files(folder):
+    return sorted(str(path.relative_to(folder)) for path in Path(folder).rglob("*") if path.is_file())
+
+
+def accuracy(text):
+    return float(re.search(r"Acc@1=([\d.]+)", text)[1])
+
+
+def student_of(folder):
+    return torch.load(folder / "checkpoints" / "student_last.pth", weights_only=True)["state_dict"]
+
+
+def write_images(folder, classes=("circle", "cross", "square"), count=4, size=12):
+    """Class folders of random colour images whose brightness tells the class."""
+    random = np.random.default_rng(0)
+    for level, name in enumerate(classes):
+        (folder / name).mkdir(parents=True)
+        for i in range(count):
+            pixels = random.integers(80 * level, 80 * level + 80, (size, size, 3), np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{i}.png")
+
+
+@pytest.fixture
+def weights(tmp_path):
+    """Write weights for a network of this file's kind -> their path."""
+
+    def write(factory="tiny", classes=3, channels=3, name="weights.pth"):
+        torch.manual_seed(0)
+        torch.save(getattr(nets, factory)(classes, channels).state_dict(), tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+@pytest.fixture
+def untrained(weights, tmp_path, monkeypatch):
+    """Call datafree_kd.py from ``tmp_path`` for one tiny epoch with a teacher of random weights."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, classes=3, channels=3):
+        path = weights("tiny", classes, channels)
+        call(datafree_kd, "--teacher", nets.name("tiny"), "--teacher_weights", path, *TINY_RUN, "--epochs", 1,
+             *words)
+
+    return run
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """data/shapes with a card and test images, without any training image."""
+    write_images(tmp_path / "data" / "shapes" / "test")
+    SHAPES.to_yaml(tmp_path / "data" / "shapes" / "card.yaml")
+    return tmp_path / "data" / "shapes"
+
+
+# What a run leaves.
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, tmp_path):
+    folder = distil("--epochs", 2, method=method)
+    assert folder == tmp_path / "runs" / f"digits_{method}_tiny_small" / "run"
+    promised = {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "summary.json", "grids/epoch_0000.png",
+                "grids/epoch_0001.png", *(f"checkpoints/{name}.pth" for name in (
+                    "last", "best", "student_last", "student_best"))}
+    left = {name for name in files(folder) if not name.startswith("tb/")}
+    assert left == promised | {".lock"} and list((folder / "tb").iterdir())
+    assert [row["epoch"] for row in rows(folder)] == [0, 1]
+    assert {"commit", "torch", "device", "command"} <= json.loads((folder / "env.json").read_text()).keys()
+    log, summary = (folder / "log.txt").read_text(), json.loads((folder / "summary.json").read_text())
+    assert "Plan: " in log and "Last: " in log and "Best: " in log and log.count("[Eval] Epoch=") == 2
+    assert summary["last_acc1"] == pytest.approx(rows(folder)[-1]["acc1"], abs=1e-3)
+    assert summary["best_acc1"] >= summary["last_acc1"] and summary["teacher_acc1"] > 80
+    assert summary["images"] == {"noise": 192, "real": 0}.get(method, 64)
+    capsys.readouterr()
+    distil("--student_weights", folder / "checkpoints" / "student_last.pth", "--evaluate_only")
+    assert accuracy(capsys.readouterr().out) == pytest.approx(summary["last_acc1"], abs=1e-3)
+
+
+def test_the_configuration_left_repeats_the_run(distil):
+    folder = distil("--epochs", 2, "--seed", 3)
+    call(datafree_kd, "--config", folder / "config.yaml", "--log_tag", "again")
+    again = folder.with_name("again")
+    assert rows(folder) == rows(again)
+    first, second = (student_of(f) for f in (folder, again))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    configs = [yaml.safe_load((f / "config.yaml").read_text()) for f in (folder, again)]
+    assert [c["run"].pop("log_tag") for c in configs] == ["run", "again"] and configs[0] == configs[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_print_config_reads_back(method, distil, capsys, tmp_path):
+    distil("--print-config", method=method)
+    text = capsys.readouterr().out
+    (tmp_path / "printed.yaml").write_text(text)
+    call(datafree_kd, "--config", tmp_path / "printed.yaml", "--print_config")
+    assert capsys.readouterr().out == text and yaml.safe_load(text)["method"] == method
+    assert files(tmp_path) == ["printed.yaml"]
+
+
+def test_a_dry_run_tells_the_plan_and_writes_nothing(distil, capsys, tmp_path):
+    distil("--dry-run")
+    out = capsys.readouterr().out
+    assert "8 rounds of 3 synthesis steps and 3 student steps of 32 views; 128 images" in out
+    assert "no training image is opened" in out
+    scratch("--model", nets.name("tiny"), "--dry_run")
+    assert "1,442 images of digits" in capsys.readouterr().out
+    assert files(tmp_path) == []
+    write_images(tmp_path / "data" / "own" / "train")
+    write_images(tmp_path / "data" / "own" / "test")
+    before = files(tmp_path)
+    call(train_scratch, "--dataset", "own", "--model", nets.name("tiny"), "--dry_run")
+    assert "3x12x12 in 3 classes" in capsys.readouterr().out and files(tmp_path) == before
+
+
+def test_a_dry_run_makes_the_checks_of_a_run(distil, refused):
+    assert "kd_steps" in refused(distil, "--kd_steps", 60, "--dry_run")
+    assert "fp16" in refused(distil, "--precision", "fp16", "--dry_run")
+
+
+def test_evaluation_alone_needs_no_teacher(distil, capsys, tmp_path, monkeypatch, teacher, refused):
+    monkeypatch.chdir(tmp_path)
+    call(datafree_kd, "--dataset", "digits", "--student", nets.name("tiny"), "--student_weights", teacher,
+         "--evaluate_only")
+    assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
+    scratch("--model", nets.name("tiny"), "--weights", teacher, "--evaluate_only")
+    assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
+    assert "--eval" in refused(distil, "--evaluate_only", "--eval", "none")
+
+
+# A teacher, then its student.
+
+def test_a_teacher_is_published_and_found_by_its_name(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", nets.name("tiny"), "--batch_size", 256)
+    scratch(*words, "--epochs", 1)
+    published = tmp_path / "checkpoints" / "pretrained" / "digits_tiny.pth"
+    before = published.read_bytes()
+    call(datafree_kd, "--teacher", nets.name("tiny"), *TINY_RUN, "--epochs", 1)
+    scratch(*words, "--epochs", 2, "--seed", 1)
+    assert published.read_bytes() == before and "exists and stays as it is" in capsys.readouterr().out
+    facts = torch.load(published, weights_only=True)
+    assert facts["dataset"] == "digits" and facts["shape"] == [1, 16, 16] and facts["epoch"] == 1
+    summary = json.loads((tmp_path / "runs" / "digits_scratch_tiny" / "seed0" / "summary.json").read_text())
+    assert facts["acc1"] == pytest.approx(summary["last_acc1"], abs=1e-3)
+
+
+def test_ones_own_folder_of_images_from_teacher_to_student(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "data" / "own"
+    for split in ("train", "test"):
+        write_images(own / split, count=12)
+    common = ("--threads", 1, "--dataset", "own", "--epochs", 15, "--log_tag", "t")
+    call(train_scratch, *common, "--model", nets.name("tiny"), "--batch_size", 12, "--weight_decay", 0)
+    card = DatasetCard.from_yaml(own / "card.yaml")
+    assert (card.shape, card.num_classes) == ((3, 12, 12), 3)
+    (own / "train").rename(tmp_path / "away")
+    call(datafree_kd, *TINY_RUN, *common, "--teacher", nets.name("tiny"), "--epochs", 2)
+    summary = json.loads((tmp_path / "runs" / "own_rgal_tiny_small" / "t" / "summary.json").read_text())
+    assert summary["teacher_acc1"] > 90
+
+
+def test_a_weak_teacher_is_called_out(distil):
+    folder = distil("--epochs", 1, "--teacher_acc", 99.9)
+    assert "[Alarm] the teacher reaches only" in (folder / "log.txt").read_text()
+
+
+def test_networks_may_have_their_own_normalisation(distil, refused):
+    folder = distil("--epochs", 1, "--teacher_mean", "0.9", "--teacher_std", "0.01")
+    assert json.loads((folder / "summary.json").read_text())["teacher_acc1"] < 80
+    assert "--teacher_mean" in refused(distil, "--teacher_mean", "0.5,0.5,0.5")
+
+
+def test_the_teacher_is_after_a_run_as_it_was(distil, teacher, monkeypatch):
+    loaded, load = [], datafree_kd.load_teacher
+    monkeypatch.setattr(datafree_kd, "load_teacher", lambda given: loaded.append(load(given)) or loaded[0])
+    distil("--epochs", 2, "--cr", 1, "--gram_loss", 1)
+    before, after = torch.load(teacher, weights_only=True)["state_dict"], loaded[0].model.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+    assert all(p.grad is None for p in loaded[0].parameters())
+
+
+# Nothing but the card.
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_training_images_are_asked_for_by_the_control_alone(method, distil, monkeypatch):
+    asked, load = [], session.load_split
+    monkeypatch.setattr(session, "load_split", lambda *given: asked.append(given[2]) or load(*given))
+    distil("--epochs", 1, method=method)
+    assert asked == ["test"] + ["train"] * (method == "real")
+
+
+def test_no_data_at_all(untrained, tmp_path, monkeypatch):
+    monkeypatch.setattr(session, "load_split", lambda *a: pytest.fail("no data may be looked for"))
+    untrained("--dataset", "cifar10", "--eval", "none", classes=10)
+    folder = tmp_path / "runs" / "cifar10_rgal_tiny_small" / "seed0"
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["last_acc1"] is summary["best_acc1"] is None and summary["images"] == 32
+    assert "checkpoints/student_last.pth" in files(folder) and "checkpoints/best.pth" not in files(folder)
+
+
+def test_a_card_alone_gives_the_shape(untrained, tmp_path):
+    DatasetCard("odd", 2, 20, 12, 3, (0.5, 0.5), (0.2, 0.2)).to_yaml("odd.yaml")
+    untrained("--card", "odd.yaml", "--eval", "none", channels=2)
+    assert (tmp_path / "runs" / "odd_rgal_tiny_small" / "seed0" / "summary.json").exists()
+
+
+@pytest.mark.parametrize("method", ["rgal", "noise"])
+def test_the_folder_of_training_images_may_be_absent(method, untrained, shapes, tmp_path):
+    untrained("--dataset", "shapes", "--method", method)
+    assert (tmp_path / "runs" / f"shapes_{method}_tiny_small" / "seed0" / "summary.json").exists()
+
+
+def test_training_images_that_are_there_are_not_touched(untrained, shapes, tmp_path):
+    """Every file that a process opens or lists is seen by Python's audit."""
+    write_images(shapes / "train")
+
+    def audit(event, arguments):
+        if event in ("open", "os.listdir", "os.scandir"):
+            if str(shapes / "train") in os.path.abspath(str(arguments[0])):
+                os._exit(99)
+
+    def run(method):
+        sys.addaudithook(audit)
+        untrained("--dataset", "shapes", "--method", method)
+
+    for method, code in (("rgal", 0), ("rgal_release", 0), ("noise", 0), ("real", 99)):
+        assert forked(run, method) == code
+        finished = (tmp_path / "runs" / f"shapes_{method}_tiny_small" / "seed0" / "summary.json").exists()
+        assert finished == (code == 0)
+
+
+def test_what_an_earlier_run_left_is_never_used(distil, tmp_path):
+    """Neither images nor weights: the second run of a crowded folder equals the first of an empty one."""
+    first = distil("--epochs", 2, save_dir="fresh")
+    distil("--epochs", 1, "--seed", 7, tag="other", save_dir="used")
+    Image.new("L", (16, 16)).save(tmp_path / "used" / "digits_rgal_tiny_small" / "0.png")
+    assert rows(first) == rows(distil("--epochs", 2, save_dir="used"))
+
+
+def test_warm_up_ends_with_a_student_whose_rate_has_fallen_to_0(distil, refused):
+    folder = distil("--warmup", 2)
+    assert [row.get("student/kd") is None for row in rows(folder)] == [True, True, False, False]
+    assert rows(folder)[1]["lr"] == pytest.approx(0.1) and rows(folder)[-1]["lr"] == 0
+    assert "--warmup" in refused(distil, "--warmup", 4)
+
+
+def test_half_precision_on_the_cpu(distil):
+    folder = distil("--epochs", 1, "--precision", "bf16", "--cr", 1, "--gram_loss", 1)
+    assert all(value is not None for value in rows(folder)[0].values())
+
+
+# Mistakes: one line, a culprit, a remedy, an exit code.
+
+class Creates:
+    """Its pickle makes a file when it is loaded without care."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (str(self.path), "w")
+
+
+def test_weights_that_cannot_be_used(distil, refused, weights, teacher, tmp_path):
+    def given(path):
+        return refused(distil, "--teacher_weights", path)
+
+    line = given("nowhere.pth")
+    assert "nowhere.pth" in line and "check the path" in line
+    (tmp_path / "half.pth").write_bytes(teacher.read_bytes()[:2000])
+    assert "half.pth is truncated" in given("half.pth")
+    assert "weights of another" in given(weights("plain", 10, 1))
+    assert "weights of another" in given(weights("small", 10, 1))
+    line = given(weights("tiny", 7, 1))
+    assert "answers 7 classes" in line and "the model 10" in line
+    contents = {"state_dict": nets.tiny(10, 1).state_dict(), "x": Creates(tmp_path / "proof")}
+    torch.save(contents, tmp_path / "evil.pth")
+    assert "evil.pth asks to run" in given("evil.pth") and not (tmp_path / "proof").exists()
+    state = nets.tiny(10, 1).state_dict()
+    state["0.0.weight"][0] = torch.nan
+    torch.save(state, tmp_path / "nan.pth")
+    assert "nan.pth: 0.0.weight is not finite" in given("nan.pth")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_teacher_that_was_never_trained(refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = refused(call, datafree_kd, "--dataset", "digits", "--teacher", "resnet8", "--student", "resnet8")
+    assert "digits_resnet8.pth" in line and "train_scratch.py --dataset digits --model resnet8" in line
+
+
+@pytest.mark.parametrize("evaluated", ["test", "none"])
+def test_a_teacher_whose_logits_are_not_finite(evaluated, distil, refused, tmp_path):
+    torch.save(nets.Overflows(10, 1).state_dict(), tmp_path / "o.pth")
+    words = ("--teacher", nets.name("Overflows"), "--teacher_weights", "o.pth")
+    line = refused(distil, *words, "--eval", evaluated)
+    assert "teacher Overflows" in line and "non-finite logits" in line and "check its weights" in line
+
+
+def test_a_teacher_without_batch_norm(distil, refused, weights):
+    words = ("--teacher", nets.name("plain"), "--teacher_weights", weights("plain", 10, 1))
+    line = refused(distil, *words)
+    assert "plain has no BatchNorm" in line and "--bn 0" in line
+    assert (distil(*words, "--bn", 0, "--epochs", 1) / "summary.json").exists()
+
+
+def test_networks_that_do_not_fit_the_data(distil, refused):
+    line = refused(distil, "--student", nets.name("stubborn"))
+    assert "student" in line and "7 classes" in line and "10" in line
+    assert "3 channels" in refused(distil, "--student", "alexnet")
+    assert "nowhere.py" in refused(distil, "--student", "nowhere.py:net")
+
+
+def test_a_loss_that_is_not_finite_names_its_term_and_keeps_the_last_checkpoint(distil, refused, tmp_path):
+    line = refused(distil, "--student", nets.name("Poisoned"), doors_only=False)
+    assert re.search(r"student/(kd|cd_loss|striplet) became nan", line) and "learning rate" in line
+    folder = next((tmp_path / "runs").glob("*/run"))
+    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert state["position"]["epoch"] == 3 == len(rows(folder)) and not (folder / "summary.json").exists()
+    assert all(tensor.isfinite().all() for tensor in state["learner"]["student"].values())
+
+
+def test_data_that_cannot_be_used(refused, untrained, shapes, tmp_path):
+    test = shapes / "test"
+
+    def given(*words):
+        return refused(untrained, "--dataset", "shapes", *words)
+
+    assert "nearest: shapes" in refused(call, datafree_kd, "--dataset", "shapse", code=2)
+    line = given("--dataset", "cifar10", "--download", "false")
+    assert "no test images of cifar10" in line and "--data_root" in line and "--eval none" in line
+    (test / "cross" / "0.png").write_bytes((test / "cross" / "1.png").read_bytes()[:60])
+    line = given()
+    assert "cross/0.png" in line and "replace or remove" in line
+    for name in ("circle", "square"):
+        (test / name).rename(tmp_path / name)
+    line = given()
+    assert "holds 1 class folders" in line and "at least 2" in line
+    (tmp_path / "circle").rename(test / "circle")
+    (test / "cross" / "0.png").unlink()
+    line = given()
+    assert "2 classes" in line and "3 in the data card" in line
+    (shapes / "card.yaml").unlink()
+    line = given()
+    assert "no data card" in line and "train_scratch.py --dataset shapes" in line and "--card" in line
+    assert "class folders" in refused(call, train_scratch, "--dataset", "shapes", "--model", "resnet8")
+
+
+def test_folders_for_the_output_that_cannot_be_used(distil, refused, tmp_path):
+    (tmp_path / "file").touch()
+    line = refused(distil, "--save_dir", "file/below")
+    assert "could not write file/below" in line and "--save_dir" in line
+    folder = distil("--epochs", 1)
+    line = refused(distil)
+    assert "already holds a run" in line and "--log_tag" in line and "--resume auto" in line
+    with RunFolder(folder, "x", "", resume=True):
+        line = refused(distil, "--resume", "auto")
+    assert "is in use" in line and "--log_tag" in line
+
+
+def test_a_gpu_that_is_not_there(distil, refused, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    line = refused(distil, "--gpu", 0)
+    assert "cuda:0" in line and "no such GPU" in line and "--device cpu" in line
+
+
+@pytest.mark.parametrize("words, code, parts", [
+    (("--precision", "fp16"), 1, ("fp16", "bf16")),
+    (("--kd_steps", 60), 1, ("kd_steps 60", "ep_steps 6", "lower --kd_steps")),
+    (("--pool_size", 8), 1, ("--pool_size 8", "--synthesis_batch_size 16")),
+    (("--bn", 0, "--oh", 0, "--adv", 0, "--triplet", 0), 1, ("no synthesis term", "--bn 1")),
+    (("--kd", 0, "--cd_loss", 0, "--striplet", 0), 1, ("--kd",)),
+    (("--g_step", 60), 2, ("--g_step", "--g_steps")),
+    (("--bn", "much"), 2, ("--bn", "a number")),
+    (("--relation", "papre"), 2, ("papre", "paper")),
+    (("--epochs", 0), 2, ("--epochs", "at least 1")),
+    (("--method", "rgla"), 2, ("rgla", "rgal")),
+    (("--device", "tpu"), 2, ("tpu", "cpu, cuda")),
+    (("--student", "resnet9"), 2, ("resnet9", "resnet8")),
+    (("--teacher", "resnet9", "--teacher_weights", ""), 2, ("resnet9", "resnet8")),
+    (("--config", "nowhere.yaml"), 2, ("nowhere.yaml",)),
+])
+def test_options_that_cannot_be(words, code, parts, distil, refused, tmp_path):
+    line = refused(distil, *words, code=code)
+    assert all(part in line for part in parts) and "train_scratch" not in line
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("program", ["datafree_kd.py", "train_scratch.py"])
+def test_a_mistake_in_a_process_of_its_own(program, tmp_path):
+    path = Path(datafree_kd.__file__).with_name(program)
+    done = command(path, "--epcohs", "3", cwd=tmp_path)
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: unknown option --epcohs; did you mean --epochs?\n"
+    assert os.listdir(tmp_path) == []

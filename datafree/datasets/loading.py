@@ -50,12 +50,12 @@ def load_split(card, data_root, split, download=True, device="cpu", workers=2):
     return TensorSplit(images, labels, card.num_classes).to(device)
 
 
-def resolve_card(name, data_root, card_path="", may_derive=False):
+def resolve_card(name, data_root, card_path="", may_derive=False, write=True):
     """The card of data set ``name``; the name inside an explicit ``card_path`` takes its place.
 
     After ``card_path`` come the registered cards, then ``data_root/<name>/card.yaml``. Failing these, and
-    only if ``may_derive``, the card is derived from the training images and written there, so that they
-    are not needed again. Raises InputError where there is no card, OptionError for a name without any folder.
+    only if ``may_derive``, the card is derived from the training images and, if ``write``, written there, so
+    that they are not needed again. Raises InputError where there is no card, OptionError for a name without any folder.
     """
     if card_path:
         return DatasetCard.from_yaml(card_path)
@@ -71,6 +71,8 @@ def resolve_card(name, data_root, card_path="", may_derive=False):
         raise InputError(f"there is no data card {path}; `python train_scratch.py --dataset {name}` writes "
                          "it from the training images, or give one by --card")
     card = derive_card(name, root)
+    if not write:
+        return card
     card.to_yaml(path)
     print(f"data card derived from the training images and written to {path}: {card}")
     return card

@@ -2,6 +2,7 @@
 import torch
 
 from datafree import criterions, relation
+from datafree.errors import InputError
 from datafree.learners.base import Learner
 from datafree.synthesis.objective import stage_slice
 
@@ -13,6 +14,9 @@ class DistillLearner(Learner):
     """
 
     def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none"):
+        if not settings.kd and (settings.custom_steps < 1 or not any(
+                (settings.cd_loss, settings.gram_loss, triplets.striplet))):
+            raise InputError("with --kd 0 no student term has a weight in all of the run; give --kd one")
         projects = settings.cd_loss or settings.gram_loss
         self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device) if projects else None
         extra = self.projection.parameters() if projects else ()

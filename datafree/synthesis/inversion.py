@@ -27,7 +27,6 @@ class InversionSynthesis(BaseSynthesis):
         self.optimizer = self._new_optimizer()
         directions = torch.randn(pool.num_classes, settings.nz, device=pool.device)
         self.centres = settings.class_noise * torch.nn.functional.normalize(directions)
-        self._latest = None
 
     @property
     def images_made(self):
@@ -84,7 +83,6 @@ class InversionSynthesis(BaseSynthesis):
         self.pool.add(images, targets)
         if self.objective.contrast:
             self.objective.contrast.remember(images)
-        self._latest = images, targets
 
     def _new_optimizer(self):
         head = self.objective.contrast.head.parameters() if self.objective.contrast else ()
@@ -94,7 +92,7 @@ class InversionSynthesis(BaseSynthesis):
         return self.pool.sample(n, self.balanced)
 
     def latest(self):
-        return self._latest
+        return self.pool.newest(self.settings.synthesis_batch_size)
 
     def state_dict(self):
         state = {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict(),

@@ -21,6 +21,7 @@ class SynthesisObjective:
         self.settings, self.triplets, self.teacher, self.student = settings, triplets, teacher, student
         self.weights = {name: getattr(settings, name) for name in TERMS}
         self.weights["triplet"] = 0.0 if triplets.relation == "off" else triplets.triplet
+        self._wanted()
         self.bn_tap = BatchNormTap(teacher)
         if self.weights["bn"] and not self.bn_tap.layers:
             raise InputError(f"the teacher {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
@@ -40,9 +41,7 @@ class SynthesisObjective:
         images, views: (N, C, H, W) in [0, 1]; targets: (N,), the classes asked for.
         with_student: whether terms that look at the student take part.
         """
-        wanted = {name for name, weight in self.weights.items() if weight}
-        if not with_student:
-            wanted -= {"adv"} | ({"triplet"} if self.triplets.triplet_target == "student" else set())
+        wanted = self._wanted(with_student)
         with self.bn_tap if "bn" in wanted else nullcontext():
             teacher = self.teacher.features(views)
         looks_at_student = "adv" in wanted or ("triplet" in wanted and self.triplets.triplet_target == "student")
@@ -50,6 +49,16 @@ class SynthesisObjective:
         terms = {name: getattr(self, f"_{name}")(images, teacher, student, targets)
                  for name in self.weights if name in wanted}
         return sum(self.weights[name] * term for name, term in terms.items()), terms
+
+    def _wanted(self, with_student=True):
+        """Names of the terms to compute; InputError where there is none."""
+        wanted = {name for name, weight in self.weights.items() if weight}
+        if not with_student:
+            wanted -= {"adv"} | ({"triplet"} if self.triplets.triplet_target == "student" else set())
+        if not wanted:
+            raise InputError("no synthesis term has a weight" + ("" if with_student else " during --warmup")
+                             + "; give one, such as --bn 1 and --oh 1")
+        return wanted
 
     def _bn(self, images, teacher, student, targets):
         return criterions.bn_distance(self.bn_tap.statistics, self.settings.bn_reduction)

@@ -1,0 +1,191 @@
+"""Numbers about images on cases worked out by hand, and alarms that ring when they should only."""
+import math
+import re
+from dataclasses import fields
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from datafree.config import DistillConfig, sections
+from datafree.diagnostics import Watch, alarms, describe
+from datafree.network import Network
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def linear(rows):
+    """A network whose embedding is the image, a row of pixels, and whose logits are ``rows`` times it."""
+    rows = torch.tensor(rows, dtype=torch.float32)
+    layer = nn.Linear(rows.shape[1], rows.shape[0], bias=False)
+    layer.weight.data = rows
+    return Network(nn.Sequential(nn.Flatten(), layer), (1, 1, rows.shape[1]), (0.0,), (1.0,))
+
+
+def as_images(rows):
+    return torch.tensor(rows, dtype=torch.float32).view(len(rows), 1, 1, -1)
+
+
+TEACHER = [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
+SWAPPED = [[10, 0, 0], [0, 0, 10], [0, 10, 0]]  # names class 1 class 2 and the other way round
+ROWS = [[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]]  # the teacher answers 0 0 1 2
+TARGETS = torch.tensor([0, 1, 1, 2])
+
+
+def test_numbers_of_a_case_worked_out_by_hand():
+    numbers = describe(as_images(ROWS), TARGETS, linear(TEACHER).freeze(), linear(SWAPPED))
+    root2, slant = math.sqrt(2), math.sqrt(0.8)  # from (0.8, 0.6, 0) to (0, 1, 0)
+    apart = [math.sqrt(0.4), root2, root2, slant, root2, root2]
+    confidence = [1 / (1 + 2 * math.exp(-10)), 1 / (1 + math.exp(-2) + math.exp(-8))]
+    assert numbers == pytest.approx({
+        "label_entropy": 1.5 * math.log(2) / math.log(3),
+        "classes_hit": 3,
+        "teacher_confidence": (3 * confidence[0] + confidence[1]) / 4,
+        "student_agreement": 0.5,
+        "target_agreement": 0.75,
+        "distance_within_class": math.sqrt(0.4),
+        "distance_to_other_class": (2 * root2 + 2 * slant) / 4,
+        "anchors_with_positive": 0.5,
+        "anchors_with_negative_in_band": 0.5,  # the two ends of the slant, which is within 0.5 and 1
+        "pixel_distance": sum(apart) / 6 / math.sqrt(3),
+        "near_duplicates": 0.0,
+    }, rel=1e-5)
+    assert all(isinstance(value, (int, float)) for value in numbers.values())
+
+
+def test_without_targets_there_is_no_agreement_with_them():
+    numbers = describe(as_images(ROWS), None, linear(TEACHER).freeze(), linear(SWAPPED))
+    assert "target_agreement" not in numbers and not alarms(numbers, numbers)
+
+
+def test_the_band_is_looked_for_in_the_space_that_is_drawn_from():
+    rows = torch.rand(40, 6).numpy()
+    weights = torch.randn(5, 6).numpy() * 3
+    teacher = linear(weights).freeze()
+    labels = (rows @ weights.T).argmax(1)
+    for space, vectors in (("embedding", rows), ("logits", rows @ weights.T)):
+        unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+        r = np.linalg.norm(unit[:, None] - unit[None], axis=2)
+        oracle = ((r > 0.5) & (r < 1.0) & (labels[:, None] != labels[None])).any(1).mean()
+        found = describe(as_images(rows), None, teacher, teacher, space)
+        assert found["anchors_with_negative_in_band"] == pytest.approx(oracle, abs=1e-6)
+        assert 0 < oracle
+
+
+@pytest.mark.parametrize("rows", [[[1, 0, 0]], [[1, 0, 0]] * 5, [[0, 0, 0]] * 3, [[1, 0, 0], [0, 1, 0]]],
+                         ids=["one image", "one class", "black images", "two images"])
+def test_numbers_of_few_or_equal_images_are_finite(rows):
+    targets = torch.zeros(len(rows), dtype=torch.long)
+    numbers = describe(as_images(rows), targets, linear(TEACHER), linear(TEACHER))
+    assert all(math.isfinite(value) for value in numbers.values()), numbers
+
+
+def test_one_image_raises_no_alarm():
+    numbers = describe(as_images([[1, 0, 0]]), torch.tensor([0]), linear(TEACHER), linear(TEACHER))
+    assert alarms(numbers, numbers) == []
+
+
+def test_near_duplicates_are_told_from_similar_images():
+    images = torch.rand(40, 3, 64, 64)
+    step = torch.randn(3, 64, 64)
+    step /= step.square().mean().sqrt()
+    images[1] = images[0]  # equal
+    images[3] = images[2] + 0.01 * step
+    images[5] = images[4] + 0.03 * step  # too different
+    network = Network(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), (3, 64, 64),
+                      (0.0,) * 3, (1.0,) * 3)
+    numbers = describe(images, None, network, network)
+    assert numbers["near_duplicates"] == pytest.approx(4 / 40)
+    oracle = torch.pdist(images.flatten(1).double()).mean().item() / math.sqrt(3 * 64 * 64)
+    assert numbers["pixel_distance"] == pytest.approx(oracle, rel=1e-3)
+
+
+def test_describing_leaves_the_student_as_it_was():
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.BatchNorm2d(2), nn.Flatten(), nn.Linear(32, 3))
+    student = Network(model, (1, 4, 4), (0.0,), (1.0,)).train()
+    teacher = Network(nn.Sequential(nn.Flatten(), nn.Linear(16, 3)), (1, 4, 4), (0.0,), (1.0,)).freeze()
+    before = {name: value.clone() for name, value in student.state_dict().items()}
+    describe(torch.rand(8, 1, 4, 4), None, teacher, student)
+    assert all(torch.equal(value, before[name]) for name, value in student.state_dict().items())
+    assert student.training and model[1].training and all(p.requires_grad for p in student.parameters())
+
+
+# ---------------------------------------------------------------- alarms
+
+HEALTHY = {"label_entropy": 0.95, "classes_hit": 10, "teacher_confidence": 0.9, "student_agreement": 0.6,
+           "target_agreement": 0.9, "distance_within_class": 0.4, "distance_to_other_class": 0.7,
+           "anchors_with_positive": 1.0, "anchors_with_negative_in_band": 0.9, "pixel_distance": 0.25,
+           "near_duplicates": 0.0}
+
+
+@pytest.mark.parametrize("now", [
+    {}, {"pixel_distance": 0.15}, {"near_duplicates": 0.1}, {"student_agreement": 0.2},
+    {"target_agreement": 0.35}, {"label_entropy": 0.6}, {"classes_hit": 2, "student_agreement": 0.7},
+    {"classes_hit": 100, "student_agreement": 0.03}, {"classes_hit": 1, "student_agreement": 0.0},
+], ids=str)
+def test_a_healthy_run_raises_no_alarm(now):
+    assert alarms({**HEALTHY, **now}, HEALTHY) == []
+
+
+@pytest.mark.parametrize("now, seen, option", [
+    ({"label_entropy": 0.3}, "entropy 0.30 of 1", "--oh"),
+    ({"target_agreement": 0.12}, "12% of the classes asked for", "--g_steps"),
+    ({"pixel_distance": 0.1}, "0.100 after 0.250", "--generator_init"),
+    ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--lr_z"),
+    ({"student_agreement": 0.11}, "11% of the new images", "--lr"),
+    ({"classes_hit": 2, "student_agreement": 0.52}, "52% of the new images", "--adv"),
+], ids=lambda value: str(value) if isinstance(value, dict) else "")
+def test_each_trouble_raises_its_own_alarm(now, seen, option):
+    alarm, = alarms({**HEALTHY, **now}, HEALTHY)
+    assert seen in alarm and option in alarm
+
+
+def test_weak_agreement_with_the_targets_is_called_out_from_the_first_epoch_until_it_grows():
+    first = {**HEALTHY, "target_agreement": 0.2}
+    assert len(alarms(first, first)) == 1
+    assert alarms({**HEALTHY, "target_agreement": 0.25}, first) == []
+
+
+def test_alarms_name_options_that_exist():
+    worst = {**HEALTHY, "label_entropy": 0, "target_agreement": 0, "pixel_distance": 0, "near_duplicates": 1,
+             "student_agreement": 0}
+    found = alarms(worst, HEALTHY)
+    options = {field.name for section in sections(DistillConfig).values() for field in fields(section)}
+    named = set(re.findall(r"--(\w+)", " ".join(found)))
+    assert len(found) == 5 and named and named <= options
+
+
+def test_collapsed_images_raise_the_alarms_and_good_ones_do_not():
+    teacher, student = linear(TEACHER).freeze(), linear(SWAPPED)
+    targets = torch.arange(30) % 3
+    good = as_images((torch.eye(3)[targets] + 0.3 * torch.rand(30, 3)).numpy())
+    numbers = describe(good, targets, teacher, teacher)
+    assert alarms(numbers, numbers) == []
+    collapsed = good[:1].expand(30, -1, -1, -1)
+    found = " ".join(alarms(describe(collapsed, targets, teacher, student), numbers))
+    assert all(words in found for words in ("few classes", "half as different", "near-duplicates"))
+
+
+class Source:
+    """Images that fade towards grey from one look to the next."""
+
+    def __init__(self):
+        self.strength = 1 / 0.6
+
+    def latest(self):
+        self.strength *= 0.6
+        return self.strength * as_images(ROWS), TARGETS
+
+
+def test_watch_compares_with_the_first_look():
+    teacher = linear(TEACHER).freeze()
+    watch = Watch(Source(), teacher, teacher, "embedding")
+    looks = [watch() for _ in range(3)]
+    first = looks[0][0]["pixel_distance"]
+    distances = [numbers["pixel_distance"] for numbers, _ in looks]
+    assert distances == pytest.approx([first, 0.6 * first, 0.36 * first], rel=1e-4)
+    assert [len(found) for _, found in looks] == [0, 0, 1] and "half as different" in looks[2][1][0]

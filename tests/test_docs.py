@@ -1,0 +1,151 @@
+"""Every command that the project shows can be typed as it stands, and every config says only what it has to."""
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from dataclasses import asdict
+
+import datafree_kd
+import pytest
+import registry
+import train_scratch
+import yaml
+from conftest import ROOT, call
+
+from datafree import cli
+from datafree.config import DistillConfig, ScratchConfig
+
+PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
+SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
+CONFIGS = sorted(set(ROOT.glob("configs/**/*.yaml")) - set(ROOT.glob("configs/methods/*")))
+PROGRAMS = {"datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
+            "train_scratch.py": (train_scratch, ScratchConfig, None)}
+TINY = {"datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2 --g_steps 1".split(),
+        "train_scratch.py": "--epochs 1 --batch_size 512".split()}
+
+
+def texts():
+    """(file, text in which commands are to be found)."""
+    for path in PAGES:
+        blocks = re.findall(r"^```(?:bash|sh|console)\n(.*?)^```", path.read_text(), re.DOTALL | re.MULTILINE)
+        yield path, "\n".join(blocks)
+    for path in [*SCRIPTS, *CONFIGS]:  # a comment may end with ": command"
+        yield path, re.sub(r"^# .*: (?=python |bash )", "", path.read_text(), flags=re.MULTILINE)
+    for name, (program, *_) in PROGRAMS.items():
+        yield ROOT / name, program.EXAMPLES
+
+
+def commands(text):
+    """The words of each line that starts with python or bash, without prompt, settings before and "$@"."""
+    for line in re.sub(r"\\\n\s*", " ", text).splitlines():
+        line = re.sub(r"^(\$ |[A-Z_]+=\S* )+", "", line.strip()).replace('"$@"', "")
+        if re.match(r"(python|bash) ", line):
+            yield tuple(shlex.split(re.split(r" [|>&]|;", line)[0], comments=True))
+
+
+SHOWN = [pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)[:90]}")
+         for path, text in texts() for words in dict.fromkeys(commands(text))]
+
+
+def read(program, words):
+    """The configuration that these words make."""
+    _, config_class, methods = PROGRAMS[program]
+    return cli.parse(config_class, words, description="", method_files=methods)[0]
+
+
+def test_commands_are_found_in_every_kind_of_file():
+    found = {path.name for path, text in texts() if list(commands(text))}
+    assert {"quickstart.sh", "test.sh", "rgal_cifar10.sh", "rgal_cifar100.sh", "datafree_kd.py"} <= found
+    assert not any(path.name == "README.md" for path in PAGES) or "README.md" in found
+    text = '$ A=b python x.py --a 1 \\\n  "$@" | tee log  # why\npythonic prose\nbash s.sh'
+    assert list(commands(text)) == [("python", "x.py", "--a", "1"), ("bash", "s.sh")]
+
+
+@pytest.mark.parametrize("words", SHOWN)
+def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, monkeypatch):
+    monkeypatch.chdir(ROOT)  # where commands are typed
+    runner, first, *rest = words
+    if first == "-m":
+        assert importlib.util.find_spec(rest[0]), f"no module {rest[0]}"
+    elif first != "-c":
+        assert (ROOT / first).is_file(), f"no file {first}"
+    if first in PROGRAMS and "--help" not in rest:
+        read(first, rest)
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_a_script_is_valid_bash_and_stops_at_the_first_error(path):
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    assert path.name == "env.sh" or "set -euo pipefail" in path.read_text()
+
+
+@pytest.fixture(scope="module")
+def checkout(tmp_path_factory):
+    """A folder in which commands run as in the project's root, but what they write stays here."""
+    folder = tmp_path_factory.mktemp("checkout")
+    for name in ("configs", "datafree", "registry.py", *PROGRAMS):
+        (folder / name).symlink_to(ROOT / name)
+    (folder / "scripts").mkdir()
+    for path in SCRIPTS:
+        (folder / "scripts" / path.name).write_text(path.read_text())
+    return folder
+
+
+def on_digits():
+    """Shown commands that train on the digits; those of the quickstart run there."""
+    for shown in SHOWN:
+        program, *rest = shown.values[0][1:]
+        if program in PROGRAMS and "--help" not in rest and "quickstart.sh" not in shown.id:
+            config = read(program, [str(ROOT / w) if w.startswith("configs/") else w for w in rest])
+            if config.data.dataset == "digits" and not config.run.evaluate_only:
+                yield pytest.param(program, rest, config, id=shown.id)
+
+
+@pytest.mark.parametrize("program, words, config", list(on_digits()))
+def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkeypatch, tmp_path):
+    monkeypatch.chdir(checkout)
+    own = ["--threads", 1, "--save_dir", tmp_path]
+    if program == "datafree_kd.py":
+        weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
+        if not weights.exists():
+            call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher, *TINY["train_scratch.py"], *own)
+        own += ["--teacher_weights", weights]
+    call(PROGRAMS[program][0], *words, *TINY[program], *own)
+    assert list(tmp_path.rglob("summary.json"))
+
+
+def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(checkout, tmp_path):
+    cases = "".join(f"{name}) set -- \"$@\" {' '.join(flags)};;\n" for name, flags in TINY.items())
+    (tmp_path / "python").write_text(f"#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} \"$@\"\n")
+    (tmp_path / "python").chmod(0o755)
+    (checkout / "scripts" / "env.sh").write_text(f'cd {checkout}; PATH={tmp_path}:$PATH\n')  # this environment will do
+    done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", "--seed", "3"], cwd=tmp_path,
+                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    [runs] = checkout.glob("runs/quickstart-*")
+    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("digits_")][-4:]
+    assert [row[0].split("_")[1] for row in rows] == ["scratch", "rgal", "noise", "real"]
+    used = {yaml.safe_load(path.read_text()).get("teacher", {}).get("teacher_weights")
+            for path in runs.glob("*_resnet8/seed3/config.yaml")}
+    assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3/checkpoints/student_last.pth"}
+    assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
+
+
+@pytest.mark.parametrize("name", registry.METHODS)
+def test_a_method_file_parses(name):
+    assert read("datafree_kd.py", ["--method", name]).method == name
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_config_parses_and_states_only_differences(path):
+    stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
+    program = "train_scratch.py" if "training" in stated else "datafree_kd.py"
+    assert program == "train_scratch.py" or "method" in stated, "the method is named, though it may be the default"
+    before = asdict(read(program, ["--method", stated["method"]] if "method" in stated else []))
+    after = asdict(read(program, ["--config", str(path)]))
+    sections = {name: values for name, values in stated.items() if name not in ("method", "expect")}
+    needless = [f"{name}.{key}" for name, values in sections.items() for key in values
+                if before[name][key] == after[name][key]]
+    assert not needless

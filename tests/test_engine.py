@@ -1,0 +1,346 @@
+"""The loop: an interrupted run ends as the uninterrupted one, and what does not fit is refused."""
+import json
+import os
+import signal
+from types import SimpleNamespace
+
+import nets
+import pytest
+import torch
+from conftest import forked, rows, scratch
+
+from datafree.config import Run
+from datafree.engine import Engine, Means, grid_rows
+from datafree.errors import InputError
+from datafree.learners.base import Learner
+from datafree.logger import RunFolder
+from datafree.session import Session
+from datafree.synthesis.base import BaseSynthesis
+from datafree.synthesis.objective import SynthesisObjective
+
+VARIANTS = {
+    "random": (),
+    "meta": ("--generator_init", "meta", "--meta_rate", 0.5, "--class_noise", 1),
+    "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
+    "ring": ("--pool_size", 24, "--balanced_sampling",
+             "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
+    "noise": ("--method", "noise"),
+    "real": ("--method", "real"),
+}
+
+
+class Killed(BaseException):
+    """Ends a run as nothing in the program expects."""
+
+
+def kill():
+    raise Killed
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def at_call(patch, owner, method, number, act):
+    """Let ``act`` happen just before the ``number``-th call of ``owner.method``."""
+    original, calls = getattr(owner, method), []
+
+    def wrapped(self, *args, **kwargs):
+        calls.append(1)
+        if len(calls) == number:
+            act()
+        return original(self, *args, **kwargs)
+
+    patch.setattr(owner, method, wrapped)
+
+
+def checkpoint_of(folder, name="last.pth"):
+    state = torch.load(folder / "checkpoints" / name, weights_only=True)
+    state.pop("seconds"), state.pop("facts")
+    state["result"] = {k: v for k, v in state["result"].items() if not k.startswith("seconds/")}
+    return state
+
+
+def same(a, b):
+    """Whether two nested states are equal to the last bit."""
+    if torch.is_tensor(a):
+        return a.dtype == b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(map(same, a, b))
+    return a == b
+
+
+def assert_same_run(one, other):
+    first, second = checkpoint_of(one), checkpoint_of(other)
+    assert first.keys() == second.keys()
+    for part in first:
+        assert same(first[part], second[part]), part
+    assert rows(one) == rows(other) and len(rows(one)) == 4
+    assert same(checkpoint_of(one, "best.pth"), checkpoint_of(other, "best.pth"))
+
+
+@pytest.fixture
+def interrupted(distil, monkeypatch):
+    """Run, interrupted at a call, then resumed -> its folder."""
+
+    def run(words, owner, method, number, act):
+        with monkeypatch.context() as patch:
+            at_call(patch, owner, method, number, act)
+            if act is kill:
+                with pytest.raises(Killed):
+                    distil(*words, tag="interrupted")
+            else:
+                folder = distil(*words, tag="interrupted")
+                assert not (folder / "summary.json").exists()
+        return distil(*words, "--resume", "auto", tag="interrupted")
+
+    return run
+
+
+@pytest.mark.parametrize("act", [kill, terminate])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil, interrupted):
+    words = VARIANTS[variant]
+    assert_same_run(distil(*words), interrupted(words, Learner, "step", 15, act))
+
+
+@pytest.mark.parametrize("owner, method, number", [
+    (SynthesisObjective, "__call__", 8), (SynthesisObjective, "__call__", 10),
+    (SynthesisObjective, "__call__", 24), (Learner, "step", 1), (Learner, "step", 12), (Learner, "step", 24),
+    (Session, "score", 3)])
+def test_a_signal_may_come_at_any_moment(owner, method, number, distil, interrupted):
+    """In the middle and at the end of either phase, of a round and of an epoch; while evaluating."""
+    assert_same_run(distil(), interrupted((), owner, method, number, terminate))
+
+
+def test_two_signals_in_one_epoch(distil, monkeypatch):
+    for number in (2, 1):
+        with monkeypatch.context() as patch:
+            at_call(patch, Learner, "step", number, terminate)
+            distil("--resume", "auto", tag="twice")
+    assert_same_run(distil(), distil("--resume", "auto", tag="twice"))
+
+
+def test_kill_9(distil, monkeypatch):
+    def run():
+        at_call(monkeypatch, Learner, "step", 15, lambda: os.kill(os.getpid(), signal.SIGKILL))
+        distil(tag="killed")
+
+    assert forked(run) == -9
+    assert_same_run(distil(), distil("--resume", "auto", tag="killed"))
+
+
+@pytest.mark.parametrize("act", [kill, terminate])
+def test_training_from_scratch_resumes_bit_for_bit(act, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", nets.name("tiny"), "--epochs", 4, "--batch_size", 256, "--log_tag")
+    scratch(*words, "straight")
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 13, act)
+        if act is kill:
+            with pytest.raises(Killed):
+                scratch(*words, "interrupted")
+        else:
+            scratch(*words, "interrupted")
+    scratch(*words, "interrupted", "--resume", "auto")
+    runs = tmp_path / "runs" / "digits_scratch_tiny"
+    assert_same_run(runs / "straight", runs / "interrupted")
+
+
+def test_a_finished_run_may_be_made_longer(distil):
+    distil("--epochs", 2)
+    folder = distil("--epochs", 4, "--resume", "auto")
+    assert [row["epoch"] for row in rows(folder)] == [0, 1, 2, 3]
+    assert json.loads((folder / "summary.json").read_text())["images"] == 4 * 2 * 16
+    assert rows(folder)[2]["lr"] > rows(folder)[3]["lr"] == 0
+
+
+def test_resuming_a_finished_run_changes_nothing(distil):
+    before = checkpoint_of(distil())
+    assert same(before, checkpoint_of(distil("--resume", "auto")))
+
+
+def test_resume_auto_of_nothing_starts_and_says_so(distil):
+    folder = distil("--resume", "auto")
+    assert "Nothing to resume yet" in (folder / "log.txt").read_text()
+    assert len(rows(folder)) == 4
+
+
+def test_a_wrong_path_to_resume_from_is_an_error(distil, refused, tmp_path):
+    assert "no/such.pth" in refused(distil, "--resume", "no/such.pth")
+    assert not (tmp_path / "runs").exists()
+    student = distil(tag="other") / "checkpoints" / "student_last.pth"
+    assert "no 'learner'" in refused(distil, "--resume", student)
+
+
+def test_fewer_epochs_than_are_done(distil, refused):
+    distil("--epochs", 3)
+    line = refused(distil, "--epochs", 2, "--resume", "auto")
+    assert "epoch 3" in line and "--epochs" in line
+
+
+@pytest.mark.parametrize("words, named", [
+    (("--student", nets.name("tiny")), "model"),
+    (("--method", "rgal_release"), "method"),
+    (("--method", "noise"), "method"),
+    (("--teacher", nets.name("small"), "--teacher_weights", "small.pth"), "teacher"),
+])
+def test_another_run_cannot_be_resumed(words, named, distil, refused, tmp_path):
+    last = distil(tag="first") / "checkpoints" / "last.pth"
+    torch.save(nets.small(10, 1).state_dict(), tmp_path / "small.pth")
+    line = refused(distil, "--resume", last, *words)
+    assert "last.pth" in line and named in line and "--log_tag" in line
+
+
+@pytest.mark.parametrize("words", [("--cr", 1), ("--cd_loss", 0), ("--ngf", 8), ("--source", "noise")])
+def test_other_options_that_do_not_fit_the_checkpoint(words, distil, refused):
+    last = distil("--epochs", 2, tag="first") / "checkpoints" / "last.pth"
+    line = refused(distil, "--resume", last, *words)
+    assert "last.pth" in line and "options" in line
+
+
+def test_a_ring_that_wrapped_cannot_be_enlarged(distil, refused):
+    """The new slots would hold what happened to be in memory."""
+    distil("--epochs", 2, "--pool_size", 24)
+    assert "--pool_size" in refused(distil, "--pool_size", 40, "--resume", "auto")
+    assert "--pool_size" in refused(distil, "--pool_size", 16, "--resume", "auto")
+
+
+def test_a_random_student_cannot_resume_from_scratch_training(distil, refused, tmp_path):
+    scratch("--model", nets.name("tiny"), "--epochs", 1, "--log_tag", "scratch")
+    last = tmp_path / "runs" / "digits_scratch_tiny" / "scratch" / "checkpoints" / "last.pth"
+    assert "last.pth" in refused(distil, "--resume", last)
+
+
+# The engine alone, with a source and a learner that record what is asked of them.
+
+class Recorder(BaseSynthesis):
+    def __init__(self, events, term=1.0):
+        self.events, self.term = events, term
+
+    def synthesize(self):
+        self.events.append("synthesis" if self.with_student else "synthesis without student")
+        self.images_made += 4
+        return {"bn": torch.tensor(self.term)}
+
+    def sample(self, n):
+        return torch.rand(n, 1, 8, 8), torch.arange(n) % 3
+
+    def state_dict(self):
+        return {}
+
+
+class Pupil(Learner):
+    def __init__(self, events, term=1.0):
+        network = nets.tiny(3, 1)
+        network.mean = torch.zeros(1)
+        settings = SimpleNamespace(lr=0.1, momentum=0.0, weight_decay=0.0)
+        super().__init__(network, settings, total_steps=100)
+        self.network.model = network[0]
+        self.events, self.term = events, term
+
+    def step(self, images, targets, progress=0.0):
+        self.events.append(round(progress, 3))
+        return {"kd": torch.tensor(self.term)}
+
+
+@pytest.fixture
+def make_engine(tmp_path):
+    folders = []
+
+    def make(events, synthesis_term=1.0, student_term=1.0, run=None, **counts):
+        schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "g_steps": 1, "warmup": 0,
+                                      "batch_size": 4, **counts})
+        folders.append(RunFolder(tmp_path / "run", "run", ""))
+        learner, source = Pupil(events, student_term), Recorder(events, synthesis_term)
+        return Engine(learner, source, schedule, folders[-1], run or Run())
+
+    yield make
+    for folder in folders:
+        folder.close()
+
+
+def test_rounds_alternate_and_progress_runs_from_0_to_1(make_engine):
+    events = []
+    result = make_engine(events).train()
+    assert events == ["synthesis", 0.0, 0.125, "synthesis", 0.25, 0.375,
+                      "synthesis", 0.5, 0.625, "synthesis", 0.75, 0.875]
+    assert result["synthesis/bn"] == result["student/kd"] == 1 and result["images"] == 16
+
+
+def test_warm_up_makes_images_without_the_student(make_engine):
+    events = []
+    make_engine(events, warmup=1).train()
+    assert events == ["synthesis without student"] * 2 + ["synthesis", 0.5, 0.625, "synthesis", 0.75, 0.875]
+
+
+@pytest.mark.parametrize("where", ["synthesis", "student"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_term_that_is_not_finite_stops_the_run_and_is_named(make_engine, tmp_path, where, value):
+    engine = make_engine([], **{f"{where}_term": value})
+    with pytest.raises(InputError, match=rf"{where}.*(bn|kd) became {value}"):
+        engine.train()
+    assert not (tmp_path / "run" / "metrics.jsonl").exists() or not rows(tmp_path / "run")
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def test_terms_within_an_epoch_are_logged_at_print_freq(make_engine, tmp_path):
+    make_engine([], run=Run(print_freq=3)).train()
+    lines = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "[Train]" in line]
+    assert [line.split("Step=")[1].split()[0] for line in lines] == ["3", "6"]
+    assert "kd=1.0000" in lines[0]
+
+
+def test_evaluation_and_grids_come_when_asked_and_at_the_end(make_engine, tmp_path):
+    engine = make_engine([], run=Run(eval_every=2, grid_every=2), epochs=5)
+    scores = iter([50.0, 70.0, 60.0])
+    engine.evaluate = lambda: {"acc1": next(scores), "acc5": 90.0, "loss": 1.0}
+    result = engine.train()
+    assert [row.get("acc1") for row in rows(tmp_path / "run")] == [None, 50.0, None, 70.0, 60.0]
+    assert result["acc1"] == 60 and result["best_acc1"] == 70 and engine.best == {"acc1": 70.0, "epoch": 3}
+    assert sorted(path.stem for path in (tmp_path / "run" / "grids").iterdir()) == [
+        "epoch_0000", "epoch_0002", "epoch_0004"]
+    files = tmp_path / "run" / "checkpoints"
+    best, last = (torch.load(files / f"student_{which}.pth", weights_only=True) for which in ("best", "last"))
+    assert (best["epoch"], best["acc1"], last["epoch"], last["acc1"]) == (4, 70.0, 5, 60.0)
+
+
+def test_the_checkpoint_is_written_before_the_process_may_end(make_engine, tmp_path, monkeypatch):
+    """Whatever follows the end of an epoch, its row and its checkpoint agree."""
+    engine = make_engine([])
+    at_call(monkeypatch, Engine, "_close_epoch", 2, kill)
+    with pytest.raises(Killed):
+        engine.train()
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)
+    assert state["position"] == {"epoch": 1, "round": 0, "step": 0} and len(rows(tmp_path / "run")) == 1
+
+
+def test_means_survive_a_restart():
+    whole, first, second = Means(), Means(), Means()
+    values = [torch.tensor(v) for v in (0.1, 0.2, 0.4)]
+    for value in values:
+        whole.add("student", {"kd": value})
+    first.add("student", {"kd": values[0]})
+    second.load_state_dict(first.state_dict(), torch.device("cpu"))
+    for value in values[1:]:
+        second.add("student", {"kd": value})
+    assert second.values() == whole.values()
+    assert whole.values()["student/kd"].item() == pytest.approx(0.7 / 3)
+
+
+@pytest.mark.parametrize("targets, captions, columns", [
+    ([0, 0, 0, 1, 1, 2, 2, 2], ["class 0", "class 1", "class 2"], 2),
+    ([3] * 8, ["class 3"], 8),
+    (list(range(8)), [f"class {i}" for i in range(8)], 1),
+    (None, None, 8),
+])
+def test_a_grid_reads_by_class(targets, captions, columns):
+    targets = targets and torch.tensor(targets)
+    images = torch.rand(8, 1, 8, 8) if targets is None else targets.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
+    shown, names, width = grid_rows(images, targets)
+    assert names == captions and width == columns
+    if targets is not None:
+        assert (shown[:, 0, 0, 0].view(-1, width) * 10).round().tolist() == [
+            [float(name.split()[1])] * width for name in captions]

@@ -1,0 +1,189 @@
+"""The image pool: a ring of bytes, sampled without repeats, evenly if asked, and saved whole."""
+import numpy as np
+import pytest
+import torch
+
+from datafree.errors import InputError
+from datafree.pool import ImagePool
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+def numbered(first, count, classes=4):
+    """Images (count, 1, 2, 2) that are all of one byte, their number, with their number's class."""
+    number = torch.arange(first, first + count)
+    return (number.float() / 255).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), number % classes
+
+
+def numbers(images):
+    return (images[:, 0, 0, 0] * 255).round().long()
+
+
+def filled(capacity, count, batch=3, classes=4):
+    pool = ImagePool(capacity, (1, 2, 2), classes, CPU)
+    for first in range(0, count, batch):
+        pool.add(*numbered(first, min(batch, count - first), classes))
+    return pool
+
+
+def held(pool):
+    images, targets = pool.sample(len(pool))
+    assert (targets == numbers(images) % pool.num_classes).all()
+    return sorted(numbers(images).tolist())
+
+
+@pytest.mark.parametrize("batch", [1, 3, 4, 10])
+@pytest.mark.parametrize("count", [0, 3, 9, 10, 11, 25])
+def test_the_oldest_are_overwritten(count, batch):
+    pool = filled(10, count, batch)
+    assert len(pool) == min(count, 10) and pool.added == count
+    if count:
+        assert held(pool) == list(range(max(0, count - 10), count))
+
+
+@pytest.mark.parametrize("before, count", [(0, 11), (0, 25), (3, 20), (7, 10), (13, 27)])
+def test_a_batch_larger_than_the_pool_leaves_its_last_images(before, count):
+    pool = filled(10, before)
+    pool.add(*numbered(before, count))
+    assert held(pool) == list(range(before + count - 10, before + count)) and pool.added == before + count
+    pool.add(*numbered(before + count, 4))
+    assert held(pool) == list(range(before + count - 6, before + count + 4))
+
+
+def test_bytes_come_back_exactly():
+    values = np.random.default_rng(0).integers(0, 256, (32, 3, 4, 6), dtype=np.uint8)
+    values.ravel()[:256] = np.arange(256)
+    pool = ImagePool(40, (3, 4, 6), 32, CPU)
+    pool.add(torch.from_numpy(values).float() / 255, torch.arange(32))
+    images, targets = pool.sample(32)
+    np.testing.assert_array_equal((images * 255).round().byte().numpy(), values[targets])
+    again = ImagePool(40, (3, 4, 6), 32, CPU)
+    again.add(images, targets)
+    assert torch.equal(again.images[:32], torch.from_numpy(values)[targets])
+
+
+def test_images_are_rounded_to_the_nearest_byte_and_clamped():
+    pool = ImagePool(5, (1, 1, 1), 1, CPU)
+    values = torch.tensor([-0.1, 0.4 / 255, 0.6 / 255, 254.6 / 255, 1.7])
+    pool.add(values.view(5, 1, 1, 1), torch.zeros(5).long())
+    assert pool.images.flatten().tolist() == [0, 0, 1, 255, 255]
+
+
+def test_half_precision_images_lose_no_more_than_their_own_precision():
+    images = torch.rand(50, 1, 2, 2)
+    pool = ImagePool(50, (1, 2, 2), 50, CPU)
+    pool.add(images.bfloat16(), torch.arange(50))
+    assert torch.equal(pool.images, images.bfloat16().float().mul(255).round().byte())
+
+
+def test_images_of_another_shape_are_refused():
+    pool = ImagePool(5, (3, 2, 2), 4, CPU)
+    with pytest.raises(InputError, match=r"\(1, 2, 2\).*\(3, 2, 2\)"):
+        pool.add(*numbered(0, 2))
+
+
+def test_no_gradient_is_kept():
+    images = torch.rand(3, 1, 2, 2, requires_grad=True)
+    pool = ImagePool(5, (1, 2, 2), 4, CPU)
+    pool.add(images * 1, torch.zeros(3).long())
+    assert not pool.sample(2)[0].requires_grad
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_samples_repeat_only_where_the_pool_is_too_small(balanced):
+    pool = filled(20, 17)
+    for n in (1, 5, 17):
+        images, targets = pool.sample(n, balanced)
+        assert images.shape == (n, 1, 2, 2) and len(numbers(images).unique()) == n
+        assert (targets == numbers(images) % 4).all()
+    images, _ = pool.sample(40, balanced)
+    assert len(images) == 40 and len(numbers(images).unique()) == 17
+
+
+@pytest.mark.parametrize("balanced", [False, True])
+def test_every_image_is_drawn_equally_often(balanced):
+    pool = filled(20, 30)  # the ring has gone round: images 10 to 29, five of every class
+    drawn = torch.cat([numbers(pool.sample(6, balanced)[0]) for _ in range(2000)])
+    counts = torch.bincount(drawn, minlength=30)[10:]
+    assert counts.sum() == 12_000
+    # 600 expected, standard deviation below 24.
+    assert (counts - 600).abs().max() < 5 * 24
+
+
+@pytest.mark.parametrize("n", [4, 6, 8, 13])
+def test_balanced_draws_have_even_counts(n):
+    pool = filled(40, 40)
+    for _ in range(20):
+        counts = torch.bincount(pool.sample(n, balanced=True)[1], minlength=4)
+        assert counts.max() - counts.min() <= (n % 4 > 0) and counts.sum() == n
+
+
+def test_a_rare_class_is_drawn_as_far_as_it_goes():
+    pool = ImagePool(30, (1, 2, 2), 5, CPU)
+    images, _ = numbered(0, 23)
+    pool.add(images, torch.tensor([0] * 2 + [1] * 20 + [4]))  # classes 2 and 3 do not occur
+    counts = torch.bincount(pool.sample(9, balanced=True)[1], minlength=5)
+    assert counts.tolist() == [2, 6, 0, 0, 1]
+
+
+def test_no_class_is_favoured_by_its_number():
+    pool = filled(40, 40)
+    odd = torch.cat([pool.sample(1, balanced=True)[1] for _ in range(2000)])
+    assert (torch.bincount(odd, minlength=4) - 500).abs().max() < 5 * 20
+
+
+@pytest.mark.parametrize("count", [0, 4, 10, 23])
+def test_state_goes_round(count):
+    pool, other = filled(10, count), ImagePool(10, (1, 2, 2), 4, CPU)
+    state = pool.state_dict()
+    other.load_state_dict(state)
+    assert len(state["images"]) == min(count, 10)
+    assert len(other) == len(pool) and other.added == count
+    for p in (pool, other):
+        p.add(*numbered(count, 3))
+    assert held(other) == held(pool)
+    torch.manual_seed(5)
+    images, targets = pool.sample(2)
+    torch.manual_seed(5)
+    again = other.sample(2)
+    assert torch.equal(images, again[0]) and torch.equal(targets, again[1])
+
+
+def test_a_saved_state_does_not_change_with_the_pool():
+    pool = filled(10, 10)
+    state = pool.state_dict()
+    pool.add(*numbered(100, 10))
+    assert numbers(state["images"].float() / 255).tolist() == list(range(10))
+
+
+@pytest.mark.parametrize("saved, count, capacity", [(10, 23, 20), (20, 23, 10), (20, 15, 10)])
+def test_a_state_that_does_not_fit_is_refused(saved, count, capacity):
+    state = filled(saved, count).state_dict()
+    with pytest.raises(InputError, match="--pool_size"):
+        ImagePool(capacity, (1, 2, 2), 4, CPU).load_state_dict(state)
+
+
+def test_a_pool_that_has_not_gone_round_may_grow():
+    pool = ImagePool(30, (1, 2, 2), 4, CPU)
+    pool.load_state_dict(filled(10, 10).state_dict())
+    pool.add(*numbered(10, 5))
+    assert held(pool) == list(range(15))
+
+
+def test_nothing_is_shared_with_another_pool():
+    one, other = filled(10, 10), ImagePool(10, (1, 2, 2), 4, CPU)
+    other.load_state_dict(one.state_dict())
+    one.add(*numbered(50, 10))
+    assert held(other) == list(range(10)) and len(ImagePool(10, (1, 2, 2), 4, CPU)) == 0
+
+
+@pytest.mark.parametrize("count, n, expected", [
+    (4, 3, [1, 2, 3]), (4, 9, [0, 1, 2, 3]), (23, 5, [18, 19, 20, 21, 22]), (23, 10, list(range(13, 23)))])
+def test_newest_are_the_last_in_their_order(count, n, expected):
+    images, targets = filled(10, count).newest(n)
+    assert numbers(images).tolist() == expected and targets.tolist() == [number % 4 for number in expected]

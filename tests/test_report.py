@@ -1,0 +1,69 @@
+"""The table of finished runs."""
+import json
+
+import pytest
+
+from datafree import report
+from datafree.errors import InputError
+
+
+def write_run(root, run, seed, last, teacher=99.0, best=None, images=640, clock="12:00", **seconds):
+    folder = root / run / f"seed{seed}"
+    folder.mkdir(parents=True)
+    summary = {"run": run, "seed": seed, "last_acc1": last, "best_acc1": best, "images": images,
+               **(seconds or {"synthesis_s": 10.0, "student_s": 20.0}), "environment": {"time": clock}}
+    if teacher is not None:
+        summary["teacher_acc1"] = teacher
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+def test_seeds_of_one_run_share_a_row(tmp_path):
+    for seed, last in enumerate((90.0, 92.0, 97.0)):
+        write_run(tmp_path, "rgal", seed, last, best=last + 1)
+    [row] = report.report(report.read_summaries([tmp_path]))
+    assert row["n"] == 3 and row["teacher"] == 99 and row["images"] == 640 and row["s"] == 30
+    assert row["last"] == pytest.approx(93) and row["best"] == pytest.approx(94)
+    assert row["std"] == pytest.approx(13**0.5)  # (9 + 1 + 16) / (3 - 1)
+
+
+def test_rows_are_in_the_order_given_and_within_a_folder_in_the_order_of_time(tmp_path):
+    for name, clock in (("c", "08:00"), ("a", "10:00"), ("b", "09:00")):
+        write_run(tmp_path / "many", name, 0, 50.0, clock=clock)
+    one = write_run(tmp_path / "one", "z", 0, 50.0, clock="11:00")
+    rows = report.report(report.read_summaries([one, tmp_path / "many"]))
+    assert [row["run"] for row in rows] == ["z", "c", "b", "a"]
+
+
+def test_a_run_below_two_of_the_folders_counts_once(tmp_path):
+    folder = write_run(tmp_path, "rgal", 0, 90.0)
+    [row] = report.report(report.read_summaries([folder, tmp_path]))
+    assert row["n"] == 1 and row["std"] is None
+
+
+def test_numbers_that_a_run_does_not_have_stay_empty(tmp_path, monkeypatch, capsys):
+    write_run(tmp_path, "rgal", 0, None, teacher=None)
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
+    report.main()
+    header, _, row, note = capsys.readouterr().out.splitlines()
+    assert dict(zip(header.split(), row.split())) == {
+        "run": "rgal", "n": "1", "teacher": "-", "last": "-", "std": "-", "best": "-", "images": "640", "s": "30"}
+    assert "%" in note
+
+
+def test_a_folder_that_is_missing_or_empty_and_a_damaged_summary_are_named(tmp_path):
+    with pytest.raises(InputError, match="no folder .*nowhere"):
+        report.read_summaries([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="no finished run"):
+        report.read_summaries([tmp_path])
+    write_run(tmp_path, "rgal", 0, 90.0)
+    for text in ('{"run": ', "[]", "{}"):
+        (tmp_path / "rgal" / "seed0" / "summary.json").write_text(text)
+        with pytest.raises(InputError, match="summary.json is no summary"):
+            report.read_summaries([tmp_path])
+
+
+def test_without_folders_it_says_how_it_is_called(monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["report"])
+    report.main()
+    assert "python -m datafree.report FOLDER" in capsys.readouterr().out
