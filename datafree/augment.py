@@ -69,3 +69,14 @@ def random_resized_crop(images, scale=(0.25, 1.0)):
     with torch.autocast(device.type, enabled=False):  # coordinates of half precision would move pixels
         grid = F.affine_grid(theta, list(images.shape), align_corners=False)
         return F.grid_sample(images.float(), grid, padding_mode="reflection", align_corners=False)
+
+
+def mixup(views, share):
+    """Blend a random ``share`` of the views (N, C, H, W) with another one each, by a weight uniform in [0, 1].
+
+    Zhang et al. 2018, without labels: whoever learns from a teacher takes its answer on the blend.
+    """
+    n, device = len(views), views.device
+    weight = torch.rand(n, device=device)
+    weight = torch.where(torch.rand(n, device=device) < share, weight, 1.0)[:, None, None, None]
+    return weight * views + (1 - weight) * views[torch.randperm(n, device=device)]

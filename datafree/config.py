@@ -143,6 +143,7 @@ class Distill:
     batch_size: int = option(128, "Pool images of a student step.", low=1)
     pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
     balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.")
+    mixup: float = option(0.0, "Share of the views that are blended with another one of the batch.", low=0, high=1)
     lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
     momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
     weight_decay: float = option(1e-4, "SGD's weight decay.", flags=("--wd",), low=0)

@@ -167,16 +167,16 @@ def test_stages_of_a_torchvision_resnet_are_its_layers():
 
 
 class SharedReLU(nn.Module):
-    """One ReLU module after each of three convolutions."""
+    """One ReLU module after each of four convolutions, of which two are at one size."""
 
     def __init__(self):
         super().__init__()
-        self.a = nn.Conv2d(1, 4, 3, padding=1)
+        self.first, self.a = nn.Conv2d(1, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
         self.b, self.c = nn.Conv2d(4, 5, 3, 2, 1), nn.Conv2d(5, 6, 3, 2, 1)
         self.relu, self.fc = nn.ReLU(), nn.Linear(6, 3)
 
     def forward(self, x):
-        for layer in (self.a, self.b, self.c):
+        for layer in (self.first, self.a, self.b, self.c):
             x = self.relu(layer(x))
         return self.fc(x.mean((2, 3)))
 
@@ -186,7 +186,7 @@ def test_a_module_used_several_times_gives_the_right_call():
     tap = FeatureTap(model, (1, 12, 12))
     assert tap.stage_channels == [4, 5, 6]
     for _ in range(2):  # the count of calls begins anew with every pass
-        x = images
+        x = F.relu(model.first(images))
         for stage, layer in zip(tap(images).stages, (model.a, model.b, model.c), strict=True):
             x = F.relu(layer(x))
             torch.testing.assert_close(stage, x)
@@ -221,6 +221,28 @@ def test_a_convolution_as_head_is_no_stage_and_gets_the_embedding(tail):
     assert tap.stage_channels == [4, 6] and tap.embed_dim == 6 and features.logits.shape == (2, 5)
     torch.testing.assert_close(features.stages[-1], model[:2](images))
     torch.testing.assert_close(features.embed, model[:2](images).mean((2, 3)))
+
+
+def test_the_head_is_the_last_linear_layer_that_answers_the_classes():
+    model = nn.Sequential(conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(),
+                          nn.Linear(5, 5)).eval()
+    images = torch.randn(2, 3, 8, 8)
+    torch.testing.assert_close(FeatureTap(model, (3, 8, 8))(images).embed, model[:5](images))
+
+
+class TwoHeads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.trunk, self.left, self.right = conv(3, 4), nn.Linear(4, 2), nn.Linear(4, 3)
+
+    def forward(self, x):
+        x = self.trunk(x).mean((2, 3))
+        return torch.cat([self.left(x), self.right(x / 2)], 1)
+
+
+def test_a_layer_that_answers_some_of_the_classes_is_no_head():
+    features = FeatureTap(TwoHeads(), (3, 8, 8))(torch.randn(2, 3, 8, 8))
+    torch.testing.assert_close(features.embed, features.stages[-1].mean((2, 3)))
 
 
 class Attention(nn.Module):

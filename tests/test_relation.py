@@ -274,6 +274,7 @@ DEGENERATE = {
     "one image": (normal(1, 3), [0], 0.0),
     "one image each of two classes": (normal(2, 3), [0, 1], 0.0),
     "duplicates": (torch.tensor([ROW] * 6), [0, 0, 0, 1, 1, 2], 0.2),
+    "duplicates without rounding": (torch.eye(3)[[0] * 6], [0, 0, 0, 1, 1, 2], 0.2),
     "near duplicates": (torch.tensor([ROW] * 6) + 1e-5 * normal(6, 3), [0, 0, 0, 1, 1, 2], None),
     "antipodal": (torch.tensor([ROW] * 3) * torch.tensor([[1.0], [-1.0], [1.0]]), [0, 1, 0], None),
     "antipodal positives": (torch.tensor([ROW] * 3) * torch.tensor([[1.0], [1.0], [-1.0]]), [0, 1, 0], None),

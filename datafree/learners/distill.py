@@ -3,6 +3,7 @@ import torch
 
 from datafree import criterions, relation
 from datafree.errors import InputError
+from datafree.augment import mixup
 from datafree.learners.base import Learner
 from datafree.synthesis.objective import stage_slice
 
@@ -28,6 +29,8 @@ class DistillLearner(Learner):
         views = self.augment(images)
         if self.settings.pair_sample:
             views = torch.cat([views, self.augment(images)])
+        if self.settings.mixup:
+            views = mixup(views, self.settings.mixup)
         with torch.no_grad():
             teacher = self.teacher.features(views)
         student = self.network.features(views)
