@@ -1,10 +1,13 @@
 """Checkpoints: written whole or not at all, read without running code, weights in any usual wrapping."""
+import argparse
+import codecs
 import os
 import re
 import shutil
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from datafree.errors import InputError
@@ -12,6 +15,12 @@ from datafree.errors import InputError
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
 WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
 PLAIN = (int, float, str, list, tuple)
+# Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
+# runs no code of the file's. numpy 1 and 2 name the same function differently.
+_NUMBER = np.float64(0).__reduce__()[0]
+HARMLESS = [argparse.Namespace, codecs.encode, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
+            *{type(np.dtype(code)) for code in np.typecodes["AllInteger"]}, np.dtypes.BoolDType,
+            (_NUMBER, "numpy.core.multiarray.scalar"), (_NUMBER, "numpy._core.multiarray.scalar")]
 
 
 def save(path, state):
@@ -35,7 +44,8 @@ def load(path):
     """The dict in a checkpoint file, on the CPU; no code in the file is ever run. Raises InputError."""
     _check_readable(path)
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        with torch.serialization.safe_globals(HARMLESS):
+            state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:

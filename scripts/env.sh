@@ -4,14 +4,15 @@
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 make_venv() {
-    local python=${PYTHON:-python3}
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: this needs Python 3.10 or newer; name one, as by PYTHON=python3.12 bash $0" >&2; exit 1; }
-    "$python" -m venv "$1" 2>/dev/null && return
-    # Debian keeps venv's own pip in another package; then the pip of $python installs one.
     "$python" -m venv --without-pip "$1"
-    PYTHONPATH=$("$python" -c 'import os, pip; print(os.path.dirname(os.path.dirname(pip.__file__)))') \
-        "$1/bin/python" -m pip install --quiet --disable-pip-version-check --ignore-installed pip
+}
+
+make_pip() {  # Debian keeps the one for new environments in a package of its own; then that of $python installs it
+    "$1/bin/python" -m ensurepip >/dev/null 2>&1 ||
+        PYTHONPATH=$("$python" -c 'import os, pip; print(os.path.dirname(os.path.dirname(pip.__file__)))') \
+            "$1/bin/python" -m pip install --quiet --disable-pip-version-check --ignore-installed pip
 }
 
 install_packages() {  # once for every state of the requirements files, so that a second call needs no network
@@ -19,10 +20,12 @@ install_packages() {  # once for every state of the requirements files, so that 
     wanted=$(cat requirements*.txt | cksum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return
     echo "Installing the packages of $2 into $1; torch is large, so this takes some minutes."
+    "$1/bin/python" -m pip --version >/dev/null 2>&1 || make_pip "$1"
     "$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$2"
     echo "$wanted" > "$stamp"
 }
 
+python=${PYTHON:-python3}
 venv=${RGAL_VENV:-${VIRTUAL_ENV:-$PWD/.venv}}
 [ -x "$venv/bin/python" ] || make_venv "$venv"
 install_packages "$venv" "${REQUIREMENTS:-requirements.txt}"

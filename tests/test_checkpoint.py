@@ -1,10 +1,12 @@
 """Checkpoints: whole or untouched, no code run, weights that fit or a sentence that says why not."""
+import argparse
 import builtins
 import errno
 import os
 import resource
 import sys
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -278,3 +280,14 @@ def test_safetensors_without_its_package(tmp_path, monkeypatch):
     (tmp_path / "w.safetensors").touch()
     with pytest.raises(InputError, match="needs the package safetensors: pip install safetensors"):
         checkpoint.load_weights(net(), tmp_path / "w.safetensors")
+
+
+@pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
+def test_numbers_of_numpy_and_parsed_options_beside_the_weights_are_no_code(tmp_path, module):
+    written = np.float64(91.5).__reduce__()[0].__module__
+    path = tmp_path / "net.pth"
+    # The old format, for its names are plain text that can be turned into those of the other numpy.
+    torch.save({"state_dict": net().state_dict(), "acc": np.float64(91.5), "args": argparse.Namespace(lr=0.1)}, path,
+               _use_new_zipfile_serialization=False)
+    path.write_bytes(path.read_bytes().replace(f"c{written}\n".encode(), f"c{module}\n".encode()))
+    assert checkpoint.load_weights(net(), path)["acc"] == 91.5

@@ -9,13 +9,13 @@ from datafree import config, criterions, relation
 from datafree.augment import CropFlip
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
-from datafree.hooks import BatchNormTap
+from datafree.hooks import BatchNormTap, Features
 from datafree.models.generator import Generator
 from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective, stage_slice
+from datafree.synthesis.objective import SynthesisObjective, triplet_layers
 from datafree.synthesis.sources import NoiseSource
 
 SHAPE, CLASSES, BATCH = (3, 16, 16), 4, 8
@@ -223,7 +223,12 @@ def test_the_triplets_look_at_what_was_chosen(direction, sign, target, space, mo
 @pytest.mark.parametrize("start, end, expected", [
     (0, 4, [0, 1]), (1, 2, [1]), (2, 4, [1]), (-1, 4, [1]), (-2, -1, [0])])
 def test_stages_are_chosen_and_the_last_one_where_there_are_too_few(start, end, expected):
-    assert [0, 1][stage_slice(network(), triplets(start_layer=start, end_layer=end))] == expected
+    features = Features(None, "embedding", [0, 1])
+    assert triplet_layers(features, triplets(start_layer=start, end_layer=end)) == expected
+
+
+def test_a_network_without_stages_is_scored_by_its_embedding():
+    assert triplet_layers(Features(None, "embedding", []), triplets()) == ["embedding"]
 
 
 # What reaches the pool.

@@ -56,3 +56,5 @@ class Learner:
     def load_state_dict(self, state):
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
+        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs):
+            group["lr"] = rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)

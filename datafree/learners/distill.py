@@ -2,10 +2,10 @@
 import torch
 
 from datafree import criterions, relation
-from datafree.errors import InputError
 from datafree.augment import mixup
+from datafree.errors import InputError
 from datafree.learners.base import Learner
-from datafree.synthesis.objective import stage_slice
+from datafree.synthesis.objective import triplet_layers
 
 
 class DistillLearner(Learner):
@@ -23,7 +23,6 @@ class DistillLearner(Learner):
         extra = self.projection.parameters() if projects else ()
         super().__init__(student, settings, total_steps, extra, precision)
         self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
-        self.layers = stage_slice(student, triplets)
 
     def loss(self, images, targets, progress):
         views = self.augment(images)
@@ -56,7 +55,7 @@ class DistillLearner(Learner):
 
     def _striplet(self, student, teacher):
         layers = {"global": [student.embed], "logits": [student.logits],
-                  "features": student.stages[self.layers]}[self.triplets.striplet_feature]
+                  "features": triplet_layers(student, self.triplets)}[self.triplets.striplet_feature]
         space = teacher.embed if self.triplets.sampling_space == "embedding" else student.logits
         return relation.relation_loss(layers, teacher.logits.argmax(1), space.detach(), self.triplets.margin,
                                       self.triplets.striplet_sampling, relation.SEPARATE)

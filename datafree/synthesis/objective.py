@@ -26,7 +26,6 @@ class SynthesisObjective:
         if self.weights["bn"] and not self.bn_tap.layers:
             raise InputError(f"the teacher {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
                              "(and lean on --oh, --adv, --tv, --l2 instead)")
-        self.layers = stage_slice(student if triplets.triplet_target == "student" else teacher, triplets)
         self.contrast = InstanceContrast(teacher, settings.cr_T) if self.weights["cr"] else None
 
     def to(self, device):
@@ -88,12 +87,11 @@ class SynthesisObjective:
         scored = student if self.triplets.triplet_target == "student" else teacher
         space = teacher.embed if self.triplets.sampling_space == "embedding" else teacher.logits
         return relation.relation_loss(
-            scored.stages[self.layers], teacher.logits.argmax(1), space.detach(), self.triplets.margin,
+            triplet_layers(scored, self.triplets), teacher.logits.argmax(1), space.detach(), self.triplets.margin,
             self.triplets.sampling, DIRECTIONS[self.triplets.relation])
 
 
-def stage_slice(network, triplets):
-    """The stages that triplets look at; the last one where start_layer:end_layer names none of this network's."""
-    count = len(network.tap.stage_channels)
-    chosen = slice(triplets.start_layer, triplets.end_layer)
-    return chosen if range(count)[chosen] else slice(count - 1, count)
+def triplet_layers(features, triplets):
+    """The stages start_layer:end_layer of a network's Features; the last one where these name none of its stages,
+    and the embedding where it has no stages at all."""
+    return features.stages[triplets.start_layer:triplets.end_layer] or features.stages[-1:] or [features.embed]
