@@ -1,4 +1,5 @@
 """Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
+import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -110,11 +111,11 @@ def describe_plan(session, schedule):
              f"{'x'.join(map(str, card.shape))} in {card.num_classes} classes, on {session.device}."]
     if config.synthesis.source == "inversion":
         images = steps * config.synthesis.synthesis_batch_size
+        kept = min(config.synthesis.pool_size or images, images)
         lines.append(f"The images are made from noise by inverting {teacher}; no training image is opened.")
         lines.append(f"Cost: {steps} rounds of {schedule.g_steps} synthesis steps and {schedule.kd_steps} student "
-                     f"steps of {views} views; {images:,} images, of which the pool keeps "
-                     f"{min(config.synthesis.pool_size or images, images):,} "
-                     f"({min(config.synthesis.pool_size or images, images) * card.height * card.width * card.channels / 1e6:.0f} MB).")
+                     f"steps of {views} views; {images:,} images, of which the pool keeps {kept:,} "
+                     f"({kept * math.prod(card.shape) / 1e6:.0f} MB).")
     else:
         kind = "plain noise" if config.synthesis.source == "noise" else "the real training images: not data-free"
         lines.append(f"The images are {kind}. Cost: {steps * schedule.kd_steps} student steps of {views} views.")

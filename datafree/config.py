@@ -76,7 +76,8 @@ class Student:
 class Schedule:
     """How synthesis and student training alternate."""
 
-    epochs: int = option(200, "Epochs; the student's learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
+    epochs: int = option(200, "Epochs; the student's learning rate follows a cosine to 0 over them.",
+                         flags=("--epoch",), low=1)
     ep_steps: int = option(400, "Student steps of an epoch: ep_steps // kd_steps rounds.", low=1)
     kd_steps: int = option(400, "Student steps of a round.", low=1)
     g_steps: int = option(400, "Synthesis steps of a round.", low=1)
@@ -99,8 +100,9 @@ class Synthesis:
         "random", "Weights a round starts from: new random ones, or a start that learns from the rounds (Reptile).")
     meta_rate: float = option(1.0, "Step of the learned start towards each round's weights; 1 carries on from them.",
                               low=0, high=1)
-    class_noise: float = option(0.0, "Distance from 0 of each class's own centre of the noise; 0 draws all alike.", low=0)
-    keep: Literal["best", "last"] = option("best", "The step of a round whose batch enters the pool: lowest loss, or last.")
+    class_noise: float = option(0.0, "Distance from 0 of each class's own centre of the noise; 0 draws all alike.",
+                                low=0)
+    keep: Literal["best", "last"] = option("best", "The step of a round whose batch is kept: lowest loss, or last.")
     bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.")
     bn_reduction: Literal["norm", "mse", "gaussian"] = option(
         "norm", "Distance of statistics per layer: sum of L2 norms, mean squares, or KL of Gaussians.")
@@ -151,7 +153,8 @@ class Distill:
     kd: float = option(1.0, "Weight of the KL divergence from the teacher's answers.")
     cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.")
     gram_loss: float = option(0.0, "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.")
-    custom_steps: float = option(1.0, "Share of the epochs in which the channel, gram and triplet terms act.", low=0, high=1)
+    custom_steps: float = option(1.0, "Share of the run in which the channel, gram and triplet terms act.",
+                                 low=0, high=1)
 
 
 @dataclass

@@ -81,12 +81,14 @@ def alarms(now, first):
     if now["label_entropy"] < 0.5:
         found.append(f"the teacher sees few classes in the images (label entropy {now['label_entropy']:.2f} of 1): "
                      "generator collapse is likely; raise --oh or --balance, or lower --adv")
-    if now.get("target_agreement", 1.0) < 0.3 and now.get("target_agreement", 1.0) <= first.get("target_agreement", 1.0):
-        found.append(f"the teacher agrees with only {now['target_agreement']:.0%} of the classes asked for: "
+    agreement = now.get("target_agreement", 1.0)
+    if agreement < 0.3 and agreement <= first.get("target_agreement", 1.0):
+        found.append(f"the teacher agrees with only {agreement:.0%} of the classes asked for: "
                      "the synthesis is too short or overruled; raise --g_steps or --oh, or lower --adv")
     if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
-        found.append(f"the images are half as different as in the beginning (pixel distance {now['pixel_distance']:.3f} "
-                     f"after {first['pixel_distance']:.3f}): mode collapse; use --generator_init random or raise --adv")
+        found.append("the images are half as different as in the beginning (pixel distance "
+                     f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; use "
+                     "--generator_init random or raise --adv")
     if now["near_duplicates"] > 0.2:
         found.append(f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; "
                      "raise --lr_z or --triplet")

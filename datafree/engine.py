@@ -102,7 +102,7 @@ class Engine:
         if self.describe:
             described, warnings = self.describe()
             numbers.update({f"images/{name}": value for name, value in described.items()})
-            for warning in warnings:
+            for warning in warnings if epoch >= self.schedule.warmup else ():
                 self.folder.log(f"[Alarm] {warning}")
         improved = self._evaluate(epoch, numbers) if last or (epoch + 1) % self.run.eval_every == 0 else False
         numbers.update(lr=self.learner.lr, images=self.source.images_made,

@@ -27,7 +27,7 @@ def pairwise_distance(features):
 
 
 def log_inverse_density(distance, dim):
-    """log w(r) = (2 - d) ln r - (d - 3)/2 ln(1 - r^2/4): inverse density of distances on the sphere (Wu et al. 2017)."""
+    """log w(r) = (2 - d) ln r - (d - 3)/2 ln(1 - r^2/4), inverse density on the sphere (Wu et al. 2017)."""
     tail = (1 - distance**2 / 4).clamp_min(1e-8)
     return (2 - dim) * distance.log() - (dim - 3) / 2 * tail.log()
 

@@ -1,5 +1,4 @@
 """What every program does around its loop: device, networks, run folder, resume, summary."""
-import json
 from pathlib import Path
 
 import torch

@@ -11,8 +11,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import datafree_kd  # noqa: E402
 import nets  # noqa: E402
+
+import datafree_kd  # noqa: E402
 import train_scratch  # noqa: E402
 from datafree.errors import exit_on_input_error  # noqa: E402
 

@@ -5,16 +5,16 @@ import re
 import sys
 from pathlib import Path
 
-import datafree_kd
 import nets
 import numpy as np
 import pytest
 import torch
-import train_scratch
 import yaml
 from conftest import TINY_RUN, call, command, forked, rows, scratch
 from PIL import Image
 
+import datafree_kd
+import train_scratch
 from datafree import session
 from datafree.datasets.cards import DatasetCard
 from datafree.logger import RunFolder

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from dataclasses import asdict
 
-import datafree_kd
 import pytest
-import registry
-import train_scratch
 import yaml
 from conftest import ROOT, call
 
+import datafree_kd
+import registry
+import train_scratch
 from datafree import cli
 from datafree.config import DistillConfig, ScratchConfig
 
@@ -110,7 +110,8 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
     if program == "datafree_kd.py":
         weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
         if not weights.exists():
-            call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher, *TINY["train_scratch.py"], *own)
+            call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher, *TINY["train_scratch.py"],
+                 *own)
         own += ["--teacher_weights", weights]
     call(PROGRAMS[program][0], *words, *TINY[program], *own)
     assert list(tmp_path.rglob("summary.json"))

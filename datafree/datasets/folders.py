@@ -1,7 +1,6 @@
 """Images in class folders: which files there are, and their pixels as one tensor."""
 import os
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import numpy as np
 import torch

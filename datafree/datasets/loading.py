@@ -8,8 +8,7 @@ import torchvision
 
 from datafree.datasets.cards import CARDS, DatasetCard
 from datafree.datasets.digits import read_digits
-from datafree.datasets.folders import (SPLIT_FOLDERS, SUFFIXES, WITHOUT, class_folders, decode, list_images,
-                                       open_image)
+from datafree.datasets.folders import SPLIT_FOLDERS, SUFFIXES, WITHOUT, class_folders, decode, list_images, open_image
 from datafree.datasets.splits import LazySplit, TensorSplit
 from datafree.errors import InputError, OptionError
 

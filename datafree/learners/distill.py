@@ -19,7 +19,9 @@ class DistillLearner(Learner):
                 (settings.cd_loss, settings.gram_loss, triplets.striplet))):
             raise InputError("with --kd 0 no student term has a weight in all of the run; give --kd one")
         projects = settings.cd_loss or settings.gram_loss
-        self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device) if projects else None
+        self.projection = None
+        if projects:
+            self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device)
         extra = self.projection.parameters() if projects else ()
         super().__init__(student, settings, total_steps, extra, precision)
         self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
