@@ -10,7 +10,7 @@ from pathlib import Path
 from datafree.errors import InputError, exit_on_input_error
 from datafree.logger import table
 
-HEADER = "accuracies in %, of the last epoch unless said; best: chosen on the test set; s: mean seconds of a run"
+HEADER = "last, std: % after the last epoch; best: over epochs, chosen on the test set; s: mean seconds"
 
 
 def read_summaries(folders):
@@ -24,7 +24,7 @@ def read_summaries(folders):
             raise InputError(f"there is no folder {folder}; give folders of runs, or folders above them")
         summaries = {path.resolve(): _read(path) for path in sorted(folder.rglob("summary.json"))}
         if not summaries:
-            raise InputError(f"{folder} holds no finished run (no summary.json); wait for it, or give another folder")
+            raise InputError(f"{folder} holds no finished run (no summary.json); give another")
         started = {path: s.get("environment", {}).get("time", "") for path, s in summaries.items()}
         found.update({path: found.get(path, summaries[path]) for path in sorted(summaries, key=started.get)})
     return list(found.values())
@@ -41,7 +41,8 @@ def report(summaries):
 def _row(name, runs):
     last, seconds = _values(runs, "last_acc1"), [_seconds(run) for run in runs]
     return {"run": name, "n": len(runs), "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
-            "std": statistics.stdev(last) if len(last) > 1 else None, "best": _mean(_values(runs, "best_acc1")),
+            "std": statistics.stdev(last) if len(last) > 1 else None,
+            "best": _mean(_values(runs, "best_acc1")),
             "images": round(_mean(_values(runs, "images")) or 0), "s": round(statistics.fmean(seconds))}
 
 
@@ -64,7 +65,7 @@ def _read(path):
             raise TypeError("run is no name")
         return summary
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no summary of a run ({error}); remove it, or run that one again") from None
+        raise InputError(f"{path} is no summary of a run ({error}); remove it, or run it again") from None
 
 
 def main():

@@ -9,7 +9,7 @@ from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch  # noqa:
 
 INK, PALE, FROZEN, TRAINED = "#222222", "#f5f5f2", "#dbe6f3", "#fbe3c4"
 CLASSES = (("#2b6cb0", "o"), ("#c2571a", "^"))
-SPREAD = ((-0.95, 0.3), (0.85, 0.5), (-0.1, -1))  # directions from the centre of a class to its points, in a sketch
+SPREAD = ((-0.95, 0.3), (0.85, 0.5), (-0.1, -1))  # from the centre of a class to its points, in a sketch
 
 
 def main():
@@ -52,17 +52,20 @@ def student(axes):
     box(axes, (56, 7), (11, 6), "student", TRAINED)
     terms(axes, (23.2, "KL of the answers"), (20, "channels of the stages"))
     sketch(axes, (71, 7), "relation: separate", pull=True)
-    for start, end in (((40.5, 16), (44, 16)), ((52.5, 17), (56, 21)), ((52.5, 15), (56, 11)), ((67, 22), (70, 22)),
-                       ((67, 11.8), (70, 19.4)), ((67, 9.5), (70.6, 10.5)), ((34.25, 46), (34.25, 19.8))):
+    for start, end in (((40.5, 16), (44, 16)), ((52.5, 17), (56, 21)), ((52.5, 15), (56, 11)),
+                       ((67, 22), (70, 22)), ((67, 11.8), (70, 19.4)), ((67, 9.5), (70.6, 10.5)),
+                       ((34.25, 46), (34.25, 19.8))):
         arrow(axes, start, end)
-    axes.text(33.3, 39.5, "the best batch\nof the round", ha="right", va="center", size=9.5, color=INK, style="italic")
+    axes.text(33.3, 39.5, "the best batch\nof the round", ha="right", va="center", size=9.5, color=INK,
+              style="italic")
 
 
 def legend(axes):
     for x, colour, text in ((4, FROZEN, "frozen"), (15, TRAINED, "learns")):
         box(axes, (x, 1), (3, 2.4), "", colour)
         axes.text(x + 4, 2.2, text, va="center", size=9.5, color=INK)
-    for x, (colour, marker), text in ((28, CLASSES[0], "features of one class"), (49, CLASSES[1], "of another class")):
+    for x, (colour, marker), text in ((28, CLASSES[0], "features of one class"),
+                                      (49, CLASSES[1], "of another class")):
         axes.plot(x, 2.2, marker, color=colour, ms=7)
         axes.text(x + 1.8, 2.2, text, va="center", size=9.5, color=INK)
     arrow(axes, (67, 2.2), (71, 2.2), colour=INK, width=1.6)
@@ -76,8 +79,10 @@ def panel(axes, bottom, height, title):
 
 
 def box(axes, corner, size, text, colour="white"):
-    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=0.8", fc=colour, ec=INK, lw=1.2))
-    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", size=11, color=INK)
+    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=0.8", fc=colour, ec=INK,
+                                  lw=1.2))
+    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", size=11,
+              color=INK)
 
 
 def terms(axes, *lines):
@@ -87,7 +92,8 @@ def terms(axes, *lines):
 
 def arrow(axes, start, end, colour=INK, width=1.3, dashed=False, bend="arc3"):
     axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=width, color=colour,
-                                   linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0, connectionstyle=bend))
+                                   linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0,
+                                   connectionstyle=bend))
 
 
 def sketch(axes, corner, title, pull):

@@ -1,15 +1,15 @@
-# Sourced by the other scripts: goes to the project's root and puts first on the PATH a virtual environment with the
-# packages of $REQUIREMENTS (requirements.txt if not set). That is $RGAL_VENV, else the active one, else .venv, which
-# is made by $PYTHON (python3 if not set) where it does not exist.
+# Sourced by the other scripts: goes to the project's root and puts first on the PATH a virtual environment
+# with the packages of $REQUIREMENTS (requirements.txt if not set). That is $RGAL_VENV, else the active one,
+# else .venv, which is made by $PYTHON (python3 if not set) where it does not exist.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 make_venv() {
     "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "error: this needs Python 3.10 or newer; name one, as by PYTHON=python3.12 bash $0" >&2; exit 1; }
+        echo "error: Python 3.10 or newer is needed; name it, as by PYTHON=python3.12 bash $0" >&2; exit 1; }
     "$python" -m venv --without-pip "$1"
 }
 
-make_pip() {  # Debian keeps the one for new environments in a package of its own; then that of $python installs it
+make_pip() {  # where ensurepip is a package of its own (Debian), the pip of $python installs one
     "$1/bin/python" -m ensurepip >/dev/null 2>&1 ||
         PYTHONPATH=$("$python" -c 'import os, pip; print(os.path.dirname(os.path.dirname(pip.__file__)))') \
             "$1/bin/python" -m pip install --quiet --disable-pip-version-check --ignore-installed pip

@@ -1,15 +1,18 @@
 #!/usr/bin/env bash
-# A teacher for the digits that ship with the project, then three students of one budget: on images made by RGAL, on
-# noise and on the real images. Options go to all four runs: bash scripts/quickstart.sh --seed 1
+# A teacher for the digits that ship with the project, then three students of one budget: on images made by
+# RGAL, on noise and on the real images. Options go to all four runs: bash scripts/quickstart.sh --seed 1
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 runs=runs/quickstart-$(date +%Y%m%d-%H%M%S)
 python train_scratch.py --config configs/digits/teacher_resnet20.yaml "$@" --save_dir "$runs"
 teacher=$(echo "$runs"/digits_scratch_resnet20/*/checkpoints/student_last.pth)
-python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --teacher_weights "$teacher" "$@" --save_dir "$runs"
-python datafree_kd.py --config configs/digits/noise_resnet20_resnet8.yaml --teacher_weights "$teacher" "$@" --save_dir "$runs"
-python datafree_kd.py --config configs/digits/real_resnet20_resnet8.yaml --teacher_weights "$teacher" "$@" --save_dir "$runs"
+python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --teacher_weights "$teacher" "$@" \
+    --save_dir "$runs"
+python datafree_kd.py --config configs/digits/noise_resnet20_resnet8.yaml --teacher_weights "$teacher" "$@" \
+    --save_dir "$runs"
+python datafree_kd.py --config configs/digits/real_resnet20_resnet8.yaml --teacher_weights "$teacher" "$@" \
+    --save_dir "$runs"
 
 echo
 python -m datafree.report "$runs"

@@ -1,4 +1,4 @@
-"""Every command that the project shows can be typed as it stands, and every config says only what it has to."""
+"""Every command that the project shows can be typed as it stands; every config says only what it has to."""
 import importlib.util
 import os
 import re
@@ -110,8 +110,8 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
     if program == "datafree_kd.py":
         weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
         if not weights.exists():
-            call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher, *TINY["train_scratch.py"],
-                 *own)
+            call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher,
+                 *TINY["train_scratch.py"], *own)
         own += ["--teacher_weights", weights]
     call(PROGRAMS[program][0], *words, *TINY[program], *own)
     assert list(tmp_path.rglob("summary.json"))
@@ -121,7 +121,8 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(che
     cases = "".join(f"{name}) set -- \"$@\" {' '.join(flags)};;\n" for name, flags in TINY.items())
     (tmp_path / "python").write_text(f"#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} \"$@\"\n")
     (tmp_path / "python").chmod(0o755)
-    (checkout / "scripts" / "env.sh").write_text(f'cd {checkout}; PATH={tmp_path}:$PATH\n')  # this environment will do
+    # This environment will do, so none is made.
+    (checkout / "scripts" / "env.sh").write_text(f"cd {checkout}; PATH={tmp_path}:$PATH\n")
     done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", "--seed", "3"], cwd=tmp_path,
                           capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stderr[-2000:]
@@ -143,7 +144,7 @@ def test_a_method_file_parses(name):
 def test_a_config_parses_and_states_only_differences(path):
     stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
     program = "train_scratch.py" if "training" in stated else "datafree_kd.py"
-    assert program == "train_scratch.py" or "method" in stated, "the method is named, though it may be the default"
+    assert program == "train_scratch.py" or "method" in stated, "name the method, even the default one"
     before = asdict(read(program, ["--method", stated["method"]] if "method" in stated else []))
     after = asdict(read(program, ["--config", str(path)]))
     sections = {name: values for name, values in stated.items() if name not in ("method", "expect")}

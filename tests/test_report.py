@@ -47,7 +47,8 @@ def test_numbers_that_a_run_does_not_have_stay_empty(tmp_path, monkeypatch, caps
     report.main()
     header, _, row, note = capsys.readouterr().out.splitlines()
     assert dict(zip(header.split(), row.split())) == {
-        "run": "rgal", "n": "1", "teacher": "-", "last": "-", "std": "-", "best": "-", "images": "640", "s": "30"}
+        "run": "rgal", "n": "1", "teacher": "-", "last": "-", "std": "-", "best": "-",
+        "images": "640", "s": "30"}
     assert "%" in note
 
 
