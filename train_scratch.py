@@ -47,8 +47,7 @@ def main():
         engine = Engine(learner, RealSource(split), schedule, folder, config.run, facts=facts,
                         evaluate=(lambda: session.score(network)) if session.test else None)
         session.train(engine)
-        if engine.finished:
-            publish(session, folder)
+        publish(session, folder)
 
 
 def publish(session, folder):

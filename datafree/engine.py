@@ -11,6 +11,7 @@ The engine knows two things only: a source that makes images (``synthesis/``) an
 takes them (``learners/``). Distillation, its controls and teacher training are choices of the two.
 """
 import math
+import signal
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -41,24 +42,20 @@ class Engine:
         self.seconds = {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0}
         self.result = {}
 
-    @property
-    def finished(self):
-        return self.position["epoch"] == self.schedule.epochs
-
     def train(self):
-        """Run the remaining epochs -> the last epoch's numbers. A stop signal saves and returns early."""
+        """Run the remaining epochs -> the last epoch's numbers. A stop signal saves and exits with 128 + its number."""
         s = self.schedule
         per_epoch = s.rounds * (s.g_steps + s.kd_steps)
         with StopSignal() as stop, tqdm(total=s.epochs * per_epoch, initial=self.position["epoch"] * per_epoch,
                                         unit="step", desc="epoch", smoothing=0.05, dynamic_ncols=True) as self.bar:
             self.source.tick = self.bar.update
-            while not self.finished:
+            while self.position["epoch"] < s.epochs:
                 self.bar.set_description(f"epoch {self.position['epoch'] + 1}/{s.epochs}")
                 self._epoch(stop)
                 if stop.received:
                     self._save_run()
                     self.folder.log("Stopped by a signal; everything is saved, --resume auto goes on from here.")
-                    return self.result
+                    raise SystemExit(128 + signal.Signals[stop.received])
                 self._close_epoch()
         return self.result
 

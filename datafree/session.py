@@ -100,8 +100,6 @@ class Session:
         elif self.run.resume != "none":
             engine.load(last if self.run.resume == "auto" else Path(self.run.resume))
         result = engine.train()
-        if not engine.finished:
-            return
         summary = {"run": folder.name, "seed": self.run.seed, **columns, "last_acc1": result.get("acc1"),
                    "best_acc1": result.get("best_acc1"), "images": engine.source.images_made,
                    **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()}}

@@ -2,6 +2,7 @@
 import json
 import os
 import signal
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import nets
@@ -35,6 +36,14 @@ class Killed(BaseException):
 
 def kill():
     raise Killed
+
+
+@contextmanager
+def stopped(act):
+    """The run inside ends as ``act`` ends runs."""
+    with pytest.raises(Killed if act is kill else SystemExit) as end:
+        yield
+    assert act is kill or end.value.code == 128 + signal.SIGTERM
 
 
 def terminate():
@@ -88,13 +97,11 @@ def interrupted(distil, monkeypatch):
     def run(words, owner, method, number, act):
         with monkeypatch.context() as patch:
             at_call(patch, owner, method, number, act)
-            if act is kill:
-                with pytest.raises(Killed):
-                    distil(*words, tag="interrupted")
-            else:
-                folder = distil(*words, tag="interrupted")
-                assert not (folder / "summary.json").exists()
-        return distil(*words, "--resume", "auto", tag="interrupted")
+            with stopped(act):
+                distil(*words, tag="interrupted")
+        folder = distil(*words, "--resume", "auto", tag="interrupted")
+        assert (folder / "summary.json").exists()
+        return folder
 
     return run
 
@@ -119,7 +126,8 @@ def test_two_signals_in_one_epoch(distil, monkeypatch):
     for number in (2, 1):
         with monkeypatch.context() as patch:
             at_call(patch, Learner, "step", number, terminate)
-            distil("--resume", "auto", tag="twice")
+            with stopped(terminate):
+                distil("--resume", "auto", tag="twice")
     assert_same_run(distil(), distil("--resume", "auto", tag="twice"))
 
 
@@ -139,10 +147,7 @@ def test_training_from_scratch_resumes_bit_for_bit(act, tmp_path, monkeypatch):
     scratch(*words, "straight")
     with monkeypatch.context() as patch:
         at_call(patch, Learner, "step", 13, act)
-        if act is kill:
-            with pytest.raises(Killed):
-                scratch(*words, "interrupted")
-        else:
+        with stopped(act):
             scratch(*words, "interrupted")
     scratch(*words, "interrupted", "--resume", "auto")
     runs = tmp_path / "runs" / "digits_scratch_tiny"

@@ -5,11 +5,13 @@ from datafree.errors import InputError
 class BaseSynthesis:
     """Makes images and hands them out; a source of one's own overrides ``synthesize`` and ``sample``.
 
+    control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
     with_student: set by the engine; False during warm-up, when terms that look at the student rest.
     tick: set by the engine; called after each synthesis step, for the progress bar.
     """
 
+    control = False
     images_made = 0
     with_student = True
 

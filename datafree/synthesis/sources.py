@@ -7,6 +7,8 @@ from datafree.synthesis.base import BaseSynthesis
 class NoiseSource(BaseSynthesis):
     """Gaussian noise with the data card's mean and standard deviation, clipped to [0, 1]; new at every draw."""
 
+    control = True
+
     def __init__(self, card, device):
         self.shape, self.device = card.shape, device
         self.mean = torch.tensor(card.mean, device=device).view(-1, 1, 1)
@@ -32,6 +34,8 @@ class NoiseSource(BaseSynthesis):
 
 class RealSource(BaseSynthesis):
     """Real training images with their labels: the upper bound, and how teachers are made."""
+
+    control = True
 
     def __init__(self, split):
         self.split = split
