@@ -11,6 +11,7 @@ from torch import nn
 from datafree.config import DistillConfig, sections
 from datafree.diagnostics import Watch, alarms, describe
 from datafree.network import Network
+from datafree.synthesis.base import BaseSynthesis
 
 
 @pytest.fixture(autouse=True)
@@ -172,7 +173,7 @@ def test_collapsed_images_raise_the_alarms_and_good_ones_do_not():
     assert all(words in found for words in ("few classes", "half as different", "near-duplicates"))
 
 
-class Source:
+class Source(BaseSynthesis):
     """Images that fade towards grey from one look to the next."""
 
     def __init__(self):
@@ -191,3 +192,11 @@ def test_watch_compares_with_the_first_look():
     distances = [numbers["pixel_distance"] for numbers, _ in looks]
     assert distances == pytest.approx([first, 0.6 * first, 0.36 * first], rel=1e-4)
     assert [len(found) for _, found in looks] == [0, 0, 1] and "half as different" in looks[2][1][0]
+
+
+def test_a_control_is_described_but_raises_no_alarm():
+    teacher, source = linear(TEACHER).freeze(), Source()
+    source.control = True
+    watch = Watch(source, teacher, teacher, "embedding")
+    looks = [watch() for _ in range(3)]
+    assert all(numbers["pixel_distance"] > 0 and not found for numbers, found in looks)
