@@ -33,7 +33,7 @@ def main():
     session = Session(config)
     student = session.network("student", config.student.student, config.student.student_weights)
     if config.run.evaluate_only:
-        session.evaluate_only(student)
+        session.evaluate_only(student, "--student_weights", config.student.student_weights)
         return
     teacher = load_teacher(session)
     schedule = plan_schedule(config)

@@ -27,7 +27,7 @@ def main():
     session, options = Session(config, derive_card=True, write=not call.dry_run), config.training
     network = session.network("model", options.model, options.weights)
     if config.run.evaluate_only:
-        session.evaluate_only(network)
+        session.evaluate_only(network, "--weights", options.weights)
         return
     split = session.split("train")
     batch = min(options.batch_size, len(split))

@@ -58,8 +58,10 @@ class Teacher:
 
     teacher: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
     teacher_weights: str = option("", "Its weights; checkpoints/pretrained/<dataset>_<teacher>.pth when empty.")
-    teacher_mean: tuple[float, ...] = option((), "Its input mean per channel; the data card's when empty.")
-    teacher_std: tuple[float, ...] = option((), "Its input standard deviation per channel; the card's when empty.")
+    teacher_mean: tuple[float, ...] = option((), "Its input mean per channel, in [0, 1]; the card's when empty.",
+                                              low=0, high=1)
+    teacher_std: tuple[float, ...] = option((), "Its input standard deviation per channel; the card's when empty.",
+                                             low=1e-6, high=1)
     teacher_acc: float = option(0.0, "Top-1 (%) it should reach; one point less is called out. 0: unknown.",
                                 low=0, high=100)
 

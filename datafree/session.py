@@ -64,10 +64,12 @@ class Session:
             raise InputError(f"the {network.name} gives non-finite logits; check its weights")
         return None
 
-    def evaluate_only(self, network):
-        """Print the test accuracy of ``network``."""
+    def evaluate_only(self, network, option, weights):
+        """Print the test accuracy of ``network``, whose ``weights`` were given by ``option``."""
         if self.test is None:
             raise InputError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
+        if not weights:
+            raise InputError(f"--evaluate_only has nothing to evaluate; name the weights by {option}")
         scores = self.score(network)
         print(f"[Eval] {network.name} on {self.card.name}: Acc@1={scores['acc1']:.4f} "
               f"Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}")

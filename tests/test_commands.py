@@ -149,7 +149,10 @@ def test_evaluation_alone_needs_no_teacher(distil, capsys, tmp_path, monkeypatch
     assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
     scratch("--model", nets.name("tiny"), "--weights", teacher, "--evaluate_only")
     assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
-    assert "--eval" in refused(distil, "--evaluate_only", "--eval", "none")
+    assert "leave --eval test" in refused(distil, "--evaluate_only", "--eval", "none")
+    assert "--student_weights" in refused(distil, "--evaluate_only")  # or it would judge random weights
+    assert "--weights" in refused(scratch, "--model", nets.name("tiny"), "--evaluate_only")
+    assert "0 to 1" in refused(distil, "--teacher_mean", "125,123,113", code=2)
 
 
 # A teacher, then its student.
