@@ -91,3 +91,9 @@ def relation_loss(layers, labels, space, margin, sampling, direction):
     """The triplet loss summed over ``layers``, with one draw of other-class samples for all of them."""
     negatives = draw_negatives(space, labels, sampling)
     return sum(triplet_loss(layer, labels, negatives, margin, direction) for layer in layers)
+
+
+def triplet_layers(features, triplets):
+    """The stages start_layer:end_layer of a network's Features; the last one where these name none of its stages,
+    and the embedding where it has no stages at all."""
+    return features.stages[triplets.start_layer:triplets.end_layer] or features.stages[-1:] or [features.embed]

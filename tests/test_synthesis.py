@@ -15,7 +15,7 @@ from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective, triplet_layers
+from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.sources import NoiseSource
 
 SHAPE, CLASSES, BATCH = (3, 16, 16), 4, 8
@@ -224,11 +224,11 @@ def test_the_triplets_look_at_what_was_chosen(direction, sign, target, space, mo
     (0, 4, [0, 1]), (1, 2, [1]), (2, 4, [1]), (-1, 4, [1]), (-2, -1, [0])])
 def test_stages_are_chosen_and_the_last_one_where_there_are_too_few(start, end, expected):
     features = Features(None, "embedding", [0, 1])
-    assert triplet_layers(features, triplets(start_layer=start, end_layer=end)) == expected
+    assert relation.triplet_layers(features, triplets(start_layer=start, end_layer=end)) == expected
 
 
 def test_a_network_without_stages_is_scored_by_its_embedding():
-    assert triplet_layers(Features(None, "embedding", []), triplets()) == ["embedding"]
+    assert relation.triplet_layers(Features(None, "embedding", []), triplets()) == ["embedding"]
 
 
 # What reaches the pool.

@@ -5,7 +5,6 @@ from datafree import criterions, relation
 from datafree.augment import mixup
 from datafree.errors import InputError
 from datafree.learners.base import Learner
-from datafree.synthesis.objective import triplet_layers
 
 
 class DistillLearner(Learner):
@@ -57,7 +56,7 @@ class DistillLearner(Learner):
 
     def _striplet(self, student, teacher):
         layers = {"global": [student.embed], "logits": [student.logits],
-                  "features": triplet_layers(student, self.triplets)}[self.triplets.striplet_feature]
+                  "features": relation.triplet_layers(student, self.triplets)}[self.triplets.striplet_feature]
         space = teacher.embed if self.triplets.sampling_space == "embedding" else student.logits
         return relation.relation_loss(layers, teacher.logits.argmax(1), space.detach(), self.triplets.margin,
                                       self.triplets.striplet_sampling, relation.SEPARATE)

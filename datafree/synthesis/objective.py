@@ -87,11 +87,5 @@ class SynthesisObjective:
         scored = student if self.triplets.triplet_target == "student" else teacher
         space = teacher.embed if self.triplets.sampling_space == "embedding" else teacher.logits
         return relation.relation_loss(
-            triplet_layers(scored, self.triplets), teacher.logits.argmax(1), space.detach(), self.triplets.margin,
-            self.triplets.sampling, DIRECTIONS[self.triplets.relation])
-
-
-def triplet_layers(features, triplets):
-    """The stages start_layer:end_layer of a network's Features; the last one where these name none of its stages,
-    and the embedding where it has no stages at all."""
-    return features.stages[triplets.start_layer:triplets.end_layer] or features.stages[-1:] or [features.embed]
+            relation.triplet_layers(scored, self.triplets), teacher.logits.argmax(1), space.detach(),
+            self.triplets.margin, self.triplets.sampling, DIRECTIONS[self.triplets.relation])
