@@ -10,9 +10,12 @@ from datafree.config import DistillConfig
 from datafree.engine import Engine
 from datafree.errors import InputError, OptionError, exit_on_input_error
 from datafree.learners.distill import DistillLearner
+from datafree.models.custom import load_object
 from datafree.models.generator import Generator
 from datafree.pool import ImagePool
-from datafree.session import Session, short
+from datafree.relation import triplet_stages
+from datafree.session import Session, teacher_place
+from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.sources import NoiseSource, RealSource
@@ -20,7 +23,7 @@ from datafree.synthesis.sources import NoiseSource, RealSource
 EXAMPLES = """
 python datafree_kd.py --method rgal --teacher wrn40_2 --student wrn16_1
 python datafree_kd.py --config configs/cifar10/rgal_wrn40_2_wrn16_1.yaml --seed 1
-python datafree_kd.py --dataset digits --teacher resnet20 --student resnet8 --flip false --epochs 10
+python datafree_kd.py --dataset digits --teacher resnet20 --student resnet8 --epochs 10
 """
 
 
@@ -30,7 +33,7 @@ def main():
     if call.print_config:
         print(cli.to_yaml(config), end="")
         return
-    session = Session(config)
+    session = Session(config, write=not call.dry_run)
     student = session.network("student", config.student.student, config.student.student_weights)
     if config.run.evaluate_only:
         session.evaluate_only(student, "--student_weights", config.student.student_weights)
@@ -41,7 +44,7 @@ def main():
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
                              (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
                              config.run.precision)
-    plan = describe_plan(session, schedule)
+    plan = describe_plan(session, schedule, teacher, student)
     if call.dry_run:
         print("\n".join(plan))
         return
@@ -49,7 +52,7 @@ def main():
         for line in plan:
             folder.log(line)
         columns = check_teacher(session, teacher, folder)
-        facts = session.facts(config.student.student, method=config.method, teacher=config.teacher.teacher)
+        facts = session.facts(student, config.student.student)
         engine = Engine(learner, source, schedule, folder, config.run, facts=facts,
                         evaluate=(lambda: session.score(student)) if session.test else None,
                         describe=diagnostics.Watch(source, teacher, student, config.relation.sampling_space))
@@ -59,7 +62,7 @@ def main():
 def load_teacher(session):
     """The teacher with its weights, frozen."""
     options = session.config.teacher
-    weights = options.teacher_weights or f"checkpoints/pretrained/{session.card.name}_{short(options.teacher)}.pth"
+    weights = options.teacher_weights or teacher_place(session.card.name, options.teacher)
     try:
         return session.network("teacher", options.teacher, weights, options.teacher_mean, options.teacher_std).freeze()
     except InputError as error:
@@ -78,6 +81,9 @@ def plan_schedule(config):
     if s.warmup >= s.epochs:
         raise InputError(f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or "
                          "raise --epochs")
+    if config.relation.start_layer >= config.relation.end_layer > 0 <= config.relation.start_layer:
+        raise OptionError(f"start_layer {config.relation.start_layer} is not before end_layer "
+                          f"{config.relation.end_layer}, so no stage is looked at; lower --start_layer")
     return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
                            g_steps=s.g_steps if made else 0, batch_size=config.distill.batch_size)
 
@@ -86,10 +92,16 @@ def build_source(session, teacher, student, schedule):
     """Where the images come from, by ``synthesis.source``."""
     config, card, device = session.config, session.card, session.device
     options = config.synthesis
+    if ":" in options.source:
+        return own_source(options.source, teacher, student, session)
     if options.source == "noise":
         return NoiseSource(card, device)
     if options.source == "real":
         return RealSource(session.split("train"))
+    if options.source != "inversion":
+        raise OptionError(f"--source {options.source} is none of inversion, noise, real, path/to/file.py:Class")
+    if options.cr and config.run.deterministic and device.type == "cuda":
+        raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
     objective = SynthesisObjective(options, config.relation, teacher, student).to(device)
     if 0 < options.pool_size < options.synthesis_batch_size:
         raise InputError(f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
@@ -101,25 +113,54 @@ def build_source(session, teacher, student, schedule):
                               balanced=config.distill.balanced_sampling, precision=config.run.precision)
 
 
-def describe_plan(session, schedule):
+def own_source(name, teacher, student, session):
+    """The source of images that a class of the user's makes (see BaseSynthesis)."""
+    source = load_object(name)(teacher=teacher, student=student, augment=session.augment, card=session.card,
+                               config=session.config, device=session.device)
+    if not isinstance(source, BaseSynthesis):
+        raise InputError(f"--source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
+    return source
+
+
+def describe_plan(session, schedule, teacher, student):
     """What will happen and what it costs, in words."""
-    config, card = session.config, session.card
-    teacher, student = config.teacher.teacher, config.student.student
-    steps = schedule.epochs * schedule.rounds
+    config, card, source = session.config, session.card, session.config.synthesis.source
+    rounds = schedule.epochs * schedule.rounds
+    steps = (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps
     views = config.distill.batch_size * (2 if config.distill.pair_sample else 1)
-    lines = [f"Plan: {teacher} is the frozen teacher; {student} learns its answers on {card.name}-shaped images "
-             f"{'x'.join(map(str, card.shape))} in {card.num_classes} classes, on {session.device}."]
-    if config.synthesis.source == "inversion":
-        images = steps * config.synthesis.synthesis_batch_size
+    cost = f"{steps:,} student steps of {views} views"
+    lines = [f"Plan: {config.teacher.teacher} is the frozen teacher; {config.student.student} learns its answers on "
+             f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
+             f"{session.device}.", describe_teacher(teacher)]
+    if source == "inversion":
+        images = rounds * config.synthesis.synthesis_batch_size
         kept = min(config.synthesis.pool_size or images, images)
-        lines.append(f"The images are made from noise by inverting {teacher}; no training image is opened.")
-        lines.append(f"Cost: {steps} rounds of {schedule.g_steps} synthesis steps and {schedule.kd_steps} student "
-                     f"steps of {views} views; {images:,} images, of which the pool keeps {kept:,} "
-                     f"({kept * math.prod(card.shape) / 1e6:.0f} MB).")
+        lines.append(f"The images are made from noise by inverting {teacher.name}; no training image is opened.")
+        lines += describe_triplets(config.relation, teacher, student)
+        cost = (f"{rounds:,} rounds of {schedule.g_steps} synthesis steps, and {cost}; {images:,} images, of which the "
+                f"pool keeps {kept:,} ({kept * math.prod(card.shape) / 1e6:.0f} MB)")
     else:
-        kind = "plain noise" if config.synthesis.source == "noise" else "the real training images: not data-free"
-        lines.append(f"The images are {kind}. Cost: {steps * schedule.kd_steps} student steps of {views} views.")
-    return lines
+        kind = {"noise": "plain noise", "real": "the real training images: not data-free"}
+        lines.append(f"The images are {kind.get(source, f'those of {source}')}.")
+    return [*lines, f"Cost: {cost}."]
+
+
+def describe_teacher(teacher):
+    """What its file says of the teacher, and what it is shown."""
+    said = ", ".join(f"{key} {teacher.origin[key]}" for key in ("dataset", "epoch", "acc1") if key in teacher.origin)
+    mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (teacher.mean, teacher.std))
+    return f"The {teacher.name} ({said or 'its file says no more'}) sees images normalised by mean {mean}, std {std}."
+
+
+def describe_triplets(options, teacher, student):
+    """Which stages the synthesis triplets look at."""
+    if not options.triplet or options.relation == "off":
+        return []
+    network = teacher if options.triplet_target == "teacher" else student
+    channels, sizes = network.tap.stage_channels, network.tap.stage_sizes
+    chosen = [f"{i} ({channels[i]}x{'x'.join(map(str, sizes[i]))})" for i in triplet_stages(len(sizes), options)]
+    return [f"The synthesis triplets look at {'stages ' + ', '.join(chosen) if chosen else 'the embedding'} of the "
+            f"{network.name}, counted from 0 to {len(sizes) - 1}."]
 
 
 def check_teacher(session, teacher, folder):

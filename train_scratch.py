@@ -1,6 +1,5 @@
 """Trains a network on real images: a teacher, or a student as the upper bound."""
 import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import registry  # noqa: F401  makes registered models and data sets known
@@ -9,12 +8,12 @@ from datafree.config import ScratchConfig
 from datafree.engine import Engine
 from datafree.errors import exit_on_input_error
 from datafree.learners.supervised import SupervisedLearner
-from datafree.session import Session, short
+from datafree.session import Session, teacher_place
 from datafree.synthesis.sources import RealSource
 
 EXAMPLES = """
 python train_scratch.py --dataset cifar10 --model wrn40_2
-python train_scratch.py --dataset digits --model resnet20 --flip false --epochs 15
+python train_scratch.py --dataset digits --model resnet20 --epochs 15
 python train_scratch.py --dataset cifar10 --model wrn40_2 --weights teacher.pth --evaluate_only
 """
 
@@ -43,7 +42,7 @@ def main():
         folder.log(plan)
         learner = SupervisedLearner(network, session.augment, options, schedule.epochs * schedule.kd_steps,
                                     config.run.precision)
-        facts = session.facts(options.model, method="scratch")
+        facts = session.facts(network, options.model)
         engine = Engine(learner, RealSource(split), schedule, folder, config.run, facts=facts,
                         evaluate=(lambda: session.score(network)) if session.test else None)
         session.train(engine)
@@ -51,13 +50,16 @@ def main():
 
 
 def publish(session, folder):
-    """Copy the last weights to where datafree_kd.py looks for a teacher, unless others are there."""
-    model = short(session.config.training.model)
-    place = Path("checkpoints/pretrained") / f"{session.card.name}_{model}.pth"
+    """Copy the last weights to where datafree_kd.py looks for a teacher, unless those there are known as no worse."""
+    place = teacher_place(session.card.name, session.config.training.model)
+    source = folder.checkpoints / "student_last.pth"
+    weights = checkpoint.load(source)
     if place.exists():
-        folder.log(f"{place} exists and stays as it is; the new weights are {folder.checkpoints / 'student_last.pth'}")
-        return
-    checkpoint.save(place, checkpoint.load(folder.checkpoints / "student_last.pth"))
+        there, here = (w.get("acc1") for w in (checkpoint.load(place), weights))
+        if not isinstance(there, float) or here is None or here <= there:
+            folder.log(f"{place} stays as it is (top-1 {there}, these {here}); the new weights are {source}")
+            return
+    checkpoint.save(place, weights)
     folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
 
 

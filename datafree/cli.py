@@ -10,7 +10,7 @@ import re
 import shutil
 import sys
 import textwrap
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from math import inf
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
@@ -50,6 +50,7 @@ class Option:
     flags: tuple[str, ...] = ()
     low: float = -inf
     high: float = inf
+    idle: dict = field(default_factory=dict, hash=False)
 
     @property
     def allowed(self):
@@ -60,8 +61,10 @@ class Option:
                  tuple: "numbers with commas between",
                  str: "a text that is not empty" if self.default else "a text"}[self.kind]
         if self.high < inf:
-            return f"{words} from {self.low:g} to {self.high:g}"
-        return f"{words} of at least {self.low:g}" if self.low > -inf else words
+            words += f" from {self.low:g} to {self.high:g}"
+        elif self.low > -inf:
+            words += f" of at least {self.low:g}"
+        return f"{words}, or nothing" if self.default is None else words
 
 
 class Setting(NamedTuple):
@@ -86,8 +89,9 @@ def parse(config_class, argv, *, description, method_files=None, examples=""):
     flags = _read_flags(argv, options)
     files = [s.text for s in flags if s.option.name == "config"]
     settings = [s for path in files for s in _read_yaml(path, options)] + flags
-    settings = _method_settings(settings, options, method_files) + settings
-    values = {s.option.name: _convert(s) for s in settings}
+    preset = _method_settings(settings, options, method_files)
+    values = {s.option.name: _convert(s) for s in preset + settings}
+    _refuse_idle(settings, preset, values, options)
     parts = {name: _fill(section, values) for name, section in sections(config_class).items()}
     return _fill(config_class, values | parts), _fill(Invocation, values)
 
@@ -108,7 +112,10 @@ def list_options(config_class, method_files=None):
                 kind, choices = str, get_args(kind)
             elif f.name == "method":
                 choices = tuple(sorted(method_files or ()))
-            found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **f.metadata))
+            metadata = {"idle": getattr(cls, "IDLE", {}), **f.metadata}
+            if f.name in metadata["idle"]:
+                metadata["idle"] = {}  # the option that the section's others hang on
+            found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **metadata))
     return found
 
 
@@ -126,6 +133,20 @@ def _method_settings(settings, options, method_files):
     return _read_yaml(method_files[_convert(named[-1])], others)
 
 
+def _refuse_idle(settings, preset, values, options):
+    """Raise an OptionError for a setting that changes an option which nothing would read."""
+    values = {name: o.default for name, o in options.items()} | values
+    before = {name: o.default for name, o in options.items()} | {s.option.name: _convert(s) for s in preset}
+
+    def idle(opt):
+        return bool(opt.idle) and all(values[name] in rests or idle(options[name]) for name, rests in opt.idle.items())
+
+    for opt, _, place in settings:
+        if values[opt.name] != before[opt.name] and idle(opt):
+            reasons = " and ".join(f"{name} is {_shown(values[name])}" for name in opt.idle)
+            raise _error(f"{place} would change nothing, for {reasons}; leave {opt.name} out, or change that")
+
+
 def _convert(setting):
     opt, text, place = setting
     if text is None:
@@ -138,8 +159,10 @@ def _convert(setting):
 
 
 def _value(opt, text):
+    if opt.default is None and not text:
+        return None
     if opt.choices:
-        word = {"false": "off", "no": "off"}.get(text.lower(), text.lower())
+        word = {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(text.lower(), text.lower())
         return opt.choices[opt.choices.index(text if text in opt.choices else word)]
     if opt.kind is bool:
         return BOOLEANS[text.lower()]
@@ -197,20 +220,32 @@ def _is_flag(word):
     return re.match(r"--|-[A-Za-z]", word) is not None  # -2 and -.5 are values
 
 
-def _read_yaml(path, options):
-    """Settings of a YAML file; its block ``expect`` states results and is not read here."""
+def _read_yaml(path, options, above=()):
+    """Settings of a YAML file, after those of the file that its key ``base`` names, relative to it.
+
+    above: the files whose base this one is. A block ``expect`` states results and is not read here.
+    """
     options = {name: o for name, o in options.items() if o.section != "call"}
     names = {o.section for o in options.values()} - {""}
     settings = []
     for key, node, place in _items(_compose(path), path, "the file must hold names and values"):
         if key == "expect":
             _items(node, path, "expect must hold names and values")
+        elif key == "base":
+            settings = _read_base(path, node, place, options, above) + settings
         elif key in names:
             inner = _items(node, path, f"{key} is a section: write {key}: {{NAME: VALUE}}")
             settings += [_yaml_setting(key, *item, options) for item in inner]
         else:
             settings.append(_yaml_setting("", key, node, place, options))
     return settings
+
+
+def _read_base(path, node, place, options, above):
+    base = Path(path).parent / str(node.value)
+    if node.id != "scalar" or base.resolve() in above:
+        raise _error(f"{place}: base names one other YAML file, which is not based on this one")
+    return _read_yaml(base, options, (*above, Path(path).resolve()))
 
 
 def _compose(path):

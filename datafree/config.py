@@ -6,17 +6,27 @@ and for ``--help``; a name occurs once in a program, so the short flag and the
 dotted one (``--schedule.g_steps 400``) mean the same. ``datafree/cli.py`` fills
 these classes from method files, YAML files and flags and checks every value.
 """
-from dataclasses import dataclass, field, fields
-from typing import Literal
+from dataclasses import asdict, dataclass, field, fields
+from typing import ClassVar, Literal
 
 
 def option(default, help, **metadata):
     """A dataclass field with its sentence of help.
 
     Metadata: ``flags`` (further spellings, such as ``-j``), ``low`` and ``high``
-    (inclusive bounds of a number).
+    (inclusive bounds of a number), ``idle`` (other options and values: while all
+    of these have such a value, or are idle themselves, nothing reads this one).
     """
     return field(default=default, metadata={"help": help, **metadata})
+
+
+# Options that say where and how a run happens, but not what comes out of it.
+SURROUNDINGS = {"save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq",
+                "eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights",
+                "student_weights", "weights", "teacher_acc"}
+CONTROL = {"source": ("noise", "real")}  # sources that make no images
+NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
+STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
 
 
 @dataclass
@@ -30,11 +40,13 @@ class Run:
     precision: Literal["none", "bf16", "fp16"] = option("none", "Number format of the forward passes; none is fp32.")
     threads: int = option(0, "CPU threads; 0 leaves torch's own choice.", low=0)
     deterministic: bool = option(False, "Only deterministic kernels on the GPU; the CPU always repeats exactly.")
-    resume: str = option("none", "none, auto (this run's last checkpoint if there is one) or a checkpoint's path.")
+    resume: str = option("none", "none, auto (this run's last checkpoint if there is one) or a checkpoint's path.",
+                         idle={"evaluate_only": (True,)})
     evaluate_only: bool = option(False, "Load, evaluate on the test set, print and stop.")
     print_freq: int = option(0, "Optimiser steps between two log lines within an epoch; 0 logs once an epoch.",
                              flags=("-p",), low=0)
-    eval_every: int = option(1, "Epochs between two evaluations on the test set; the last epoch always has one.", low=1)
+    eval_every: int = option(1, "Epochs between two evaluations on the test set; the last epoch always has one.", low=1,
+                             idle={"eval": ("none",)})
     grid_every: int = option(10, "Epochs between two image grids; the first and the last epoch always draw one.", low=1)
     workers: int = option(2, "Processes that decode images of data sets too large for memory.", flags=("-j",), low=0)
 
@@ -48,7 +60,8 @@ class Data:
     card: str = option("", "YAML file with shape, classes, mean and std, for data without files on this machine.")
     eval: Literal["test", "none"] = option("test", "What the student is evaluated on; none needs no data at all.")
     crop_padding: int = option(4, "Pixels of zero padding before the random crop; 0 does not crop.", low=0)
-    flip: bool = option(True, "Mirror images at random; turn it off where left and right matter, as for digits.")
+    flip: Literal["card", "on", "off"] = option(
+        "card", "Mirror images at random; card: where the data set's card allows it, which that of digits does not.")
     download: bool = option(True, "Download a registered data set that is missing, where that is possible.")
 
 
@@ -63,7 +76,7 @@ class Teacher:
     teacher_std: tuple[float, ...] = option((), "Its input standard deviation per channel; the card's when empty.",
                                              low=1e-6, high=1)
     teacher_acc: float = option(0.0, "Top-1 (%) it should reach; one point less is called out. 0: unknown.",
-                                low=0, high=100)
+                                low=0, high=100, idle={"eval": ("none",)})
 
 
 @dataclass
@@ -82,62 +95,71 @@ class Schedule:
                          flags=("--epoch",), low=1)
     ep_steps: int = option(400, "Student steps of an epoch: ep_steps // kd_steps rounds.", low=1)
     kd_steps: int = option(400, "Student steps of a round.", low=1)
-    g_steps: int = option(400, "Synthesis steps of a round.", low=1)
-    warmup: int = option(0, "First epochs that only make images, without the terms that look at the student.", low=0)
+    g_steps: int = option(400, "Synthesis steps of a round.", low=1, idle=CONTROL)
+    warmup: int = option(0, "First epochs that only make images, without the terms that look at the student.", low=0,
+                         idle=CONTROL)
 
 
 @dataclass
 class Synthesis:
     """Phase 1: images are made by inverting the teacher. Weights of 0 cost nothing."""
 
-    source: Literal["inversion", "noise", "real"] = option(
-        "inversion", "Where images come from: a generator trained each round, plain noise, the real training set.")
+    IDLE: ClassVar = CONTROL  # of every option here but the source that names no other
+
+    source: str = option("inversion", "Where images come from: inversion (a generator trained each round), noise, "
+                                      "real (the training set), or a class of your own, path/to/file.py:Class.")
     synthesis_batch_size: int = option(256, "Images that a round adds to the pool.", low=1)
     pool_size: int = option(0, "Images that the pool holds before it forgets the oldest; 0 holds all.", low=0)
     nz: int = option(256, "Dimension of the generator's noise.", low=1)
     ngf: int = option(64, "Width of the generator.", low=1)
     lr_g: float = option(1e-3, "Adam's learning rate for the generator.", low=0)
-    lr_z: float = option(1e-3, "Adam's learning rate for the noise; 0 keeps the noise fixed.", low=0)
+    lr_z: float = option(None, "The same for the noise, lr_g when empty; 0 keeps the noise fixed.", low=0)
     generator_init: Literal["random", "meta"] = option(
         "random", "Weights a round starts from: new random ones, or a start that learns from the rounds (Reptile).")
     meta_rate: float = option(1.0, "Step of the learned start towards each round's weights; 1 carries on from them.",
-                              low=0, high=1)
+                              low=0, high=1, idle={"generator_init": ("random",)})
     class_noise: float = option(0.0, "Distance from 0 of each class's own centre of the noise; 0 draws all alike.",
                                 low=0)
     keep: Literal["best", "last"] = option("best", "The step of a round whose batch is kept: lowest loss, or last.")
-    bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.")
+    bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.", low=0)
     bn_reduction: Literal["norm", "mse", "gaussian"] = option(
-        "norm", "Distance of statistics per layer: sum of L2 norms, mean squares, or KL of Gaussians.")
-    oh: float = option(0.0, "Weight of the cross entropy with the class asked for.")
-    adv: float = option(0.0, "Weight of the student's disagreement, where both name the same class.")
-    act: float = option(0.0, "Weight of the teacher's activation strength (DAFL).")
-    balance: float = option(0.0, "Weight of the class balance over the batch (DAFL).")
-    cr: float = option(0.0, "Weight of the contrast with earlier images (CMI).")
-    cr_T: float = option(0.2, "Temperature of that contrast.", low=1e-6)
-    tv: float = option(0.0, "Weight of the images' total variation.")
-    l2: float = option(0.0, "Weight of the images' L2 norm.")
+        "norm", "Distance of statistics per layer: sum of L2 norms, mean squares, or KL of Gaussians.",
+        idle={"bn": (0,)})
+    oh: float = option(0.0, "Weight of the cross entropy with the class asked for.", low=0)
+    adv: float = option(0.0, "Weight of the student's disagreement, where both name the same class.", low=0)
+    act: float = option(0.0, "Weight of the teacher's activation strength (DAFL).", low=0)
+    balance: float = option(0.0, "Weight of the class balance over the batch (DAFL).", low=0)
+    cr: float = option(0.0, "Weight of the contrast with earlier images (CMI).", low=0)
+    cr_T: float = option(0.2, "Temperature of that contrast.", low=1e-6, idle={"cr": (0,)})
+    tv: float = option(0.0, "Weight of the images' total variation.", low=0)
+    l2: float = option(0.0, "Weight of the images' L2 norm.", low=0)
 
 
 @dataclass
 class Relation:
     """RGAL's triplets: confuse in synthesis, separate in the student."""
 
-    triplet: float = option(0.0, "Weight of the triplets in synthesis.")
+    triplet: float = option(0.0, "Weight of the triplets in synthesis.", low=0, idle={"relation": ("off",)})
     relation: Literal["paper", "release", "off"] = option(
-        "paper", "Their direction in synthesis: the paper's (spread classes, mix them), the released code's, or none.")
-    triplet_target: Literal["student", "teacher"] = option("student", "Whose features the synthesis triplets look at.")
-    start_layer: int = option(2, "First stage that is looked at, counted from 0 (negative: from the end).")
-    end_layer: int = option(4, "Stage before which the look ends.")
-    margin: float = option(0.2, "Margin of both triplet losses.", low=0)
+        "paper", "Their direction in synthesis: the paper's (spread classes, mix them), the released code's, or none.",
+        idle=CONTROL)
+    triplet_target: Literal["student", "teacher"] = option(
+        "student", "Whose features the synthesis triplets look at.", idle={"triplet": (0,)})
+    start_layer: int = option(2, "First stage that is looked at, counted from 0 (negative: from the end).", idle=STAGES)
+    end_layer: int = option(4, "Stage before which the look ends.", idle=STAGES)
+    margin: float = option(0.2, "Margin of both triplet losses.", low=0, idle=NO_TRIPLETS)
     sampling: Literal["focal", "distance", "uniform"] = option(
-        "focal", "How synthesis draws the other-class sample: a band, distance weighted, or evenly.")
+        "focal", "How synthesis draws the other-class sample: a band, distance weighted, or evenly.",
+        idle={"triplet": (0,)})
     sampling_space: Literal["embedding", "logits"] = option(
-        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).")
-    striplet: float = option(0.0, "Weight of the triplets in student training.")
+        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).",
+        idle=NO_TRIPLETS)
+    striplet: float = option(0.0, "Weight of the triplets in student training.", low=0)
     striplet_feature: Literal["global", "features", "logits"] = option(
-        "global", "What they look at: the penultimate feature, the chosen stages, or the logits.")
+        "global", "What they look at: the penultimate feature, the chosen stages, or the logits.",
+        idle={"striplet": (0,)})
     striplet_sampling: Literal["focal", "distance", "uniform"] = option(
-        "distance", "How student training draws the other-class sample.")
+        "distance", "How student training draws the other-class sample.", idle={"striplet": (0,)})
 
 
 @dataclass
@@ -146,17 +168,18 @@ class Distill:
 
     batch_size: int = option(128, "Pool images of a student step.", low=1)
     pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
-    balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.")
+    balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.", idle=CONTROL)
     mixup: float = option(0.0, "Share of the views that are blended with another one of the batch.", low=0, high=1)
     lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
     momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
     weight_decay: float = option(1e-4, "SGD's weight decay.", flags=("--wd",), low=0)
-    T: float = option(20.0, "Temperature of the distillation.", low=1e-6)
-    kd: float = option(1.0, "Weight of the KL divergence from the teacher's answers.")
-    cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.")
-    gram_loss: float = option(0.0, "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.")
+    T: float = option(20.0, "Temperature of the distillation.", low=1e-6, idle={"kd": (0,)})
+    kd: float = option(1.0, "Weight of the KL divergence from the teacher's answers.", low=0)
+    cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.", low=0)
+    gram_loss: float = option(0.0, "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.",
+                              low=0)
     custom_steps: float = option(1.0, "Share of the run in which the channel, gram and triplet terms act.",
-                                 low=0, high=1)
+                                 low=0, high=1, idle={"cd_loss": (0,), "gram_loss": (0,), "striplet": (0,)})
 
 
 @dataclass
@@ -194,6 +217,14 @@ class ScratchConfig:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
+
+
+def settings(config):
+    """A configuration as one dict, option -> value, without SURROUNDINGS."""
+    flat = {}
+    for name, value in reversed(asdict(config).items()):  # what stands outside the sections comes last, and leads
+        flat.update(value if isinstance(value, dict) else {name: value})
+    return {name: value for name, value in flat.items() if name not in SURROUNDINGS}
 
 
 def sections(config_class):

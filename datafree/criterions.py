@@ -7,6 +7,11 @@ from datafree.errors import InputError
 from datafree.hooks import pooled
 
 
+def full_precision(device):
+    """A context in which nothing runs in half precision, whatever the forward passes do."""
+    return torch.autocast(device.type, enabled=False)
+
+
 def kl_divergence(logits, target_logits, T=1.0):
     """KL(softmax(target / T) || softmax(logits / T)) per sample, (N, C) twice -> (N,)."""
     log_p = F.log_softmax(target_logits.float() / T, dim=1)
@@ -96,21 +101,24 @@ class StageProjection(nn.Module):
 
     def channel(self, student_stages, teacher_stages):
         """L_cd: sum over stages of mse(GAP(conv1x1(S)), GAP(T)); averaging commutes with the projection."""
-        return sum(F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
-                   for project, (s, t) in zip(self.project, self.pairs))
+        with full_precision(teacher_stages[-1].device):
+            return sum(F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
+                       for project, (s, t) in zip(self.project, self.pairs))
 
     def gram(self, student_stages, teacher_stages):
         """L_gram: per-pixel mse, each channel weighted by how little it correlates with the others.
 
         weight_c = 1 - minmax_c(sum over columns of T's channel Gram matrix) + 1e-3, per image.
         """
-        total = 0.0
-        for project, (s, t) in zip(self.project, self.pairs):
-            target = teacher_stages[t].float()
-            mapped = F.conv2d(student_stages[s].float(), project.weight[:, :, None, None], project.bias)
+        with full_precision(teacher_stages[-1].device):
+            return sum(self._gram(project, student_stages[s].float(), teacher_stages[t].float())
+                       for project, (s, t) in zip(self.project, self.pairs))
+
+    def _gram(self, project, stage, target):
+        mapped = F.conv2d(stage, project.weight[:, :, None, None], project.bias)
+        if mapped.shape[2:] != target.shape[2:]:
             mapped = F.adaptive_avg_pool2d(mapped, target.shape[2:])
-            total = total + (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
-        return total
+        return (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
 
 
 def pair_stages(student_sizes, teacher_sizes):
@@ -136,5 +144,6 @@ def info_nce(local, anchor, bank, T):
     """
     local, anchor, bank = (F.normalize(x.float(), dim=1) for x in (local, anchor, bank))
     positive = (local * anchor).sum(1, keepdim=True)
-    return F.cross_entropy(torch.cat([positive, local @ bank.T], 1) / T,
-                           torch.zeros(len(local), dtype=torch.long, device=local.device))
+    with full_precision(local.device):
+        similarity = torch.cat([positive, local @ bank.T], 1) / T
+    return F.cross_entropy(similarity, torch.zeros(len(local), dtype=torch.long, device=local.device))

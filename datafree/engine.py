@@ -12,6 +12,7 @@ takes them (``learners/``). Distillation, its controls and teacher training are 
 """
 import math
 import signal
+import sys
 import time
 from collections import defaultdict
 from contextlib import contextmanager
@@ -30,7 +31,8 @@ class Engine:
     schedule: epochs, rounds (per epoch), kd_steps, g_steps, warmup, batch_size.
     evaluate: () -> {acc1, acc5, loss} in %, or None where there is nothing to evaluate on.
     describe: () -> (numbers of the latest images, alarms), or None.
-    facts: plain values saved beside the student's weights.
+    facts: plain values saved beside the student's weights; its ``settings`` (option -> value) must be the same
+    when the run is resumed, but for the epochs.
     """
 
     def __init__(self, learner, source, schedule, folder, run, *, evaluate=None, describe=None, facts=None):
@@ -44,13 +46,13 @@ class Engine:
 
     def train(self):
         """Run the remaining epochs -> the last epoch's numbers. A stop signal saves and exits with 128 + its number."""
-        s = self.schedule
-        per_epoch = s.rounds * (s.g_steps + s.kd_steps)
-        with StopSignal() as stop, tqdm(total=s.epochs * per_epoch, initial=self.position["epoch"] * per_epoch,
-                                        unit="step", desc="epoch", smoothing=0.05, dynamic_ncols=True) as self.bar:
+        s, at = self.schedule, self.position
+        with StopSignal() as stop, tqdm(total=self._steps_until(s.epochs), initial=self._steps_until(at["epoch"]),
+                                        unit="step", desc="epoch", smoothing=0.05, dynamic_ncols=True,
+                                        mininterval=0.1 if sys.stderr.isatty() else 30) as self.bar:
             self.source.tick = self.bar.update
-            while self.position["epoch"] < s.epochs:
-                self.bar.set_description(f"epoch {self.position['epoch'] + 1}/{s.epochs}")
+            while at["epoch"] < s.epochs:
+                self.bar.set_description(f"epoch {at['epoch'] + 1}/{s.epochs}")
                 self._epoch(stop)
                 if stop.received:
                     self._save_run()
@@ -58,6 +60,11 @@ class Engine:
                     raise SystemExit(128 + signal.Signals[stop.received])
                 self._close_epoch()
         return self.result
+
+    def _steps_until(self, epoch):
+        """Steps of both phases in the epochs before ``epoch``."""
+        s = self.schedule
+        return s.rounds * (epoch * s.g_steps + max(epoch - s.warmup, 0) * s.kd_steps)
 
     def _epoch(self, stop):
         at, s = self.position, self.schedule
@@ -179,11 +186,11 @@ class Engine:
                         f"student step {self.position['step']}.")
 
     def _check_origin(self, state, path):
-        for name in ("method", "dataset", "teacher", "model"):
-            theirs, ours = state["facts"].get(name), self.facts.get(name)
-            if theirs != ours:
-                raise InputError(f"{path} is of a run with {name} {theirs}, not {ours}; resume with that, or "
-                                 "begin anew under --log_tag NEW")
+        theirs, ours = (facts.get("settings", {}) for facts in (state["facts"], self.facts))
+        for name in theirs | ours:
+            if name != "epochs" and theirs.get(name) != ours.get(name):
+                raise InputError(f"{path} is of a run with --{name} {theirs.get(name)}, not {ours.get(name)}; resume "
+                                 "with the options that it was written with, or begin anew under --log_tag NEW")
         if state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
                              f"{self.schedule.epochs} to go on from it")

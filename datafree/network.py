@@ -13,13 +13,14 @@ class Network(nn.Module):
     Each network carries the mean and standard deviation that it was trained with, so that a
     teacher and a student with different ones see the same views.
 
-    shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units.
+    shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units. origin: what the file of its
+    weights says of them (acc1, epoch, dataset, ...), if there is one.
     """
 
-    def __init__(self, model, shape, mean, std, name="network"):
+    def __init__(self, model, shape, mean, std, name="network", origin=None):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
-        self.name = name
+        self.name, self.origin = name, origin or {}
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.tap = FeatureTap(model, shape)

@@ -12,7 +12,11 @@ class ImagePool:
 
     def __init__(self, capacity, shape, num_classes, device):
         self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
-        self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
+        try:
+            self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
+        except RuntimeError as error:  # torch's out of memory is one
+            raise InputError(f"a pool of {capacity:,} images of {tuple(shape)} does not fit into memory; "
+                             "give a smaller --pool_size") from error
         self.targets = torch.empty(capacity, dtype=torch.long, device=device)
         self.added = 0
 
@@ -55,9 +59,9 @@ class ImagePool:
         """A random order in which the k-th image of every class comes before the (k+1)-th of any."""
         shuffled = torch.randperm(size, device=self.device)
         by_class = shuffled[self.targets[shuffled].argsort(stable=True)]
-        count = torch.bincount(self.targets[:size], minlength=self.num_classes)
-        start = count.cumsum(0) - count
-        rank = torch.arange(size, device=self.device) - start[self.targets[by_class]]
+        classes = self.targets[by_class]
+        start = torch.searchsorted(classes, torch.arange(self.num_classes, device=self.device))
+        rank = torch.arange(size, device=self.device) - start[classes]
         # Ties between classes are broken at random, so that no class is favoured by its number.
         return by_class[(rank + torch.rand(size, device=self.device) * 0.5).argsort()]
 

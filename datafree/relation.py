@@ -10,6 +10,7 @@ import math
 import torch
 from torch.nn import functional as F
 
+from datafree.criterions import full_precision
 from datafree.hooks import pooled
 
 SEPARATE, CONFUSE = 1, -1
@@ -20,7 +21,7 @@ DISTANCE_CUTOFF = (0.5, 1.4)
 def pairwise_distance(features):
     """Euclidean distances (B, B) in fp32 of L2-normalised rows; maps are average-pooled first."""
     rows = F.normalize(pooled(features).float(), dim=1)
-    with torch.autocast(rows.device.type, enabled=False):  # which would multiply in half precision
+    with full_precision(rows.device):
         squared = 2 - 2 * rows @ rows.T
     # The clamp stops the gradient of the root at coinciding rows, where it has none.
     return squared.clamp_min(1e-12).sqrt()
@@ -65,7 +66,18 @@ def draw_negatives(space, labels, sampling):
     """
     distance = pairwise_distance(space)
     probabilities = negative_probabilities(distance, labels, pooled(space).shape[1], sampling)
-    return torch.multinomial(probabilities, len(labels), replacement=True)
+    return draw(probabilities, len(labels))
+
+
+def draw(probabilities, count):
+    """``count`` indices (B, count) for every row of ``probabilities`` (B, N), with replacement.
+
+    By inversion of the cumulative sum in whole numbers: exact, so that nothing of probability 0 is drawn, and the
+    same at every call on a GPU, where the sum of floats inside torch.multinomial is not.
+    """
+    heights = (probabilities.double() * 2**40).long().cumsum(1)
+    points = torch.rand(len(heights), count, dtype=torch.float64, device=heights.device) * heights[:, -1:]
+    return torch.searchsorted(heights, points.long(), right=True)
 
 
 def triplet_loss(features, labels, negatives, margin, direction):
@@ -94,6 +106,11 @@ def relation_loss(layers, labels, space, margin, sampling, direction):
 
 
 def triplet_layers(features, triplets):
-    """The stages start_layer:end_layer of a network's Features; the last one where these name none of its stages,
-    and the embedding where it has no stages at all."""
-    return features.stages[triplets.start_layer:triplets.end_layer] or features.stages[-1:] or [features.embed]
+    """The chosen stages of a network's Features, or the embedding where it has no stages at all."""
+    return [features.stages[i] for i in triplet_stages(len(features.stages), triplets)] or [features.embed]
+
+
+def triplet_stages(count, triplets):
+    """Numbers of the stages start_layer:end_layer out of ``count``; of the last one where that names none."""
+    stages = range(count)
+    return stages[triplets.start_layer:triplets.end_layer] or stages[-1:]

@@ -1,6 +1,7 @@
 """One table of finished runs: python -m datafree.report FOLDER...
 
-Every summary.json below the folders is read; runs of one name that differ in their seed share a row.
+Every summary.json below the folders is read. Runs of one name and one set of options share a row, whatever their
+seed; where the options of a name differ, the column ``options`` says in what.
 """
 import json
 import statistics
@@ -31,16 +32,34 @@ def read_summaries(folders):
 
 
 def report(summaries):
-    """A row (dict) per run name: n runs, mean accuracies (%), standard deviation, images made, seconds."""
+    """A row (dict) per run: n seeds, mean accuracies (%), standard deviation, images made, seconds.
+
+    Of runs that differ in nothing, not even the seed, the last one counts.
+    """
     runs = {}
     for summary in summaries:
-        runs.setdefault(summary["run"], []).append(summary)
-    return [_row(name, same) for name, same in runs.items()]
+        runs.setdefault((summary["run"], _options(summary)), {})[summary.get("seed")] = summary
+    differing = {name: _differing([options for other, options in runs if other == name]) for name, _ in runs}
+    rows = [_row(name, [o for o in options if o[0] in differing[name]], list(seeds.values()))
+            for (name, options), seeds in runs.items()]
+    return rows if any(differing.values()) else [{k: v for k, v in row.items() if k != "options"} for row in rows]
 
 
-def _row(name, runs):
+def _options(summary):
+    """What makes the run's row: (option, value as text) pairs, the seed apart."""
+    return tuple(sorted((name, str(value)) for name, value in summary.get("settings", {}).items() if name != "seed"))
+
+
+def _differing(groups):
+    """Names of the options in which the groups of one name differ."""
+    pairs = [set(options) for options in groups]
+    return {name for name, _ in set().union(*pairs) - set.intersection(*pairs)}
+
+
+def _row(name, options, runs):
     last, seconds = _values(runs, "last_acc1"), [_seconds(run) for run in runs]
-    return {"run": name, "n": len(runs), "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
+    return {"run": name, "options": " ".join(f"{option}={value}" for option, value in options), "n": len(runs),
+            "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
             "std": statistics.stdev(last) if len(last) > 1 else None,
             "best": _mean(_values(runs, "best_acc1")),
             "images": round(_mean(_values(runs, "images")) or 0), "s": round(statistics.fmean(seconds))}

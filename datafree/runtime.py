@@ -57,7 +57,7 @@ def rng_state():
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
@@ -74,6 +74,8 @@ def autocast(device, precision):
     """A new context in which forward passes use ``none`` (fp32), ``bf16`` or ``fp16`` (GPU only)."""
     if precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; use --precision bf16 or none on the CPU")
+    if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp16 or none")
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "none")
 

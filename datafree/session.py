@@ -6,6 +6,7 @@ import torch
 from datafree import checkpoint
 from datafree.augment import CropFlip
 from datafree.cli import to_yaml
+from datafree.config import settings
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.errors import InputError
 from datafree.evaluators import evaluate
@@ -19,11 +20,12 @@ class Session:
     """The surroundings of one run: device, data card, augmentation, test split.
 
     config: DistillConfig or ScratchConfig. derive_card: whether the training images may be opened
-    to find out what an unknown data set looks like. write: whether what is found out is written down.
+    to find out what an unknown data set looks like. write: whether files may be written: a card that was
+    derived, a data set that is downloaded.
     """
 
     def __init__(self, config, derive_card=False, write=True):
-        self.config, self.run, self.data = config, config.run, config.data
+        self.config, self.run, self.data, self.write = config, config.run, config.data, write
         self.device = choose_device(self.run.device)
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
@@ -31,27 +33,32 @@ class Session:
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         self.card = resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write)
-        self.augment = CropFlip(self.data.crop_padding, self.data.flip)
+        flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
+        self.augment = CropFlip(self.data.crop_padding, flip)
         self.test = self.split("test") if self.data.eval == "test" else None
 
     def split(self, name):
         """The ``train`` or ``test`` split of the data set, on the device."""
-        return load_split(self.card, self.data.data_root, name, self.data.download, self.device, self.run.workers)
+        return load_split(self.card, self.data.data_root, name, self.data.download and self.write, self.device,
+                          self.run.workers)
 
     def network(self, role, model, weights="", mean=(), std=()):
-        """Build ``model`` and fill it from ``weights``, if given -> :class:`Network` on the device."""
+        """Build ``model`` and fill it from ``weights``, if given -> :class:`Network` on the device.
+
+        Without ``mean`` and ``std`` those that are stored beside the weights hold, or else the card's.
+        """
         card = self.card
         module = build_model(model, card.num_classes, card.channels)
+        stored = checkpoint.load_weights(module, weights) if weights else {}
         for name, values in (("mean", mean), ("std", std)):
             if values and len(values) != card.channels:
                 raise InputError(f"--{role}_{name} has {len(values)} numbers but the images of {card.name} have "
                                  f"{card.channels} channels; give one per channel")
-        network = Network(module, card.shape, mean or card.mean, std or card.std, name=f"{role} {short(model)}")
+        mean, std = (given or normalisation(stored, key, card) for given, key in ((mean, "mean"), (std, "std")))
+        network = Network(module, card.shape, mean, std, f"{role} {short(model)}", stored)
         if network.num_classes != card.num_classes:
             raise InputError(f"the {role} {model} answers {network.num_classes} classes but {card.name} has "
                              f"{card.num_classes}; build it with the right head, or name the right data set")
-        if weights:
-            checkpoint.load_weights(module, weights)
         return network.to(self.device)
 
     @torch.no_grad()
@@ -78,16 +85,16 @@ class Session:
         """The run's folder ``save_dir/<dataset>_<parts>/<tag>``."""
         name = "_".join([self.card.name, *map(short, parts)])
         tag = self.run.log_tag or f"seed{self.run.seed}"
-        return RunFolder(Path(self.run.save_dir) / name / tag, name, to_yaml(self.config),
-                         resume=self.run.resume != "none", device=self.device)
+        root = Path(self.run.save_dir) / name / tag
+        # A checkpoint of another folder begins a run here, so it must not overwrite one that is here.
+        own = self.run.resume == "auto" or Path(self.run.resume).resolve().is_relative_to(root.resolve())
+        return RunFolder(root, name, to_yaml(self.config), resume=own, device=self.device)
 
-    def facts(self, model, **origin):
-        """What is written beside a network's weights: plain values, enough to build and judge it.
-
-        origin: the method, and what else of the run must be the same when it is resumed.
-        """
-        return {"model": model, **origin, "dataset": self.card.name, "num_classes": self.card.num_classes,
-                "shape": list(self.card.shape), "mean": list(self.card.mean), "std": list(self.card.std),
+    def facts(self, network, model):
+        """What is written beside the weights of ``network``: plain values, enough to build and judge it."""
+        return {"model": model, "dataset": self.card.name, "num_classes": self.card.num_classes,
+                "shape": list(self.card.shape), "mean": network.mean.flatten().tolist(),
+                "std": network.std.flatten().tolist(), "settings": settings(self.config),
                 "config": to_yaml(self.config), "commit": environment(self.device)["commit"] or ""}
 
     def train(self, engine, **columns):
@@ -105,13 +112,27 @@ class Session:
         summary = {"run": folder.name, "seed": self.run.seed, **columns, "last_acc1": result.get("acc1"),
                    "best_acc1": result.get("best_acc1"), "images": engine.source.images_made,
                    **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()}}
-        folder.summary({**summary, "epochs": engine.schedule.epochs, "environment": environment(self.device)})
+        folder.summary({**summary, "settings": settings(self.config), "environment": environment(self.device)})
         if result.get("acc1") is not None:
             folder.log(f"Last: {result['acc1']:.4f}")
             folder.log(f"Best: {result['best_acc1']:.4f} (chosen on the test set)")
         folder.log(f"Everything is in {folder.root}\n" + table([summary]))
 
 
+def teacher_place(dataset, model):
+    """Where train_scratch.py leaves a teacher's weights and datafree_kd.py looks for them."""
+    return Path("checkpoints/pretrained") / f"{dataset}_{short(model)}.pth"
+
+
+def normalisation(stored, key, card):
+    """The ``mean`` or ``std`` that a file of weights states, or else the card's."""
+    values = stored.get(key)
+    fits = isinstance(values, list) and len(values) == card.channels and all(0 <= v <= 1 for v in values)
+    return tuple(values) if fits else getattr(card, key)
+
+
 def short(name):
-    """The part of a model's name that can stand in a folder's name."""
-    return name.rpartition(":")[2].replace("/", "-")
+    """The part of a model's name that can stand in a folder's name: nets-small for path/to/nets.py:small."""
+    source, _, factory = name.rpartition(":")
+    source = Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]
+    return "-".join(part for part in (source, factory) if part)

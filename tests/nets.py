@@ -4,6 +4,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
+from datafree.synthesis.base import BaseSynthesis
+
 
 def name(factory):
     """What a command line calls the factory of this file."""
@@ -59,3 +61,21 @@ class Poisoned(nn.Module):
     def forward(self, views):
         self.passes += self.training
         return self.model(views) * (torch.nan if self.passes >= 20 else 1)
+
+
+class Stripes(BaseSynthesis):
+    """A source of one's own: images of one grey level each, and the options it was made with."""
+
+    def __init__(self, teacher, student, augment, card, config, device):
+        self.shape, self.level, self.device = card.shape, config.synthesis.tv, device
+
+    def sample(self, n):
+        self.images_made += n
+        return torch.full((n, *self.shape), self.level, device=self.device), None
+
+
+class Nothing:
+    """No source at all."""
+
+    def __init__(self, **given):
+        pass

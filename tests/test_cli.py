@@ -15,7 +15,7 @@ PUBLISHED = """--method rgal --dataset cifar100 --data_root images --teacher res
 --cr_T 0.3 --T 15 --triplet 0.1 --striplet 0.2 --triplet_target teacher --striplet_feature logits
 --pair_sample --balanced_sampling --start_layer -2 --end_layer 5
 --cd_loss 0.4 --gram_loss 0.6 --custom_steps 0.7
---save_dir out --log_tag t1 --gpu 1 --seed 7 --resume auto --evaluate_only --print_freq 50 -j 3"""
+--save_dir out --log_tag t1 --gpu 1 --seed 7 --resume auto --print_freq 50 -j 3"""
 
 
 @dataclass
@@ -95,16 +95,61 @@ def every_field(*classes):
             for cls in classes for name, section in sections(cls).items() for f in fields(section)]
 
 
+# With these no option is idle.
+BUSY = ["--generator_init=meta", "--bn=1", "--cr=1", "--triplet=1", "--striplet=1", "--striplet_feature=features",
+        "--cd_loss=1"]
+
+
 @pytest.mark.parametrize("cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, Config))
 def test_every_field_is_set_alike_by_flag_dotted_flag_and_yaml(cls, section, name, text, value, file):
-    expected = cls(**{section: replace(getattr(cls(), section), **{name: value})})
-    assert read(f"--{name}", text, cls=cls) == expected
-    assert read(f"--{name.replace('_', '-')}={text}", cls=cls) == expected
-    assert read(f"--{section}.{name}", text, cls=cls) == expected
-    assert read(f"--{section.replace('_', '-')}.{name.replace('_', '-')}={text}", cls=cls) == expected
+    busy = BUSY if cls is DistillConfig else []
+    before = read(*busy, cls=cls)
+    expected = replace(before, **{section: replace(getattr(before, section), **{name: value})})
+    assert read(*busy, f"--{name}", text, cls=cls) == expected
+    assert read(*busy, f"--{name.replace('_', '-')}={text}", cls=cls) == expected
+    assert read(*busy, f"--{section}.{name}", text, cls=cls) == expected
+    assert read(*busy, f"--{section.replace('_', '-')}.{name.replace('_', '-')}={text}", cls=cls) == expected
     in_yaml = f"[{text}]" if isinstance(value, tuple) else text
-    assert read("--config", file(f"{section}:\n  {name}: {in_yaml}\n"), cls=cls) == expected
-    assert read("--config", file(to_yaml(expected)), cls=cls) == expected
+    others = [word for word in busy if not word.startswith(f"--{name}=")]
+    assert read(*others, "--config", file(f"{section}:\n  {name}: {in_yaml}\n"), cls=cls) == expected
+
+
+@pytest.mark.parametrize("cls", [DistillConfig, ScratchConfig, Config])
+def test_a_configuration_written_reads_back(cls, file):
+    config = read(*([*BUSY, "--lr_z=0.5", "--teacher_mean=0.1,0.2"] if cls is DistillConfig else []), cls=cls)
+    assert read("--config", file(to_yaml(config)), cls=cls) == config
+    assert read("--config", file(to_yaml(cls())), cls=cls) == cls()
+
+
+@pytest.mark.parametrize("words, parts", [
+    ("--source noise --adv 1", ("--adv", "source is noise")),
+    ("--source real --warmup 2", ("--warmup", "source is real")),
+    ("--source noise --balanced_sampling", ("--balanced_sampling", "source is noise")),
+    ("--bn 1 --meta_rate 0.5", ("--meta_rate", "generator_init is random")),
+    ("--cr_T 0.5", ("--cr_T", "cr is 0")),
+    ("--relation off --triplet 1", ("--triplet", "relation is off")),
+    ("--sampling uniform", ("--sampling", "triplet is 0")),
+    ("--relation off --triplet 0 --margin 1", ("--margin", "triplet is 0", "striplet is 0")),
+    ("--striplet 1 --start_layer 1", ("--start_layer", "triplet is 0", "striplet_feature is global")),
+    ("--evaluate_only --resume auto", ("--resume", "evaluate_only is true")),
+])
+def test_an_option_that_nothing_reads_is_refused(words, parts):
+    message = refused(*words.split(), cls=DistillConfig)
+    assert all(part in message for part in parts), message
+
+
+def test_an_option_that_only_repeats_what_holds_anyway_may_be_idle():
+    assert read("--source", "noise", "--adv", "0", "--cr_T", "0.2", cls=DistillConfig).synthesis.source == "noise"
+    assert read("--source", "mine.py:Mine", "--adv", "1", cls=DistillConfig).synthesis.adv == 1
+
+
+def test_a_file_may_be_based_on_another(file, tmp_path):
+    file("noise: {steps: 30, shift: 1}", "low.yaml")
+    file("noise: {steps: 40}\nbase: low.yaml", "middle.yaml")
+    top = file("base: middle.yaml\nnoise: {level: 1}", "top.yaml")
+    assert read("--config", top).noise == Noise(steps=40, shift=1, level=1)
+    assert "base" in refused("--config", file("base: self.yaml", "self.yaml"))
+    assert "nowhere.yaml" in refused("--config", file("base: nowhere.yaml", "lost.yaml"))
 
 
 @pytest.mark.parametrize("cls", [DistillConfig, ScratchConfig])
@@ -121,7 +166,8 @@ def test_published_flags_of_cmi_and_rgal():
     given = {name: value for section in sections(DistillConfig)
              for name, value in asdict(getattr(config, section)).items()}
     assert (config.method, given["device"], given["workers"]) == ("rgal", "cuda:1", 3)
-    assert given["pair_sample"] is given["balanced_sampling"] is given["evaluate_only"] is True
+    assert given["pair_sample"] is given["balanced_sampling"] is True
+    assert read("--evaluate_only", "--student_weights", "s.pth", cls=DistillConfig).run.evaluate_only is True
     words = PUBLISHED.split()
     for flag, text in zip(words, words[1:]):
         name = flag.lstrip("-")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from conftest import TINY_RUN, call, command, forked, rows, scratch
+from conftest import call, command, forked, rows, scratch, tiny_run
 from PIL import Image
 
 import datafree_kd
@@ -64,8 +64,8 @@ def untrained(weights, tmp_path, monkeypatch):
 
     def run(*words, classes=3, channels=3):
         path = weights("tiny", classes, channels)
-        call(datafree_kd, "--teacher", nets.name("tiny"), "--teacher_weights", path, *TINY_RUN, "--epochs", 1,
-             *words)
+        call(datafree_kd, "--teacher", nets.name("tiny"), "--teacher_weights", path, *tiny_run(*words),
+             "--epochs", 1, *words)
 
     return run
 
@@ -83,7 +83,7 @@ def shapes(tmp_path):
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, tmp_path):
     folder = distil("--epochs", 2, method=method)
-    assert folder == tmp_path / "runs" / f"digits_{method}_tiny_small" / "run"
+    assert folder == tmp_path / "runs" / f"digits_{method}_nets-tiny_nets-small" / "run"
     promised = {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "summary.json", "grids/epoch_0000.png",
                 "grids/epoch_0001.png", *(f"checkpoints/{name}.pth" for name in (
                     "last", "best", "student_last", "student_best"))}
@@ -125,7 +125,7 @@ def test_print_config_reads_back(method, distil, capsys, tmp_path):
 def test_a_dry_run_tells_the_plan_and_writes_nothing(distil, capsys, tmp_path):
     distil("--dry-run")
     out = capsys.readouterr().out
-    assert "8 rounds of 3 synthesis steps and 3 student steps of 32 views; 128 images" in out
+    assert "8 rounds of 3 synthesis steps, and 24 student steps of 32 views; 128 images" in out
     assert "no training image is opened" in out
     scratch("--model", nets.name("tiny"), "--dry_run")
     assert "1,442 images of digits" in capsys.readouterr().out
@@ -161,15 +161,47 @@ def test_a_teacher_is_published_and_found_by_its_name(tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     words = ("--model", nets.name("tiny"), "--batch_size", 256)
     scratch(*words, "--epochs", 1)
-    published = tmp_path / "checkpoints" / "pretrained" / "digits_tiny.pth"
-    before = published.read_bytes()
-    call(datafree_kd, "--teacher", nets.name("tiny"), *TINY_RUN, "--epochs", 1)
-    scratch(*words, "--epochs", 2, "--seed", 1)
-    assert published.read_bytes() == before and "exists and stays as it is" in capsys.readouterr().out
+    published = tmp_path / "checkpoints" / "pretrained" / "digits_nets-tiny.pth"
+    call(datafree_kd, "--teacher", nets.name("tiny"), *tiny_run("rgal"), "--epochs", 1)
     facts = torch.load(published, weights_only=True)
+    assert f"epoch 1, acc1 {facts['acc1']}" in capsys.readouterr().out
     assert facts["dataset"] == "digits" and facts["shape"] == [1, 16, 16] and facts["epoch"] == 1
-    summary = json.loads((tmp_path / "runs" / "digits_scratch_tiny" / "seed0" / "summary.json").read_text())
+    summary = json.loads((tmp_path / "runs" / "digits_scratch_nets-tiny" / "seed0" / "summary.json").read_text())
     assert facts["acc1"] == pytest.approx(summary["last_acc1"], abs=1e-3)
+
+
+@pytest.mark.parametrize("there, replaced", [(0.0, True), (100.0, False), (None, False)])
+def test_a_published_teacher_gives_way_to_a_better_one_only(there, replaced, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    published = tmp_path / "checkpoints" / "pretrained" / "digits_nets-tiny.pth"
+    published.parent.mkdir(parents=True)
+    torch.save({"state_dict": nets.tiny(10, 1).state_dict(), "acc1": there}, published)
+    before = published.read_bytes()
+    scratch("--model", nets.name("tiny"), "--batch_size", 256, "--epochs", 1)
+    assert (published.read_bytes() != before) == replaced
+    assert ("stays as it is" in capsys.readouterr().out) != replaced
+
+
+def test_the_normalisation_stored_with_the_weights_is_used_unless_another_is_given(distil, teacher, tmp_path, capsys):
+    state = torch.load(teacher, weights_only=True)
+    torch.save({**state, "mean": [0.25], "std": [0.5]}, tmp_path / "other.pth")
+    other = ("--teacher_weights", tmp_path / "other.pth", "--dry_run")
+    distil(*other)
+    assert "mean 0.25, std 0.5" in capsys.readouterr().out
+    distil(*other, "--teacher_mean", 0.75)
+    assert "mean 0.75, std 0.5" in capsys.readouterr().out
+
+
+def test_a_renamed_class_folder_does_not_shift_the_labels(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    own = tmp_path / "data" / "own"
+    for split in ("train", "test"):
+        write_images(own / split, count=4)
+    words = ("--threads", 1, "--dataset", "own", "--model", nets.name("tiny"), "--epochs", 1, "--batch_size", 12)
+    call(train_scratch, *words)
+    (own / "test" / "circle").rename(own / "test" / "zebra")
+    line = refused(call, train_scratch, *words, "--log_tag", "again", doors_only=False)
+    assert "circle" in line and "cross" in line
 
 
 def test_ones_own_folder_of_images_from_teacher_to_student(tmp_path, monkeypatch):
@@ -182,8 +214,8 @@ def test_ones_own_folder_of_images_from_teacher_to_student(tmp_path, monkeypatch
     card = DatasetCard.from_yaml(own / "card.yaml")
     assert (card.shape, card.num_classes) == ((3, 12, 12), 3)
     (own / "train").rename(tmp_path / "away")
-    call(datafree_kd, *TINY_RUN, *common, "--teacher", nets.name("tiny"), "--epochs", 2)
-    summary = json.loads((tmp_path / "runs" / "own_rgal_tiny_small" / "t" / "summary.json").read_text())
+    call(datafree_kd, *tiny_run("rgal"), *common, "--teacher", nets.name("tiny"), "--epochs", 2)
+    summary = json.loads((tmp_path / "runs" / "own_rgal_nets-tiny_nets-small" / "t" / "summary.json").read_text())
     assert summary["teacher_acc1"] > 90
 
 
@@ -207,6 +239,21 @@ def test_the_teacher_is_after_a_run_as_it_was(distil, teacher, monkeypatch):
     assert all(p.grad is None for p in loaded[0].parameters())
 
 
+def test_a_source_of_ones_own(distil, refused):
+    folder = distil("--epochs", 1, "--source", nets.name("Stripes"), "--tv", 0.25)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary["images"] >= 2 * 3 * 16 and summary["settings"]["tv"] == 0.25
+    assert (folder / "grids" / "epoch_0000.png").exists()
+    assert "BaseSynthesis" in refused(distil, "--source", nets.name("Nothing"))
+    assert "inversion, noise, real" in refused(distil, "--source", "dreams", code=2)
+
+
+def test_the_stages_of_the_triplets_are_named_and_must_be_some(distil, refused, capsys):
+    distil("--dry_run", "--start_layer", 0, "--end_layer", 2)
+    assert "stages 0 (6x8x8), 1 (12x4x4) of the student nets-small" in capsys.readouterr().out
+    assert "--start_layer" in refused(distil, "--start_layer", 3, "--end_layer", 3, code=2)
+
+
 # Nothing but the card.
 
 @pytest.mark.parametrize("method", METHODS)
@@ -220,7 +267,7 @@ def test_the_training_images_are_asked_for_by_the_control_alone(method, distil, 
 def test_no_data_at_all(untrained, tmp_path, monkeypatch):
     monkeypatch.setattr(session, "load_split", lambda *a: pytest.fail("no data may be looked for"))
     untrained("--dataset", "cifar10", "--eval", "none", classes=10)
-    folder = tmp_path / "runs" / "cifar10_rgal_tiny_small" / "seed0"
+    folder = tmp_path / "runs" / "cifar10_rgal_nets-tiny_nets-small" / "seed0"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["last_acc1"] is summary["best_acc1"] is None and summary["images"] == 32
     assert "checkpoints/student_last.pth" in files(folder) and "checkpoints/best.pth" not in files(folder)
@@ -229,13 +276,13 @@ def test_no_data_at_all(untrained, tmp_path, monkeypatch):
 def test_a_card_alone_gives_the_shape(untrained, tmp_path):
     DatasetCard("odd", 2, 20, 12, 3, (0.5, 0.5), (0.2, 0.2)).to_yaml("odd.yaml")
     untrained("--card", "odd.yaml", "--eval", "none", channels=2)
-    assert (tmp_path / "runs" / "odd_rgal_tiny_small" / "seed0" / "summary.json").exists()
+    assert (tmp_path / "runs" / "odd_rgal_nets-tiny_nets-small" / "seed0" / "summary.json").exists()
 
 
 @pytest.mark.parametrize("method", ["rgal", "noise"])
 def test_the_folder_of_training_images_may_be_absent(method, untrained, shapes, tmp_path):
     untrained("--dataset", "shapes", "--method", method)
-    assert (tmp_path / "runs" / f"shapes_{method}_tiny_small" / "seed0" / "summary.json").exists()
+    assert (tmp_path / "runs" / f"shapes_{method}_nets-tiny_nets-small" / "seed0" / "summary.json").exists()
 
 
 def test_training_images_that_are_there_are_not_touched(untrained, shapes, tmp_path):
@@ -253,7 +300,7 @@ def test_training_images_that_are_there_are_not_touched(untrained, shapes, tmp_p
 
     for method, code in (("rgal", 0), ("rgal_release", 0), ("noise", 0), ("real", 99)):
         assert forked(run, method) == code
-        finished = (tmp_path / "runs" / f"shapes_{method}_tiny_small" / "seed0" / "summary.json").exists()
+        finished = (tmp_path / "runs" / f"shapes_{method}_nets-tiny_nets-small" / "seed0" / "summary.json").exists()
         assert finished == (code == 0)
 
 
@@ -261,7 +308,7 @@ def test_what_an_earlier_run_left_is_never_used(distil, tmp_path):
     """Neither images nor weights: the second run of a crowded folder equals the first of an empty one."""
     first = distil("--epochs", 2, save_dir="fresh")
     distil("--epochs", 1, "--seed", 7, tag="other", save_dir="used")
-    Image.new("L", (16, 16)).save(tmp_path / "used" / "digits_rgal_tiny_small" / "0.png")
+    Image.new("L", (16, 16)).save(tmp_path / "used" / "digits_rgal_nets-tiny_nets-small" / "0.png")
     assert rows(first) == rows(distil("--epochs", 2, save_dir="used"))
 
 
@@ -322,7 +369,7 @@ def test_a_teacher_whose_logits_are_not_finite(evaluated, distil, refused, tmp_p
     torch.save(nets.Overflows(10, 1).state_dict(), tmp_path / "o.pth")
     words = ("--teacher", nets.name("Overflows"), "--teacher_weights", "o.pth")
     line = refused(distil, *words, "--eval", evaluated)
-    assert "teacher Overflows" in line and "non-finite logits" in line and "check its weights" in line
+    assert "teacher nets-Overflows" in line and "non-finite logits" in line and "check its weights" in line
 
 
 def test_a_teacher_without_batch_norm(distil, refused, weights):

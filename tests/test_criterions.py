@@ -360,3 +360,14 @@ def test_every_term_decreases_under_gradient_steps(name):
         optimizer.step()
         values.append(value.item())
     assert values[-1] < values[0] - 0.01 * abs(values[0])
+
+
+def test_projections_stay_in_full_precision_when_the_forward_passes_do_not():
+    torch.manual_seed(0)
+    student, teacher = ([torch.randn(4, c, 5, 5)] for c in (3, 6))
+    taps = [Stages([c], [(5, 5)]) for c in (3, 6)]
+    projection = criterions.StageProjection(*taps)
+    plain = projection.channel(student, teacher), projection.gram(student, teacher)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        halved = projection.channel(student, teacher), projection.gram(student, teacher)
+    assert plain == halved

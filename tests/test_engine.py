@@ -3,6 +3,7 @@ import json
 import os
 import signal
 from contextlib import contextmanager
+from functools import partial
 from types import SimpleNamespace
 
 import nets
@@ -150,7 +151,7 @@ def test_training_from_scratch_resumes_bit_for_bit(act, tmp_path, monkeypatch):
         with stopped(act):
             scratch(*words, "interrupted")
     scratch(*words, "interrupted", "--resume", "auto")
-    runs = tmp_path / "runs" / "digits_scratch_tiny"
+    runs = tmp_path / "runs" / "digits_scratch_nets-tiny"
     assert_same_run(runs / "straight", runs / "interrupted")
 
 
@@ -180,6 +181,30 @@ def test_a_wrong_path_to_resume_from_is_an_error(distil, refused, tmp_path):
     assert "no 'learner'" in refused(distil, "--resume", student)
 
 
+@pytest.mark.parametrize("words, named", [(("--lr", 0.01), "--lr"), (("--seed", 1), "--seed"),
+                                          (("--bn", 2), "--bn"), (("--precision", "bf16"), "--precision")])
+def test_an_option_that_changed_is_not_taken_over_in_silence(words, named, distil, refused):
+    distil("--epochs", 1)
+    line = refused(distil, "--epochs", 1, "--resume", "auto", *words)
+    assert named in line and "last.pth" in line
+
+
+def test_what_does_not_change_the_result_may_change_at_resume(distil):
+    distil("--epochs", 1)
+    folder = distil("--epochs", 2, "--resume", "auto", "--grid_every", 1, "--print_freq", 2, "--threads", 1)
+    assert len(rows(folder)) == 2
+
+
+def test_a_checkpoint_of_another_run_does_not_overwrite_the_run_that_is_here(distil, refused):
+    last = distil("--epochs", 1, tag="first") / "checkpoints" / "last.pth"
+    here = distil("--epochs", 1, tag="second") / "checkpoints" / "last.pth"
+    before = here.read_bytes()
+    distil_here = partial(distil, tag="second")
+    assert "already holds a run" in refused(distil_here, "--epochs", 2, "--resume", last)
+    assert here.read_bytes() == before
+    assert len(rows(distil("--epochs", 2, "--resume", here, tag="second"))) == 2
+
+
 def test_fewer_epochs_than_are_done(distil, refused):
     distil("--epochs", 3)
     line = refused(distil, "--epochs", 2, "--resume", "auto")
@@ -187,7 +212,7 @@ def test_fewer_epochs_than_are_done(distil, refused):
 
 
 @pytest.mark.parametrize("words, named", [
-    (("--student", nets.name("tiny")), "model"),
+    (("--student", nets.name("tiny")), "student"),
     (("--method", "rgal_release"), "method"),
     (("--method", "noise"), "method"),
     (("--teacher", nets.name("small"), "--teacher_weights", "small.pth"), "teacher"),
@@ -215,7 +240,7 @@ def test_a_ring_that_wrapped_cannot_be_enlarged(distil, refused):
 
 def test_a_random_student_cannot_resume_from_scratch_training(distil, refused, tmp_path):
     scratch("--model", nets.name("tiny"), "--epochs", 1, "--log_tag", "scratch")
-    last = tmp_path / "runs" / "digits_scratch_tiny" / "scratch" / "checkpoints" / "last.pth"
+    last = tmp_path / "runs" / "digits_scratch_nets-tiny" / "scratch" / "checkpoints" / "last.pth"
     assert "last.pth" in refused(distil, "--resume", last)
 
 

@@ -256,8 +256,8 @@ def test_torchvisions_models_need_three_channels():
 
 
 @pytest.mark.parametrize("factory, sentence", [
-    ("missing", "has no function 'missing'"),
-    ("FACTORIES", "has no function 'FACTORIES'"),
+    ("missing", "has no function or class 'missing'"),
+    ("FACTORIES", "has no function or class 'FACTORIES'"),
     ("text", "text' returned a str: it has to return a torch.nn.Module"),
     ("needs_more", "needs_more' failed when called with .*num_classes=10 .*: TypeError: .*depth"),
 ])
@@ -270,7 +270,7 @@ def test_a_source_that_cannot_be_imported_is_named(tmp_path):
     with pytest.raises(InputError, match=r"there is no file '.*nowhere.py'"):
         build_model(f"{tmp_path}/nowhere.py:net", 10)
     (tmp_path / "broken.py").write_text("import no_such_package_at_all\n")
-    with pytest.raises(InputError, match="broken.py' cannot be imported .*ModuleNotFoundError: .*no_such_"):
+    with pytest.raises(InputError, match="broken.py' cannot be imported: ModuleNotFoundError: .*no_such_"):
         build_model(f"{tmp_path}/broken.py:net", 10)
     (tmp_path / "script.py").write_text("raise SystemExit(3)\n")
     with pytest.raises(InputError, match="script.py' cannot be imported .* SystemExit: 3"):

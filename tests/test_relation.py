@@ -326,3 +326,13 @@ def test_drawing_leaves_no_gradient_in_its_space():
     features.requires_grad_()
     relation.relation_loss([features], labels, space, 0.2, "distance", SEPARATE).backward()
     assert space.grad is None and features.grad is not None
+
+
+def test_draws_follow_the_probabilities_and_never_one_of_0():
+    torch.manual_seed(0)
+    probabilities = torch.tensor([[0.0, 0.5, 0.2, 0.0, 0.3, 0.0], [1.0, 0.0, 0.0, 0.0, 0.0, 0.0]])
+    drawn = relation.draw(probabilities, 20000)
+    counts = torch.stack([torch.bincount(row, minlength=6) for row in drawn])
+    assert (counts[probabilities == 0] == 0).all()
+    expected = probabilities * 20000
+    assert ((counts - expected)[0, [1, 2, 4]].abs() < 4 * expected[0, [1, 2, 4]].sqrt()).all()

@@ -68,3 +68,23 @@ def test_without_folders_it_says_how_it_is_called(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report"])
     report.main()
     assert "python -m datafree.report FOLDER" in capsys.readouterr().out
+
+
+def test_runs_that_differ_in_an_option_do_not_share_a_row(tmp_path):
+    for tag, seed, weight, last in (("a", 0, 0.1, 90.0), ("b", 1, 0.1, 92.0), ("c", 0, 0.3, 50.0)):
+        write_settings(tmp_path / tag, seed, {"triplet": weight, "seed": seed}, last)
+    rows = report.report(report.read_summaries([tmp_path]))
+    assert [(row["options"], row["n"], row["last"]) for row in rows] == [("triplet=0.1", 2, 91.0),
+                                                                         ("triplet=0.3", 1, 50.0)]
+
+
+def test_a_run_that_was_repeated_counts_once(tmp_path):
+    for tag, clock, last in (("a", "10:00", 90.0), ("b", "11:00", 94.0)):
+        write_settings(tmp_path / tag, 0, {"triplet": 0.1, "seed": 0}, last, clock)
+    [row] = report.report(report.read_summaries([tmp_path]))
+    assert row["n"] == 1 and row["last"] == 94 and "options" not in row
+
+
+def write_settings(root, seed, settings, last, clock="12:00"):
+    path = write_run(root, "rgal", seed, last, clock=clock) / "summary.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))

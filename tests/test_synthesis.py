@@ -1,4 +1,5 @@
 """Phase 1: what moves and what must not, which passes are made, what reaches the pool."""
+import math
 from dataclasses import replace
 
 import nets
@@ -241,7 +242,8 @@ def scripted(losses, **options):
     class Scripted:
         def __call__(self, images, views, targets, with_student):
             seen.append(images.detach().clone())
-            return images.sum() * 0.01 - images.sum().detach() * 0.01 + losses[len(seen) - 1], {}
+            return images.sum() * 0.01 - images.sum().detach() * 0.01 + losses[len(seen) - 1], {
+                "scripted": torch.tensor(losses[len(seen) - 1])}
 
         def __getattr__(self, name):
             return getattr(original, name)
@@ -257,7 +259,8 @@ def scripted(losses, **options):
     ([1.0, float("nan"), -5.0, float("nan")], "best", 2), ([2.0, 2.0], "best", 0)])
 def test_the_kept_batch_is_that_of_the_lowest_loss_or_the_last(losses, keep, index):
     source, seen = scripted(losses, keep=keep)
-    source.synthesize()
+    told = source.synthesize()["scripted"]
+    assert told == losses[index] or (told.isnan() and any(map(math.isnan, losses)))
     kept, _ = source.pool.newest(BATCH)
     assert torch.equal(kept, seen[index].mul(255).round() / 255)
     assert all((kept - other).abs().max() > 1 / 255 for i, other in enumerate(seen) if i != index)
@@ -393,11 +396,12 @@ def test_a_batch_of_one_image():
 
 def test_noise_follows_the_data_card_and_is_new_at_every_draw():
     card = DatasetCard("x", 2, 32, 32, 3, (0.3, 0.6), (0.05, 0.1))
-    source = NoiseSource(card, "cpu")
+    source = NoiseSource(card, torch.device("cpu"))
     images, targets = source.sample(64)
     assert targets is None and source.synthesize() == {}
     torch.testing.assert_close(images.mean((0, 2, 3)), torch.tensor(card.mean), atol=0.01, rtol=0)
     torch.testing.assert_close(images.std((0, 2, 3)), torch.tensor(card.std), atol=0.01, rtol=0)
     assert images.min() >= 0 and images.max() <= 1 and not torch.equal(images, source.sample(64)[0])
+    before = torch.get_rng_state()
     source.latest()
-    assert source.images_made == 128
+    assert source.images_made == 128 and torch.equal(torch.get_rng_state(), before)

@@ -13,7 +13,8 @@ from datafree.errors import InputError
 class DatasetCard:
     """Shape, number of classes and normalisation of a data set.
 
-    ``mean`` and ``std`` hold one number per channel, for images in [0, 1].
+    ``mean`` and ``std`` hold one number per channel, for images in [0, 1]. ``flip``: whether a mirrored
+    image is of the same class. ``classes``: their names in order, or none where they are not known.
     Raises InputError if a value cannot be.
     """
 
@@ -24,6 +25,8 @@ class DatasetCard:
     num_classes: int
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    flip: bool = True
+    classes: tuple[str, ...] = ()
 
     def __post_init__(self):
         if not isinstance(self.name, str) or not self.name:
@@ -41,6 +44,11 @@ class DatasetCard:
             if not all(math.isfinite(v) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
                 raise InputError(f"{key} of the data card {self.name} is {values}; give it for images "
                                  "in [0, 1], std above 0")
+        if type(self.flip) is not bool:
+            raise InputError(f"flip of the data card {self.name} is true or false, not {self.flip!r}")
+        if self.classes and len(self.classes) != self.num_classes:
+            raise InputError(f"the data card {self.name} names {len(self.classes)} classes but num_classes is "
+                             f"{self.num_classes}; correct one of them")
 
     @property
     def shape(self):
@@ -49,7 +57,7 @@ class DatasetCard:
 
     def to_yaml(self, path):
         """Write the card to ``path``; raises InputError if that cannot be written."""
-        values = {**asdict(self), "mean": list(self.mean), "std": list(self.std)}
+        values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         try:
             Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         except OSError as error:
@@ -65,11 +73,12 @@ class DatasetCard:
             if key not in known:
                 near = get_close_matches(str(key), known, n=1) or known
                 raise InputError(f"{path}: unknown key {key!r}; did you mean {' or '.join(near)}?")
-        missing = [key for key in known if key not in values]
+        missing = [key for key in known if key not in values and key not in ("flip", "classes")]
         if missing:
             raise InputError(f"{path}: {', '.join(missing)} missing; a data card states {', '.join(known)}")
         for key in ("mean", "std"):
             values[key] = _numbers(path, key, values[key])
+        values["classes"] = tuple(map(str, values.get("classes") or ()))
         try:
             return cls(**values)
         except InputError as error:
@@ -99,10 +108,10 @@ def _numbers(path, key, values):
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 CARDS = {card.name: card for card in (
-    DatasetCard("digits", 1, 16, 16, 10, (0.3051,), (0.3188,)),
-    DatasetCard("mnist", 1, 28, 28, 10, (0.1307,), (0.3081,)),
+    DatasetCard("digits", 1, 16, 16, 10, (0.3051,), (0.3188,), flip=False),
+    DatasetCard("mnist", 1, 28, 28, 10, (0.1307,), (0.3081,), flip=False),
     DatasetCard("fashion_mnist", 1, 28, 28, 10, (0.2860,), (0.3530,)),
-    DatasetCard("svhn", 3, 32, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970)),
+    DatasetCard("svhn", 3, 32, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), flip=False),
     DatasetCard("cifar10", 3, 32, 32, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
     DatasetCard("cifar100", 3, 32, 32, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
     DatasetCard("tiny_imagenet", 3, 64, 64, 200, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),

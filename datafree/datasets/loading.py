@@ -89,7 +89,7 @@ def derive_card(name, root):
     step = -(-len(paths) // CARD_SAMPLE)
     pixels = decode(paths[::step], shape).transpose(0, 1).flatten(1)
     moments = [_mean_and_std(channel) for channel in pixels]
-    return DatasetCard(name, *shape, len(classes), *(tuple(values) for values in zip(*moments)))
+    return DatasetCard(name, *shape, len(classes), *(tuple(values) for values in zip(*moments)), classes=tuple(classes))
 
 
 def _mean_and_std(values):
@@ -111,6 +111,10 @@ def _folder_of(name, data_root):
 def _folder_split(card, root, split, device, workers):
     paths, labels, classes = list_images(root, split)
     _check_classes(card, len(classes), root)
+    if card.classes and card.classes != tuple(classes):
+        theirs, ours = next(pair for pair in zip(classes, card.classes) if pair[0] != pair[1])
+        raise InputError(f"the class folders of {root} for {split} are not the data card's: {theirs} stands where the "
+                         f"card names {ours}; rename the folder, or correct the card")
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
         return LazySplit(paths, labels, card.shape, card.num_classes, device, workers)

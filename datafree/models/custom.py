@@ -51,11 +51,7 @@ def _from_torchvision(name, num_classes, in_channels):
 
 
 def _from_factory(name, num_classes, in_channels):
-    source, _, attribute = name.rpartition(":")
-    factory = getattr(_import(source), attribute, None)
-    if not callable(factory):
-        raise InputError(f"'{source}' has no function '{attribute}': "
-                         f"check the part of '{name}' after the colon")
+    factory = load_object(name)
     try:
         model = factory(**_arguments(factory, num_classes, in_channels))
     except Exception as error:
@@ -64,6 +60,16 @@ def _from_factory(name, num_classes, in_channels):
     if not isinstance(model, nn.Module):
         raise InputError(f"'{name}' returned a {type(model).__name__}: it has to return a torch.nn.Module")
     return model
+
+
+def load_object(name):
+    """The function or class called ``path/to/file.py:name`` or ``package.module:name``; else an InputError."""
+    source, _, attribute = name.rpartition(":")
+    found = getattr(_import(source), attribute, None)
+    if not callable(found):
+        raise InputError(f"'{source}' has no function or class '{attribute}': "
+                         f"check the part of '{name}' after the colon")
+    return found
 
 
 def _arguments(factory, num_classes, in_channels):
@@ -81,11 +87,11 @@ def _import(source):
     """The module in a ``.py`` file, or of a package."""
     is_file = source.endswith(".py")
     if is_file and not Path(source).is_file():
-        raise InputError(f"there is no file '{source}': check the path of the model before the colon")
+        raise InputError(f"there is no file '{source}': check the path before the colon")
     try:
         return _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        raise InputError(f"'{source}' cannot be imported for its model: {_brief(error)}") from error
+        raise InputError(f"'{source}' cannot be imported: {_brief(error)}") from error
 
 
 def _import_file(path):

@@ -5,6 +5,9 @@ from datafree.errors import InputError
 class BaseSynthesis:
     """Makes images and hands them out; a source of one's own overrides ``synthesize`` and ``sample``.
 
+    ``--source path/to/file.py:Class`` calls ``Class(teacher, student, augment, card, config, device)`` by these
+    names: two :class:`datafree.network.Network`, images -> views, the data card, all options, the device.
+
     control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
     with_student: set by the engine; False during warm-up, when terms that look at the student rest.

@@ -36,8 +36,9 @@ class InversionSynthesis(BaseSynthesis):
         n, device = self.settings.synthesis_batch_size, self.pool.device
         targets = torch.randint(self.pool.num_classes, (n,), device=device).sort().values
         z = torch.randn(n, self.settings.nz, device=device) + self.centres[targets]
-        z_optimizer = torch.optim.Adam([z.requires_grad_()], self.settings.lr_z, ADAM_BETAS)
-        start = self._begin_round()
+        lr_z = self.settings.lr_g if self.settings.lr_z is None else self.settings.lr_z
+        z_optimizer = torch.optim.Adam([z.requires_grad_()], lr_z, ADAM_BETAS)
+        start, of_kept = self._begin_round(), {}
         kept = torch.zeros(n, *self.pool.shape, device=device)
         lowest = torch.full((), float("inf"), device=device)
         with self.objective.student.frozen():
@@ -46,10 +47,13 @@ class InversionSynthesis(BaseSynthesis):
                 better = (loss < lowest) | (self.settings.keep == "last")
                 # Chosen on the device, so that no step waits for the host.
                 lowest, kept = torch.where(better, loss, lowest), torch.where(better, images, kept)
+                told = better | ~loss.isfinite()  # the kept batch's terms, or those of a loss that broke down
+                of_kept = {name: torch.where(told, term.detach(), of_kept.get(name, term.detach()))
+                           for name, term in terms.items()}
                 self.tick()
         self._end_round(start)
         self._store(kept, targets)
-        return {name: term.detach() for name, term in terms.items()}
+        return of_kept
 
     def _step(self, z, targets, z_optimizer):
         """One update of generator and noise -> the images before it, their loss and terms."""

@@ -20,8 +20,10 @@ class NoiseSource(BaseSynthesis):
         return (noise * self.std + self.mean).clamp(0, 1), None
 
     def latest(self):
+        # A peek must not move the stream on, or drawing a grid would change the training.
         made = self.images_made
-        images, targets = self.sample(256)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            images, targets = self.sample(256)
         self.images_made = made
         return images, targets
 
@@ -44,7 +46,7 @@ class RealSource(BaseSynthesis):
         return self.split.sample(n)
 
     def latest(self):
-        # A peek must not move the stream on, or drawing a grid would change the training.
+        # No more may this peek.
         state = self.split.state_dict()
         batch = self.split.sample(min(256, len(self.split)))
         self.split.load_state_dict(state)
