@@ -17,6 +17,11 @@ import torchvision
 
 from datafree.errors import InputError, OptionError
 
+try:
+    import resource
+except ImportError:  # not on Windows
+    resource = None
+
 SOURCE = Path(__file__).resolve().parent.parent
 
 
@@ -78,6 +83,16 @@ def autocast(device, precision):
         raise InputError(f"{torch.cuda.get_device_name(device)} has no bf16; use --precision fp16 or none")
     dtype = {"none": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "none")
+
+
+def peak_memory(device):
+    """Most memory in use so far, in MB: the device's own, or of this process on the CPU (None where unknown)."""
+    if device.type == "cuda":
+        return round(torch.cuda.max_memory_allocated(device) / 1e6)
+    if resource is None:
+        return None
+    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return round(kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
 class StopSignal:

@@ -13,7 +13,7 @@ from datafree.evaluators import evaluate
 from datafree.logger import RunFolder, table
 from datafree.models.custom import build_model
 from datafree.network import Network
-from datafree.runtime import autocast, choose_device, environment, seed_everything, set_threads
+from datafree.runtime import autocast, choose_device, environment, peak_memory, seed_everything, set_threads
 
 
 class Session:
@@ -111,7 +111,8 @@ class Session:
         result = engine.train()
         summary = {"run": folder.name, "seed": self.run.seed, **columns, "last_acc1": result.get("acc1"),
                    "best_acc1": result.get("best_acc1"), "images": engine.source.images_made,
-                   **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()}}
+                   **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()},
+                   "memory_MB": peak_memory(self.device)}
         folder.summary({**summary, "settings": settings(self.config), "environment": environment(self.device)})
         if result.get("acc1") is not None:
             folder.log(f"Last: {result['acc1']:.4f}")

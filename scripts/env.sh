@@ -3,9 +3,13 @@
 # else .venv, which is made by $PYTHON (python3 if not set) where it does not exist.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
+check_version() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
+        echo "error: $1 is older than Python 3.10; name a newer one, as by PYTHON=python3.12 bash $0" >&2; exit 1; }
+}
+
 make_venv() {
-    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "error: Python 3.10 or newer is needed; name it, as by PYTHON=python3.12 bash $0" >&2; exit 1; }
+    check_version "$python"
     "$python" -m venv --without-pip "$1"
 }
 
@@ -28,5 +32,6 @@ install_packages() {  # once for every state of the requirements files, so that 
 python=${PYTHON:-python3}
 venv=${RGAL_VENV:-${VIRTUAL_ENV:-$PWD/.venv}}
 [ -x "$venv/bin/python" ] || make_venv "$venv"
+check_version "$venv/bin/python"
 install_packages "$venv" "${REQUIREMENTS:-requirements.txt}"
 export PATH="$(cd "$venv" && pwd)/bin:$PATH"

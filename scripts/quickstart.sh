@@ -2,6 +2,13 @@
 # A teacher for the digits that ship with the project, then three students of one budget: on images made by
 # RGAL, on noise and on the real images. Options go to all four runs: bash scripts/quickstart.sh --seed 1
 set -euo pipefail
+
+for word; do
+    case ${word//-/_} in
+        __save_dir* | __log_tag* | __dry_run* | __resume*)
+            echo "error: the quickstart names its own folders and runs to the end; leave out $word" >&2; exit 2;;
+    esac
+done
 . "$(dirname "$0")/env.sh"
 
 runs=runs/quickstart-$(date +%Y%m%d-%H%M%S)

@@ -19,7 +19,8 @@ from datafree.config import DistillConfig, ScratchConfig
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
-CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml") if path.parent.name != "methods" and path.stem != "base")
+CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml")
+                 if path.parent.name != "methods" and path.stem != "base")
 PROGRAMS = {"datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
             "train_scratch.py": (train_scratch, ScratchConfig, None)}
 TINY = {"datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
@@ -135,6 +136,12 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(che
             for path in runs.glob("*_resnet8/seed3/config.yaml")}
     assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3/checkpoints/student_last.pth"}
     assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
+
+
+@pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])
+def test_the_quickstart_refuses_what_it_would_not_heed(word, checkout):
+    done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", word, "x"], capture_output=True, text=True)
+    assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
 
 
 @pytest.mark.parametrize("name", registry.METHODS)

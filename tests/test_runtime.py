@@ -157,3 +157,9 @@ def test_commit_and_dirt_of_this_tree_only(tmp_path, monkeypatch):
     assert runtime.environment(CPU)["dirty"]
     monkeypatch.setattr(runtime, "SOURCE", tmp_path / "inside")  # the repository above is another project's
     assert runtime.environment(CPU)["commit"] is None
+
+
+def test_peak_memory_is_no_less_than_what_is_held():
+    before = runtime.peak_memory(torch.device("cpu"))
+    held = torch.ones(400, 1_000_000, dtype=torch.uint8)
+    assert runtime.peak_memory(torch.device("cpu")) >= max(before, held.numel() / 1e6)
