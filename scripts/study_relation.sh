@@ -1,0 +1,37 @@
+#!/usr/bin/env bash
+# What the triplets are worth: every cell of direction x space x sampling x phase, on the digits, for 5 paired seeds.
+# A finished run is not repeated, so a stopped study goes on; SEEDS and STUDY (the folder) may be set, and options
+# go to every distillation: SEEDS="0 1" bash scripts/study_relation.sh --epochs 10
+set -euo pipefail
+. "$(dirname "$0")/env.sh"
+
+study=${STUDY:-runs/study_relation}
+
+cells() {  # a name and its options a line; synthesis, student: the phases that have triplets
+    echo "none --triplet 0 --striplet 0"
+    for space in embedding logits; do
+        for sampling in focal distance uniform; do
+            local draw="--sampling_space $space --sampling $sampling" separate="--striplet_sampling $sampling"
+            echo "student-$space-$sampling --triplet 0 --sampling_space $space $separate"
+            for relation in paper release; do
+                echo "synthesis-$relation-$space-$sampling --striplet 0 --relation $relation $draw"
+                echo "both-$relation-$space-$sampling --relation $relation $draw $separate"
+            done
+        done
+    done
+}
+
+for seed in ${SEEDS:-0 1 2 3 4}; do
+    teacher=$study/digits_scratch_resnet20/seed$seed
+    [ -f "$teacher/summary.json" ] ||
+        python train_scratch.py --config configs/digits/teacher_resnet20.yaml --seed "$seed" --save_dir "$study" \
+            --resume auto
+    cells | while read -r name options; do
+        [ -f "$study/digits_rgal_resnet20_resnet8/$name-seed$seed/summary.json" ] ||
+            python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --epochs 4 --seed "$seed" \
+                --teacher_weights "$teacher/checkpoints/student_last.pth" --save_dir "$study" \
+                --log_tag "$name-seed$seed" --resume auto $options "$@" </dev/null
+    done
+done
+
+python -m datafree.report "$study"/digits_rgal_* --against triplet=0 striplet=0
