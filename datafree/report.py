@@ -1,7 +1,9 @@
-"""One table of finished runs: python -m datafree.report FOLDER...
+"""One table of finished runs: python -m datafree.report FOLDER... [--against OPTION=VALUE...]
 
 Every summary.json below the folders is read. Runs of one name and one set of options share a row, whatever their
-seed; where the options of a name differ, the column ``options`` says in what.
+seed; where the options of a name differ, the column ``options`` says in what. With --against, which names one row
+by its options, the others are compared with it: gain is the mean difference over the seeds that both have, ci95 half
+the width of its 95 % confidence interval.
 """
 import json
 import statistics
@@ -31,23 +33,31 @@ def read_summaries(folders):
     return list(found.values())
 
 
-def report(summaries):
+def report(summaries, against=()):
     """A row (dict) per run: n seeds, mean accuracies (%), standard deviation, images made, seconds.
 
-    Of runs that differ in nothing, not even the seed, the last one counts.
+    Of runs that differ in nothing, not even the seed, the last one counts. against: "option=value" words that one
+    row fits; the others then say how much better (+) they are on the seeds that both have, and the half width of
+    the 95 % confidence interval of that (Student's t). Raises InputError if ``against`` fits no row, or several.
     """
     runs = {}
     for summary in summaries:
         runs.setdefault((summary["run"], _options(summary)), {})[summary.get("seed")] = summary
     differing = {name: _differing([options for other, options in runs if other == name]) for name, _ in runs}
-    rows = [_row(name, [o for o in options if o[0] in differing[name]], list(seeds.values()))
-            for (name, options), seeds in runs.items()]
-    return rows if any(differing.values()) else [{k: v for k, v in row.items() if k != "options"} for row in rows]
+    base = _baseline(runs, against) if against else None
+    rows = []
+    for (name, options), seeds in runs.items():
+        told = " ".join(f"{option}={value}" for option, value in options if option in differing[name])
+        rows.append({"run": name, **({"options": told} if any(differing.values()) else {}),
+                     **_numbers(list(seeds.values())), **(_gain(seeds, base) if base else {})})
+    return rows
 
 
 def _options(summary):
     """What makes the run's row: (option, value as text) pairs, the seed apart."""
-    return tuple(sorted((name, str(value)) for name, value in summary.get("settings", {}).items() if name != "seed"))
+    texts = {name: f"{value:g}" if isinstance(value, float) else str(value)
+             for name, value in summary.get("settings", {}).items()}
+    return tuple(sorted((name, text) for name, text in texts.items() if name != "seed"))
 
 
 def _differing(groups):
@@ -56,10 +66,36 @@ def _differing(groups):
     return {name for name, _ in set().union(*pairs) - set.intersection(*pairs)}
 
 
-def _row(name, options, runs):
+def _baseline(runs, against):
+    wanted = {tuple(word.split("=", 1)) for word in against}
+    found = [seeds for (_, options), seeds in runs.items() if wanted <= set(options)]
+    if len(found) != 1:
+        raise InputError(f"--against {' '.join(against)} fits {len(found)} rows, not one; "
+                         "name options as the table does")
+    return found[0]
+
+
+def _gain(seeds, base):
+    pairs = [(seeds[seed].get("last_acc1"), base[seed].get("last_acc1")) for seed in seeds if seed in base]
+    gains = [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
+    if seeds is base or not gains:
+        return {"gain": None, "ci95": None}
+    interval = statistics.stdev(gains) / len(gains)**0.5 * t_quantile(len(gains) - 1) if len(gains) > 1 else None
+    return {"gain": statistics.fmean(gains), "ci95": interval}
+
+
+def t_quantile(freedom):
+    """The 97.5 % quantile of Student's t (Cornish-Fisher about the normal one; a table for few degrees of freedom)."""
+    few = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
+    if freedom <= len(few):
+        return few[freedom - 1]
+    z = statistics.NormalDist().inv_cdf(0.975)
+    return z + (z**3 + z) / (4 * freedom) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
+
+
+def _numbers(runs):
     last, seconds = _values(runs, "last_acc1"), [_seconds(run) for run in runs]
-    return {"run": name, "options": " ".join(f"{option}={value}" for option, value in options), "n": len(runs),
-            "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
+    return {"n": len(runs), "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
             "std": statistics.stdev(last) if len(last) > 1 else None,
             "best": _mean(_values(runs, "best_acc1")),
             "images": round(_mean(_values(runs, "images")) or 0), "s": round(statistics.fmean(seconds))}
@@ -91,7 +127,9 @@ def main():
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
         return
-    print(table(report(read_summaries(sys.argv[1:]))), HEADER, sep="\n")
+    words = sys.argv[1:]
+    split = words.index("--against") if "--against" in words else len(words)
+    print(table(report(read_summaries(words[:split]), words[split + 1:])), HEADER, sep="\n")
 
 
 if __name__ == "__main__":

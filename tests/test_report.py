@@ -88,3 +88,28 @@ def test_a_run_that_was_repeated_counts_once(tmp_path):
 def write_settings(root, seed, settings, last, clock="12:00"):
     path = write_run(root, "rgal", seed, last, clock=clock) / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
+
+
+def test_gains_are_paired_by_seed(tmp_path, monkeypatch, capsys):
+    lasts = {0.0: {0: 90.0, 1: 80.0, 2: 70.0}, 0.3: {0: 91.0, 1: 83.0, 2: 72.0, 3: 10.0}}
+    for weight, seeds in lasts.items():
+        for seed, last in seeds.items():
+            write_settings(tmp_path / f"{weight}", seed, {"triplet": weight, "seed": seed}, last)
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--against", "triplet=0"])
+    report.main()
+    base, other = (dict(zip(ROW, line.split())) for line in capsys.readouterr().out.splitlines()[2:4])
+    assert base["gain"] == base["ci95"] == "-" and other["options"] == "triplet=0.3" and other["n"] == "4"
+    # Gains 1, 3, 2: mean 2, standard deviation 1.
+    assert other["gain"] == "2.00" and float(other["ci95"]) == pytest.approx(4.3027 / 3**0.5, abs=0.01)
+    with pytest.raises(InputError, match="fits 0 rows"):
+        report.report(report.read_summaries([tmp_path]), ["triplet=9"])
+
+
+ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "gain", "ci95")
+
+
+@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (20, 2.086),
+                                               (100, 1.984)])
+def test_the_quantile_of_students_t(freedom, quantile):
+    """Values of the usual printed table."""
+    assert report.t_quantile(freedom) == pytest.approx(quantile, abs=3e-3)
