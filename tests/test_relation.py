@@ -2,6 +2,10 @@
 import numpy as np
 import pytest
 import torch
+from pytorch_metric_learning.distances import LpDistance
+from pytorch_metric_learning.losses import TripletMarginLoss
+from pytorch_metric_learning.miners import DistanceWeightedMiner, distance_weighted_miner
+from pytorch_metric_learning.reducers import MeanReducer
 
 from datafree import relation
 from datafree.relation import CONFUSE, SEPARATE
@@ -67,6 +71,19 @@ def test_loss_equals_the_loop_over_triplets(direction, margin):
     features, labels, negatives = batch()
     loss = relation.triplet_loss(features, labels, negatives, margin, direction)
     assert loss.item() == pytest.approx(loss_oracle(features, labels, negatives, margin, direction), abs=1e-6)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 10, 100, 200, 1000])
+@DIRECTIONS
+def test_loss_equals_that_of_pytorch_metric_learning(direction, dim):
+    """Its triplets are (anchor, positive, negative); confusing is separating with the last two exchanged."""
+    features, labels, negatives = batch(dim=dim)
+    anchors, positives = relation.triplet_mask(labels).nonzero().T
+    drawn = negatives[anchors, positives]
+    triplets = (anchors, positives, drawn) if direction == SEPARATE else (anchors, drawn, positives)
+    theirs = TripletMarginLoss(0.2, distance=LpDistance(), reducer=MeanReducer())(features, labels, triplets)
+    ours = relation.triplet_loss(features, labels, negatives, 0.2, direction)
+    assert ours.item() == pytest.approx(theirs.item(), abs=1e-6)
 
 
 @DIRECTIONS
@@ -198,6 +215,20 @@ def test_probabilities_equal_the_formula(sampling, dim):
     oracle = probability_oracle(distance, labels, dim, sampling)
     # In fp32 the exponent (d - 2) ln r carries an error of up to 1e-4 at d = 1000.
     np.testing.assert_allclose(found.numpy(), oracle, rtol=2e-3 if dim == 1000 else 3e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 10, 100])
+def test_distance_weights_equal_those_of_pytorch_metric_learning(dim, monkeypatch):
+    """Up to 100 dimensions, for its weights are not kept in log space and underflow beyond."""
+    rows, labels = torch.randn(30, dim), torch.arange(30) % 3
+    given = []
+    monkeypatch.setattr(distance_weighted_miner.lmu, "get_random_triplet_indices",
+                        lambda *_, weights, **__: given.append(weights) or (torch.zeros(0).long(),) * 3)
+    DistanceWeightedMiner()(rows, labels)
+    ours = relation.negative_probabilities(relation.pairwise_distance(rows), labels, dim, "distance")
+    kept = given[0].isfinite().all(1)
+    assert kept.sum() > 15
+    torch.testing.assert_close(ours[kept], given[0][kept], atol=1e-5, rtol=1e-4)
 
 
 @pytest.mark.parametrize("dim", [100, 1000])
