@@ -1,0 +1,85 @@
+"""Curves of finished or running runs as one picture: python -m datafree.curves PICTURE.png FOLDER...
+
+A panel each for accuracy, for what the paper claims of the images (a class spreads, classes come nearer to each
+other, samples are found in the band), and for signs of a collapse; a line for every metrics.jsonl below the folders.
+Needs matplotlib.
+"""
+import json
+import sys
+from pathlib import Path
+
+from datafree.errors import InputError, exit_on_input_error
+
+PANELS = {
+    "acc1": "top-1 on the test set (%)",
+    "images/distance_within_class": "mean distance within a class",
+    "images/distance_to_other_class": "distance to the nearest of another class",
+    "images/anchors_with_positive": "anchors with a partner of their class",
+    "images/anchors_with_negative_in_band": "anchors with a sample in the band",
+    "images/label_entropy": "entropy of the classes (1: all alike)",
+    "images/near_duplicates": "share of near-duplicates",
+    "images/student_agreement": "student agrees with the teacher",
+    "images/target_agreement": "teacher agrees with the class asked for",
+}
+COLUMNS = 3
+
+
+def read_curves(folders):
+    """Name of the run's folder -> its rows (dicts of numbers by epoch). Raises InputError where there are none."""
+    curves = {}
+    for folder in map(Path, folders):
+        found = sorted(folder.rglob("metrics.jsonl"))
+        if not found:
+            raise InputError(f"{folder} holds no run (no metrics.jsonl); give another")
+        for path in found:
+            curves[f"{path.parent.parent.name}/{path.parent.name}"] = _rows(path)
+    return curves
+
+
+def _rows(path):
+    try:
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot read {path} ({error}); remove it, or resume its run") from None
+
+
+def draw(curves, picture):
+    """Write the panels of ``curves`` (see :func:`read_curves`) that have a number to the file ``picture``."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise InputError("drawing needs matplotlib: pip install matplotlib") from None
+    panels = [key for key in PANELS if any(key in row for rows in curves.values() for row in rows)]
+    if not panels:
+        raise InputError("these runs have no finished epoch with anything to draw; wait for one")
+    lines = -(-len(panels) // COLUMNS)
+    figure = Figure((4 * COLUMNS, 2.8 * lines + 0.3 * len(curves)), layout="constrained")
+    for axes, key in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, panels):
+        for name, rows in curves.items():
+            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
+            axes.plot(*zip(*points) if points else ([], []), label=name, marker="." if len(points) < 2 else None)
+        axes.set_title(PANELS[key], fontsize=10)
+        axes.set_xlabel("epoch", fontsize=8)
+        axes.tick_params(labelsize=8)
+        axes.grid(alpha=0.3)
+        if key.startswith(("images/anchors", "images/near")):  # shares that often stay at an end
+            axes.set_ylim(-0.03, 1.03)
+    for axes in figure.axes[len(panels):]:
+        axes.remove()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
+    try:
+        figure.savefig(picture, dpi=120)
+    except (OSError, ValueError) as error:
+        raise InputError(f"cannot write {picture} ({error}); name a .png in a folder that exists") from None
+
+
+def main():
+    if len(sys.argv) < 3 or {"-h", "--help"} & set(sys.argv):
+        print(__doc__.strip())
+        return
+    draw(read_curves(sys.argv[2:]), sys.argv[1])
+    print(f"Drawn: {sys.argv[1]}")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

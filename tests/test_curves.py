@@ -1,0 +1,44 @@
+"""Pictures of runs over their epochs."""
+import json
+
+import pytest
+from PIL import Image
+
+from datafree import curves
+from datafree.errors import InputError
+
+
+@pytest.fixture
+def runs(tmp_path):
+    for tag, accuracies in (("seed0", [50.0, None, 80.0]), ("seed1", [55.0])):
+        folder = tmp_path / "runs" / "some_run" / tag
+        folder.mkdir(parents=True)
+        rows = [{"epoch": i, "acc1": acc1, "images/near_duplicates": 0.1 * i} for i, acc1 in enumerate(accuracies)]
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return tmp_path / "runs"
+
+
+def test_a_panel_for_every_number_that_the_runs_have(runs, tmp_path, monkeypatch, capsys):
+    from matplotlib.figure import Figure
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, save=Figure.savefig, **k: drawn.append(figure)
+                        or save(figure, *a, **k))
+    monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "c.png"), str(runs)])
+    curves.main()
+    assert Image.open(tmp_path / "c.png").width > 500 and "c.png" in capsys.readouterr().out
+    accuracy, duplicates = drawn[0].axes
+    assert [list(line.get_xdata()) for line in accuracy.lines] == [[1, 3], [1]]
+    assert [list(line.get_ydata()) for line in accuracy.lines] == [[50, 80], [55]]
+    assert [line.get_label() for line in duplicates.lines] == ["some_run/seed0", "some_run/seed1"]
+
+
+def test_what_cannot_be_drawn_is_named(runs, tmp_path):
+    with pytest.raises(InputError, match="no run"):
+        curves.read_curves([tmp_path / "nowhere"])
+    with pytest.raises(InputError, match="nowhere"):
+        curves.draw(curves.read_curves([runs]), tmp_path / "nowhere" / "c.png")
+    with pytest.raises(InputError, match="no finished epoch"):
+        curves.draw({"new": []}, tmp_path / "c.png")
+    (runs / "some_run" / "seed0" / "metrics.jsonl").write_text("{")
+    with pytest.raises(InputError, match="metrics.jsonl"):
+        curves.read_curves([runs])
