@@ -1,6 +1,7 @@
 """Every command that the project shows can be typed as it stands; every config says only what it has to."""
 import importlib.util
 import os
+import pkgutil
 import re
 import shlex
 import subprocess
@@ -41,9 +42,10 @@ def texts():
 def commands(text):
     """The words of each line that starts with python or bash, without prompt, settings before and "$@"."""
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        line = re.sub(r"^(\$ |[A-Z_]+=\S* )+", "", line.strip()).replace('"$@"', "")
+        line = re.sub(r"^(\$ |[A-Z_]+=(\"[^\"]*\"|\S*) )+", "", line.strip()).replace('"$@"', "")
+        line = line.replace(" $options", "").replace('"$seed"', "0")  # of loops
         if re.match(r"(python|bash) ", line):
-            yield tuple(shlex.split(re.split(r" [|>&]|;", line)[0], comments=True))
+            yield tuple(shlex.split(re.split(r" [|<>&]|;", line)[0], comments=True))
 
 
 SHOWN = [pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)[:90]}")
@@ -76,6 +78,14 @@ def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, mo
         read(first, rest)
 
 
+NAMED = sorted({name for path in PAGES for name in re.findall(r"`(datafree\.[\w.]+)`", path.read_text())})
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_a_function_named_on_a_page_exists(name):
+    assert pkgutil.resolve_name(name)
+
+
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
 def test_a_script_is_valid_bash_and_stops_at_the_first_error(path):
     assert subprocess.run(["bash", "-n", path]).returncode == 0
@@ -98,7 +108,7 @@ def on_digits():
     """Shown commands that train on the digits; those of the quickstart run there."""
     for shown in SHOWN:
         program, *rest = shown.values[0][1:]
-        if program in PROGRAMS and "--help" not in rest and "quickstart.sh" not in shown.id:
+        if program in PROGRAMS and "--help" not in rest and not re.search("quickstart.sh|study", shown.id):
             config = read(program, [str(ROOT / w) if w.startswith("configs/") else w for w in rest])
             if config.data.dataset == "digits" and not config.run.evaluate_only:
                 yield pytest.param(program, rest, config, id=shown.id)
@@ -119,23 +129,46 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
     assert list(tmp_path.rglob("summary.json"))
 
 
-def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(checkout, tmp_path):
+@pytest.fixture
+def script(checkout, tmp_path):
+    """Run a script of the checkout on tiny budgets -> what it printed."""
     cases = "".join(f"{name}) set -- \"$@\" {' '.join(flags)};;\n" for name, flags in TINY.items())
-    cases += 'esac\ncase "$*" in *rgal_resnet*) set -- "$@" --g_steps 1;;\n'
+    cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
     (tmp_path / "python").write_text(f"#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} \"$@\"\n")
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
     (checkout / "scripts" / "env.sh").write_text(f"cd {checkout}; PATH={tmp_path}:$PATH\n")
-    done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", "--seed", "3"], cwd=tmp_path,
-                          capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stderr[-2000:]
+
+    def run(name, *words, **settings):
+        done = subprocess.run(["bash", checkout / "scripts" / name, *words], cwd=tmp_path, capture_output=True,
+                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **settings})
+        assert done.returncode == 0, done.stderr[-2000:]
+        return done.stdout
+
+    return run
+
+
+def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(script, checkout):
+    printed = script("quickstart.sh", "--seed", "3")
     [runs] = checkout.glob("runs/quickstart-*")
-    rows = [line.split() for line in done.stdout.splitlines() if line.startswith("digits_")][-4:]
+    rows = [line.split() for line in printed.splitlines() if line.startswith("digits_")][-4:]
     assert [row[0].split("_")[1] for row in rows] == ["scratch", "rgal", "noise", "real"]
     used = {yaml.safe_load(path.read_text()).get("teacher", {}).get("teacher_weights")
             for path in runs.glob("*_resnet8/seed3/config.yaml")}
     assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3/checkpoints/student_last.pth"}
     assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
+
+
+def test_the_study_of_the_triplets_pairs_its_seeds_and_goes_on_where_it_stopped(script, checkout):
+    options = {"SEEDS": "0 1", "CELLS": "none|both-release-logits-uniform", "STUDY": "runs/study"}
+    table = script("study_relation.sh", **options).split("\nrun ")[-1]
+    rows = [line for line in table.splitlines() if line.startswith("digits_rgal")]
+    assert len(rows) == 2 and " triplet=0 " in rows[0] and " - " in rows[0]
+    assert "relation=release sampling=uniform sampling_space=logits" in rows[1]
+    assert all(f" {n} " in rows[1] for n in (2,)) and "ci95" in table
+    assert len(list(checkout.glob("runs/study/*/*/summary.json"))) == 2 + 2 * 2
+    again = script("study_relation.sh", **options)
+    assert "Plan" not in again and again.split("\nrun ")[-1].endswith(table.partition("\n")[2])
 
 
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])
