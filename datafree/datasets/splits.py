@@ -29,11 +29,10 @@ class Shuffle:
     def to(self, device):
         self.device, self._pass = device, None
 
-    def begin(self, generator=None):
-        """Draw the seed, from torch's own generator by default, if there is none yet."""
+    def begin(self):
+        """Draw the seed if there is none yet."""
         if self.seed is None:
-            device = generator.device if generator else "cpu"
-            self.seed = int(torch.randint(2**31, (), generator=generator, device=device))
+            self.seed = int(torch.randint(2**31, ()))
 
     def take(self, n):
         """The next ``n`` indices, int64 on the device."""
@@ -87,9 +86,9 @@ class TensorSplit:
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
             yield images.float() / 255, labels
 
-    def sample(self, n, generator=None):
+    def sample(self, n):
         """Images (float, in [0, 1]) and labels of the next ``n`` indices of an endless shuffled stream."""
-        self._shuffle.begin(generator)
+        self._shuffle.begin()
         chosen = self._shuffle.take(n)
         return self.images[chosen].float() / 255, self.labels[chosen]
 
@@ -117,20 +116,15 @@ class LazySplit:
     def __len__(self):
         return len(self.paths)
 
-    def to(self, device):
-        """Deliver batches on ``device``; return self."""
-        self.device, self._stream = torch.device(device), None
-        return self
-
     def batches(self, batch_size):
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
         in_order = torch.arange(len(self)).split(batch_size)
         yield from self._load([(int(index), None) for index in part] for part in in_order)
 
-    def sample(self, n, generator=None):
+    def sample(self, n):
         """Images (float, in [0, 1]) and labels of the next ``n`` files of an endless shuffled stream."""
         if self._stream is None or self._stream_size != n:
-            self._shuffle.begin(generator)
+            self._shuffle.begin()
             self._stream, self._stream_size = self._load(self._random_batches(n)), n
         batch = next(self._stream)
         self._shuffle.drawn += n
