@@ -115,8 +115,12 @@ def build_source(session, teacher, student, schedule):
 
 def own_source(name, teacher, student, session):
     """The source of images that a class of the user's makes (see BaseSynthesis)."""
-    source = load_object(name)(teacher=teacher, student=student, augment=session.augment, card=session.card,
-                               config=session.config, device=session.device)
+    make = load_object(name)
+    try:
+        source = make(teacher=teacher, student=student, augment=session.augment, card=session.card,
+                      config=session.config, device=session.device)
+    except Exception as error:
+        raise InputError(f"--source {name} failed when it was made: {type(error).__name__}: {error}") from error
     if not isinstance(source, BaseSynthesis):
         raise InputError(f"--source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
     return source

@@ -6,7 +6,7 @@ import registry  # noqa: F401  makes registered models and data sets known
 from datafree import checkpoint, cli
 from datafree.config import ScratchConfig
 from datafree.engine import Engine
-from datafree.errors import exit_on_input_error
+from datafree.errors import InputError, exit_on_input_error
 from datafree.learners.supervised import SupervisedLearner
 from datafree.session import Session, teacher_place
 from datafree.synthesis.sources import RealSource
@@ -55,12 +55,21 @@ def publish(session, folder):
     source = folder.checkpoints / "student_last.pth"
     weights = checkpoint.load(source)
     if place.exists():
-        there, here = (w.get("acc1") for w in (checkpoint.load(place), weights))
-        if not isinstance(there, float) or here is None or here <= there:
+        there, here = stored_accuracy(place), weights.get("acc1")
+        if there is None or here is None or here <= there:
             folder.log(f"{place} stays as it is (top-1 {there}, these {here}); the new weights are {source}")
             return
     checkpoint.save(place, weights)
     folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
+
+
+def stored_accuracy(place):
+    """The top-1 (%) that a file of weights states; None where it states none or cannot be read."""
+    try:
+        accuracy = checkpoint.load(place).get("acc1")
+    except InputError:
+        return None
+    return accuracy if isinstance(accuracy, (int, float)) else None
 
 
 if __name__ == "__main__":

@@ -74,6 +74,12 @@ class Setting(NamedTuple):
     text: str | None
     place: str
 
+    @property
+    def source(self):
+        """The file that it stands in; of all flags, the same word."""
+        in_file = re.fullmatch(r"(.+):\d+: \S+", self.place)
+        return in_file[1] if in_file else "flags"
+
 
 def parse(config_class, argv, *, description, method_files=None, examples=""):
     """Read the words of a command line into ``(config_class instance, Invocation)``.
@@ -134,17 +140,34 @@ def _method_settings(settings, options, method_files):
 
 
 def _refuse_idle(settings, preset, values, options):
-    """Raise an OptionError for a setting that changes an option which nothing would read."""
-    values = {name: o.default for name, o in options.items()} | values
-    before = {name: o.default for name, o in options.items()} | {s.option.name: _convert(s) for s in preset}
+    """Raise an OptionError for a setting that changes an option which nothing would read.
 
-    def idle(opt):
-        return bool(opt.idle) and all(values[name] in rests or idle(options[name]) for name, rests in opt.idle.items())
+    Only where it is idle by what stands in the same file, in an earlier one or in no file: a flag, or a file
+    based on another, may switch off what the earlier one sets, options and all.
+    """
+    defaults = {name: o.default for name, o in options.items()}
+    before = defaults | {s.option.name: _convert(s) for s in preset}
+    sources = list(dict.fromkeys(s.source for s in settings))
+    decided = {s.option.name: sources.index(s.source) for s in settings}
+    decided = {s.option.name: decided.get("method", -1) for s in preset} | decided
 
-    for opt, _, place in settings:
-        if values[opt.name] != before[opt.name] and idle(opt):
-            reasons = " and ".join(f"{name} is {_shown(values[name])}" for name in opt.idle)
-            raise _error(f"{place} would change nothing, for {reasons}; leave {opt.name} out, or change that")
+    def causes(opt):
+        """Name -> value of what makes the option idle; empty if anything reads it."""
+        found = {}
+        for name, rests in opt.idle.items():
+            value = (defaults | values)[name]
+            deeper = {name: value} if value in rests else causes(options[name])
+            if not deeper:
+                return {}
+            found |= deeper
+        return found
+
+    for setting in settings:
+        opt, level = setting.option, sources.index(setting.source)
+        reasons = causes(opt)
+        if reasons and values[opt.name] != before[opt.name] and all(decided.get(name, -1) <= level for name in reasons):
+            told = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
+            raise _error(f"{setting.place} would change nothing, for {told}; leave {opt.name} out, or change that")
 
 
 def _convert(setting):

@@ -20,7 +20,7 @@ def option(default, help, **metadata):
     return field(default=default, metadata={"help": help, **metadata})
 
 
-# Options that say where and how a run happens, but not what comes out of it.
+# Options that say where and how a run happens, or name a file of which the contents matter and not the name.
 SURROUNDINGS = {"save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq",
                 "eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights",
                 "student_weights", "weights", "teacher_acc"}
@@ -71,9 +71,9 @@ class Teacher:
 
     teacher: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
     teacher_weights: str = option("", "Its weights; checkpoints/pretrained/<dataset>_<teacher>.pth when empty.")
-    teacher_mean: tuple[float, ...] = option((), "Its input mean per channel, in [0, 1]; the card's when empty.",
-                                              low=0, high=1)
-    teacher_std: tuple[float, ...] = option((), "Its input standard deviation per channel; the card's when empty.",
+    teacher_mean: tuple[float, ...] = option(
+        (), "Its input mean per channel, in [0, 1]; when empty what its file states, else the card's.", low=0, high=1)
+    teacher_std: tuple[float, ...] = option((), "Its input standard deviation per channel, found in the same way.",
                                              low=1e-6, high=1)
     teacher_acc: float = option(0.0, "Top-1 (%) it should reach; one point less is called out. 0: unknown.",
                                 low=0, high=100, idle={"eval": ("none",)})
@@ -152,8 +152,7 @@ class Relation:
         "focal", "How synthesis draws the other-class sample: a band, distance weighted, or evenly.",
         idle={"triplet": (0,)})
     sampling_space: Literal["embedding", "logits"] = option(
-        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).",
-        idle=NO_TRIPLETS)
+        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).")
     striplet: float = option(0.0, "Weight of the triplets in student training.", low=0)
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global", "What they look at: the penultimate feature, the chosen stages, or the logits.",

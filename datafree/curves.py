@@ -5,6 +5,7 @@ other, samples are found in the band), and for signs of a collapse; a line for e
 Needs matplotlib.
 """
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -25,20 +26,24 @@ COLUMNS = 3
 
 
 def read_curves(folders):
-    """Name of the run's folder -> its rows (dicts of numbers by epoch). Raises InputError where there are none."""
-    curves = {}
+    """Path of each run, below the folder that all have in common -> its rows (dicts of numbers by epoch).
+
+    Raises InputError where there are none.
+    """
+    runs = []
     for folder in map(Path, folders):
-        found = sorted(folder.rglob("metrics.jsonl"))
+        found = sorted(path.parent.resolve() for path in folder.rglob("metrics.jsonl"))
         if not found:
             raise InputError(f"{folder} holds no run (no metrics.jsonl); give another")
-        for path in found:
-            curves[f"{path.parent.parent.name}/{path.parent.name}"] = _rows(path)
-    return curves
+        runs += found
+    common = Path(os.path.commonpath([run.parent.parent for run in runs]))
+    return {str(run.relative_to(common)): _rows(run / "metrics.jsonl") for run in runs}
 
 
 def _rows(path):
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}); remove it, or resume its run") from None
 

@@ -28,12 +28,12 @@ GAP, CAPTION = 2, 15  # pixels around an image of a grid, and below one that has
 class RunFolder(AbstractContextManager):
     """The folder ``root`` of a run called ``name``, held by this process until :meth:`close`.
 
-    Files: config.yaml (the text ``config_yaml``), env.json (of ``device``), log.txt, metrics.jsonl, tb/,
+    Files: config.yaml and env.json (see :meth:`record`), log.txt, metrics.jsonl, tb/,
     checkpoints/, grids/, summary.json. Raises InputError if the folder cannot be written, is held by a living
     process, or holds a run and ``resume`` is false; so does a method whose write fails.
     """
 
-    def __init__(self, root, name, config_yaml, resume=False, device=None):
+    def __init__(self, root, name, resume=False):
         self.root, self.name = Path(root), name
         self.checkpoints, self.grids = self.root / "checkpoints", self.root / "grids"
         self._writer, self._purge_step = None, None
@@ -46,11 +46,14 @@ class RunFolder(AbstractContextManager):
             if not resume and (self.root / "config.yaml").exists():
                 raise InputError(f"{self.root} already holds a run; give this one a name of its own by "
                                  "--log_tag NEW, or go on with that one by --resume auto")
-            self._replace("env.json", json.dumps(environment(device), indent=2) + "\n")
-            self._replace("config.yaml", config_yaml)
         except BaseException:
             self.close()
             raise
+
+    def record(self, config_yaml, device=None):
+        """Write config.yaml, with which the folder holds a run, and env.json (of ``device``)."""
+        self._replace("env.json", json.dumps(environment(device), indent=2) + "\n")
+        self._replace("config.yaml", config_yaml)
 
     def log(self, message):
         """Print a dated line, above any progress bar, and add it to log.txt."""

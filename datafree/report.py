@@ -13,6 +13,7 @@ from pathlib import Path
 from datafree.errors import InputError, exit_on_input_error
 from datafree.logger import table
 
+WEIGHTS = ("teacher_weights", "student_weights", "weights")
 HEADER = "last, std: % after the last epoch; best: over epochs, chosen on the test set; s: mean seconds"
 
 
@@ -42,7 +43,7 @@ def report(summaries, against=()):
     """
     runs = {}
     for summary in summaries:
-        runs.setdefault((summary["run"], _options(summary)), {})[summary.get("seed")] = summary
+        _row_of(summary, runs)[summary.get("seed")] = summary
     differing = {name: _differing([options for other, options in runs if other == name]) for name, _ in runs}
     base = _baseline(runs, against) if against else None
     rows = []
@@ -53,11 +54,21 @@ def report(summaries, against=()):
     return rows
 
 
-def _options(summary):
-    """What makes the run's row: (option, value as text) pairs, the seed apart."""
+def _row_of(summary, runs):
+    """The row's runs by seed. Weights part rows only where one seed has several: a teacher may go with its seed."""
+    for apart in (("seed", *WEIGHTS), ("seed",)):
+        row = runs.setdefault((summary["run"], _options(summary, apart)), {})
+        same = row.get(summary.get("seed"), summary)
+        if all(same.get("settings", {}).get(key) == summary.get("settings", {}).get(key) for key in WEIGHTS):
+            break
+    return row
+
+
+def _options(summary, apart):
+    """What makes a row: (option, value as text) pairs."""
     texts = {name: f"{value:g}" if isinstance(value, float) else str(value)
              for name, value in summary.get("settings", {}).items()}
-    return tuple(sorted((name, text) for name, text in texts.items() if name != "seed"))
+    return tuple(sorted((name, text) for name, text in texts.items() if name not in apart))
 
 
 def _differing(groups):

@@ -1,4 +1,5 @@
 """What every program does around its loop: device, networks, run folder, resume, summary."""
+import hashlib
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ class Session:
 
     def __init__(self, config, derive_card=False, write=True):
         self.config, self.run, self.data, self.write = config, config.run, config.data, write
+        self.inputs = {}  # option -> digest of what its file holds
         self.device = choose_device(self.run.device)
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
@@ -33,6 +35,7 @@ class Session:
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         self.card = resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write)
+        self.inputs["card"] = digest(repr(self.card).encode())
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
         self.test = self.split("test") if self.data.eval == "test" else None
@@ -49,17 +52,31 @@ class Session:
         """
         card = self.card
         module = build_model(model, card.num_classes, card.channels)
-        stored = checkpoint.load_weights(module, weights) if weights else {}
-        for name, values in (("mean", mean), ("std", std)):
-            if values and len(values) != card.channels:
-                raise InputError(f"--{role}_{name} has {len(values)} numbers but the images of {card.name} have "
-                                 f"{card.channels} channels; give one per channel")
-        mean, std = (given or normalisation(stored, key, card) for given, key in ((mean, "mean"), (std, "std")))
+        stored = self._load(module, role, weights) if weights else {}
+        mean = self._normalisation(role, "mean", mean or stored.get("mean"), low=0)
+        std = self._normalisation(role, "std", std or stored.get("std"), low=1e-6)
         network = Network(module, card.shape, mean, std, f"{role} {short(model)}", stored)
         if network.num_classes != card.num_classes:
             raise InputError(f"the {role} {model} answers {network.num_classes} classes but {card.name} has "
                              f"{card.num_classes}; build it with the right head, or name the right data set")
         return network.to(self.device)
+
+    def _load(self, module, role, weights):
+        stored = checkpoint.load_weights(module, weights)
+        tensors = (tensor.contiguous().numpy().tobytes() for tensor in module.state_dict().values())
+        self.inputs["weights" if role == "model" else f"{role}_weights"] = digest(*tensors)
+        return stored
+
+    def _normalisation(self, role, key, values, low):
+        """``values``, one per channel, or the card's where there are none."""
+        if not values:
+            return getattr(self.card, key)
+        numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
+        if not numbers or len(values) != self.card.channels or not all(low <= v <= 1 for v in values):
+            raise InputError(f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the "
+                             f"{self.card.channels} channels of {self.card.name}; correct --{role}_{key}, or the file "
+                             "of its weights, that says so")
+        return tuple(values)
 
     @torch.no_grad()
     def score(self, network):
@@ -87,15 +104,20 @@ class Session:
         tag = self.run.log_tag or f"seed{self.run.seed}"
         root = Path(self.run.save_dir) / name / tag
         # A checkpoint of another folder begins a run here, so it must not overwrite one that is here.
-        own = self.run.resume == "auto" or Path(self.run.resume).resolve().is_relative_to(root.resolve())
-        return RunFolder(root, name, to_yaml(self.config), resume=own, device=self.device)
+        resume = self.run.resume
+        own = resume == "auto" or (resume != "none" and Path(resume).resolve().is_relative_to(root.resolve()))
+        return RunFolder(root, name, resume=own)
 
     def facts(self, network, model):
         """What is written beside the weights of ``network``: plain values, enough to build and judge it."""
         return {"model": model, "dataset": self.card.name, "num_classes": self.card.num_classes,
                 "shape": list(self.card.shape), "mean": network.mean.flatten().tolist(),
-                "std": network.std.flatten().tolist(), "settings": settings(self.config),
+                "std": network.std.flatten().tolist(), "settings": self.settings(),
                 "config": to_yaml(self.config), "commit": environment(self.device)["commit"] or ""}
+
+    def settings(self):
+        """What a result depends on: option -> value, or the digest of the contents where the value is a path."""
+        return {**settings(self.config), **self.inputs}
 
     def train(self, engine, **columns):
         """Resume if asked, run the loop, then write summary.json and print the table.
@@ -108,12 +130,13 @@ class Session:
             folder.log("Nothing to resume yet: the run starts from the beginning.")
         elif self.run.resume != "none":
             engine.load(last if self.run.resume == "auto" else Path(self.run.resume))
+        folder.record(to_yaml(self.config), self.device)
         result = engine.train()
         summary = {"run": folder.name, "seed": self.run.seed, **columns, "last_acc1": result.get("acc1"),
                    "best_acc1": result.get("best_acc1"), "images": engine.source.images_made,
                    **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()},
                    "memory_MB": peak_memory(self.device)}
-        folder.summary({**summary, "settings": settings(self.config), "environment": environment(self.device)})
+        folder.summary({**summary, "settings": self.settings(), "environment": environment(self.device)})
         if result.get("acc1") is not None:
             folder.log(f"Last: {result['acc1']:.4f}")
             folder.log(f"Best: {result['best_acc1']:.4f} (chosen on the test set)")
@@ -125,11 +148,12 @@ def teacher_place(dataset, model):
     return Path("checkpoints/pretrained") / f"{dataset}_{short(model)}.pth"
 
 
-def normalisation(stored, key, card):
-    """The ``mean`` or ``std`` that a file of weights states, or else the card's."""
-    values = stored.get(key)
-    fits = isinstance(values, list) and len(values) == card.channels and all(0 <= v <= 1 for v in values)
-    return tuple(values) if fits else getattr(card, key)
+def digest(*parts):
+    """Eight letters that tell one sequence of bytes from another."""
+    state = hashlib.sha256()
+    for part in parts:
+        state.update(part)
+    return state.hexdigest()[:8]
 
 
 def short(name):

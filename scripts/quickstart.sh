@@ -5,7 +5,7 @@ set -euo pipefail
 
 for word; do
     case ${word//-/_} in
-        __save_dir* | __log_tag* | __dry_run* | __resume*)
+        __save_dir* | __log_tag* | __dry_run* | __resume* | __run.*)
             echo "error: the quickstart names its own folders and runs to the end; leave out $word" >&2; exit 2;;
     esac
 done

@@ -5,12 +5,13 @@
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
-study=${STUDY:-runs/study_relation}
+study=${STUDY:-runs/study_relation$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
 
 cells() {  # a name and its options a line; synthesis, student: the phases that have triplets
     echo "none --triplet 0 --striplet 0"
     for space in embedding logits; do
         for sampling in focal distance uniform; do
+            [ $space-$sampling != logits-uniform ] || continue  # drawing evenly, no distance counts
             local draw="--sampling_space $space --sampling $sampling" separate="--striplet_sampling $sampling"
             echo "student-$space-$sampling --triplet 0 --sampling_space $space $separate"
             for relation in paper release; do
@@ -26,11 +27,11 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     [ -f "$teacher/summary.json" ] ||
         python train_scratch.py --config configs/digits/teacher_resnet20.yaml --seed "$seed" --save_dir "$study" \
             --resume auto
-    cells | grep -E "^(${CELLS:-.*})" | while read -r name options; do
+    cells | grep -E "^[^ ]*(${CELLS:-})" | while read -r name options; do
         [ -f "$study/digits_rgal_resnet20_resnet8/$name-seed$seed/summary.json" ] ||
-            python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --epochs 4 --seed "$seed" \
-                --teacher_weights "$teacher/checkpoints/student_last.pth" --save_dir "$study" \
-                --log_tag "$name-seed$seed" --resume auto $options "$@" </dev/null
+            python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --epochs 4 "$@" $options \
+                --seed "$seed" --teacher_weights "$teacher/checkpoints/student_last.pth" --save_dir "$study" \
+                --log_tag "$name-seed$seed" --resume auto </dev/null
     done
 done
 

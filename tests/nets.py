@@ -64,14 +64,11 @@ class Poisoned(nn.Module):
 
 
 class Stripes(BaseSynthesis):
-    """A source of one's own: images of one grey level each, and the options it was made with."""
-
-    def __init__(self, teacher, student, augment, card, config, device):
-        self.shape, self.level, self.device = card.shape, config.synthesis.tv, device
+    """A source of one's own: images of one grey level each, an option of the run's."""
 
     def sample(self, n):
         self.images_made += n
-        return torch.full((n, *self.shape), self.level, device=self.device), None
+        return torch.full((n, *self.card.shape), self.config.synthesis.tv, device=self.device), None
 
 
 class Nothing:

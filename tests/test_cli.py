@@ -123,6 +123,7 @@ def test_a_configuration_written_reads_back(cls, file):
 
 @pytest.mark.parametrize("words, parts", [
     ("--source noise --adv 1", ("--adv", "source is noise")),
+    ("--source noise --triplet 1", ("--triplet", "source is noise")),
     ("--source real --warmup 2", ("--warmup", "source is real")),
     ("--source noise --balanced_sampling", ("--balanced_sampling", "source is noise")),
     ("--bn 1 --meta_rate 0.5", ("--meta_rate", "generator_init is random")),
@@ -136,6 +137,18 @@ def test_a_configuration_written_reads_back(cls, file):
 def test_an_option_that_nothing_reads_is_refused(words, parts):
     message = refused(*words.split(), cls=DistillConfig)
     assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize("words", ["--triplet 0", "--relation off", "--source noise", "--method noise"])
+def test_what_a_file_sets_may_be_switched_off_later(words, file):
+    path = file("relation: {triplet: 0.3, sampling: uniform}\nsynthesis: {bn: 1}\n", "mine.yaml")
+    methods = {"rgal": file("", "rgal.yaml"), "noise": file("synthesis: {source: noise}", "noise.yaml")}
+    config = read("--config", path, *words.split(), cls=DistillConfig, method_files=methods)
+    assert config.relation.sampling == "uniform"
+    based = file("base: mine.yaml\nrelation: {triplet: 0}\n", "based.yaml")
+    assert read("--config", based, cls=DistillConfig, method_files=methods).relation.triplet == 0
+    silly = file("relation: {triplet: 0, sampling: uniform}\n", "silly.yaml")
+    assert "silly.yaml:1" in refused("--config", silly, cls=DistillConfig, method_files=methods)
 
 
 def test_an_option_that_only_repeats_what_holds_anyway_may_be_idle():

@@ -182,14 +182,18 @@ def test_a_published_teacher_gives_way_to_a_better_one_only(there, replaced, tmp
     assert ("stays as it is" in capsys.readouterr().out) != replaced
 
 
-def test_the_normalisation_stored_with_the_weights_is_used_unless_another_is_given(distil, teacher, tmp_path, capsys):
+def test_the_normalisation_stored_with_the_weights_is_used_unless_another_is_given(distil, teacher, tmp_path, capsys,
+                                                                                   refused):
     state = torch.load(teacher, weights_only=True)
-    torch.save({**state, "mean": [0.25], "std": [0.5]}, tmp_path / "other.pth")
+    torch.save({**state, "mean": (0.25,), "std": [0.5]}, tmp_path / "other.pth")
     other = ("--teacher_weights", tmp_path / "other.pth", "--dry_run")
     distil(*other)
     assert "mean 0.25, std 0.5" in capsys.readouterr().out
     distil(*other, "--teacher_mean", 0.75)
     assert "mean 0.75, std 0.5" in capsys.readouterr().out
+    for values in ([127.5], [0.1, 0.2], ["0.1"], 0.5):
+        torch.save({**state, "mean": values}, tmp_path / "other.pth")
+        assert "mean is" in refused(distil, *other)
 
 
 def test_a_renamed_class_folder_does_not_shift_the_labels(tmp_path, monkeypatch, refused):
@@ -242,9 +246,10 @@ def test_the_teacher_is_after_a_run_as_it_was(distil, teacher, monkeypatch):
 def test_a_source_of_ones_own(distil, refused):
     folder = distil("--epochs", 1, "--source", nets.name("Stripes"), "--tv", 0.25)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["images"] >= 2 * 3 * 16 and summary["settings"]["tv"] == 0.25
+    assert summary["images"] == 6 * 16 and summary["settings"]["tv"] == 0.25
     assert (folder / "grids" / "epoch_0000.png").exists()
     assert "BaseSynthesis" in refused(distil, "--source", nets.name("Nothing"))
+    assert "tiny() got an unexpected" in refused(distil, "--source", nets.name("tiny"))
     assert "inversion, noise, real" in refused(distil, "--source", "dreams", code=2)
 
 
@@ -428,7 +433,7 @@ def test_folders_for_the_output_that_cannot_be_used(distil, refused, tmp_path):
     folder = distil("--epochs", 1)
     line = refused(distil)
     assert "already holds a run" in line and "--log_tag" in line and "--resume auto" in line
-    with RunFolder(folder, "x", "", resume=True):
+    with RunFolder(folder, "x", resume=True):
         line = refused(distil, "--resume", "auto")
     assert "is in use" in line and "--log_tag" in line
 

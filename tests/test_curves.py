@@ -39,6 +39,8 @@ def test_what_cannot_be_drawn_is_named(runs, tmp_path):
         curves.draw(curves.read_curves([runs]), tmp_path / "nowhere" / "c.png")
     with pytest.raises(InputError, match="no finished epoch"):
         curves.draw({"new": []}, tmp_path / "c.png")
-    (runs / "some_run" / "seed0" / "metrics.jsonl").write_text("{")
+    (runs / "some_run" / "seed0" / "metrics.jsonl").write_text('{"epoch": 0}\n{"epo')
+    assert curves.read_curves([runs])["some_run/seed0"] == [{"epoch": 0}]  # still running
+    (runs / "some_run" / "seed0" / "metrics.jsonl").write_text("broken}")
     with pytest.raises(InputError, match="metrics.jsonl"):
         curves.read_curves([runs])

@@ -1,6 +1,7 @@
 """The loop: an interrupted run ends as the uninterrupted one, and what does not fit is refused."""
 import json
 import os
+import shutil
 import signal
 from contextlib import contextmanager
 from functools import partial
@@ -184,9 +185,31 @@ def test_a_wrong_path_to_resume_from_is_an_error(distil, refused, tmp_path):
 @pytest.mark.parametrize("words, named", [(("--lr", 0.01), "--lr"), (("--seed", 1), "--seed"),
                                           (("--bn", 2), "--bn"), (("--precision", "bf16"), "--precision")])
 def test_an_option_that_changed_is_not_taken_over_in_silence(words, named, distil, refused):
-    distil("--epochs", 1)
+    folder = distil("--epochs", 1)
+    before = (folder / "config.yaml").read_bytes()
     line = refused(distil, "--epochs", 1, "--resume", "auto", *words)
     assert named in line and "last.pth" in line
+    assert (folder / "config.yaml").read_bytes() == before
+
+
+def test_another_teacher_under_the_same_name_is_noticed_at_resume(distil, teacher, tmp_path, refused):
+    weights = tmp_path / "teacher.pth"
+    shutil.copy(teacher, weights)
+    distil("--epochs", 1, "--teacher_weights", weights)
+    state = torch.load(weights, weights_only=True)
+    torch.save({**state, "acc1": 12.0}, weights)  # the same tensors in another file
+    distil("--epochs", 2, "--teacher_weights", weights, "--resume", "auto")
+    state["state_dict"]["4.bias"] += 1
+    torch.save(state, weights)
+    line = refused(distil, "--epochs", 3, "--teacher_weights", weights, "--resume", "auto")
+    assert "--teacher_weights" in line
+
+
+def test_a_refused_checkpoint_leaves_the_folder_free(distil, refused):
+    last = distil("--epochs", 1, tag="first") / "checkpoints" / "last.pth"
+    new = partial(distil, tag="second")
+    assert "--lr" in refused(new, "--epochs", 2, "--resume", last, "--lr", 0.01)
+    assert len(rows(new("--epochs", 2, "--resume", last))) == 1  # the first epoch's row stays with the first run
 
 
 def test_what_does_not_change_the_result_may_change_at_resume(distil):
@@ -283,7 +306,7 @@ def make_engine(tmp_path):
     def make(events, synthesis_term=1.0, student_term=1.0, run=None, **counts):
         schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "g_steps": 1, "warmup": 0,
                                       "batch_size": 4, **counts})
-        folders.append(RunFolder(tmp_path / "run", "run", ""))
+        folders.append(RunFolder(tmp_path / "run", "run"))
         learner, source = Pupil(events, student_term), Recorder(events, synthesis_term)
         return Engine(learner, source, schedule, folders[-1], run or Run())
 

@@ -21,6 +21,13 @@ from datafree.logger import RunFolder, draw_grid, table
 CONFIG = "run:\n  seed: 3\n"
 
 
+def begin(root, name, config, resume=False):
+    """A folder that holds a run."""
+    folder = RunFolder(root, name, resume)
+    folder.record(config)
+    return folder
+
+
 def rows(root):
     return [json.loads(line) for line in (root / "metrics.jsonl").read_text().splitlines()]
 
@@ -33,7 +40,7 @@ def events(root):
 
 def test_layout(tmp_path, capsys):
     root = tmp_path / "rgal" / "seed0"
-    with RunFolder(root, "rgal", CONFIG) as folder:
+    with begin(root, "rgal", CONFIG) as folder:
         folder.log("two\nlines")
         folder.metrics(0, {"acc1": 92.41})
         folder.grid("epoch_0000", torch.rand(4, 3, 32, 32))
@@ -50,7 +57,7 @@ def test_layout(tmp_path, capsys):
 
 
 def test_metrics_are_json_and_tensorboard(tmp_path):
-    with RunFolder(tmp_path, "r", CONFIG) as folder:
+    with begin(tmp_path, "r", CONFIG) as folder:
         folder.metrics(0, {"loss": 1 / 3, "big": np.float32(12345.67), "images": 256, "t": torch.tensor(0.1)})
         folder.metrics(1, {"loss": float("nan"), "inf": -float("inf"), "none": None, "tiny": 1.23456789e-9})
         assert rows(tmp_path) == [  # written at once, not at close
@@ -62,28 +69,28 @@ def test_metrics_are_json_and_tensorboard(tmp_path):
 
 
 def test_a_folder_that_holds_a_run(tmp_path):
-    RunFolder(tmp_path, "r", CONFIG).close()
+    begin(tmp_path, "r", CONFIG).close()
     with pytest.raises(InputError, match="already holds a run; .*--log_tag NEW, .*--resume auto"):
-        RunFolder(tmp_path, "r", "other")
+        begin(tmp_path, "r", "other")
     assert (tmp_path / "config.yaml").read_text() == CONFIG
-    RunFolder(tmp_path, "r", "other", resume=True).close()  # the refusal did not keep the lock
+    begin(tmp_path, "r", "other", resume=True).close()  # the refusal did not keep the lock
     assert (tmp_path / "config.yaml").read_text() == "other"
 
 
 def test_resume_where_nothing_is_yet(tmp_path):
-    with RunFolder(tmp_path / "new", "r", CONFIG, resume=True) as folder:
+    with begin(tmp_path / "new", "r", CONFIG, resume=True) as folder:
         folder.truncate_metrics(0)
         folder.metrics(0, {"a": 1})
     assert rows(tmp_path / "new") == [{"epoch": 0, "a": 1}]
 
 
 def test_resume_never_doubles_a_row(tmp_path):
-    with RunFolder(tmp_path, "r", CONFIG) as folder:
+    with begin(tmp_path, "r", CONFIG) as folder:
         for epoch in range(4):
             folder.metrics(epoch, {"a": epoch})
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"epoch": 1, "a')  # a row that a kill cut short
-    with RunFolder(tmp_path, "r", CONFIG, resume=True) as folder:
+    with begin(tmp_path, "r", CONFIG, resume=True) as folder:
         folder.truncate_metrics(2)
         assert rows(tmp_path) == [{"epoch": 0, "a": 0}, {"epoch": 1, "a": 1}]
         folder.metrics(2, {"a": 20})
@@ -94,7 +101,7 @@ def test_resume_never_doubles_a_row(tmp_path):
 HOLDER = """
 import sys, time
 from datafree.logger import RunFolder
-folder = RunFolder(sys.argv[1], "r", "")
+folder = RunFolder(sys.argv[1], "r")
 print("held", flush=True)
 time.sleep(60)
 """
@@ -107,31 +114,31 @@ def test_in_use_until_the_other_process_dies(tmp_path):
         assert holder.stdout.readline() == b"held\n"
         for resume in (False, True):
             with pytest.raises(InputError, match="in use by a running process; .*--log_tag NEW"):
-                RunFolder(tmp_path, "r", CONFIG, resume=resume)
+                begin(tmp_path, "r", CONFIG, resume=resume)
     finally:
         holder.send_signal(signal.SIGKILL)
         holder.communicate()
-    RunFolder(tmp_path, "r", CONFIG, resume=True).close()
+    begin(tmp_path, "r", CONFIG, resume=True).close()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_a_closed_folder_is_free_while_forked_workers_live(tmp_path):
     reader, writer = os.pipe()
-    folder = RunFolder(tmp_path, "r", CONFIG)
+    folder = begin(tmp_path, "r", CONFIG)
     if os.fork() == 0:
         os.close(writer)
         os.read(reader, 1)  # lives until the parent closes the pipe
         os._exit(0)
     folder.close()
     folder.close()
-    RunFolder(tmp_path, "r", CONFIG, resume=True).close()
+    begin(tmp_path, "r", CONFIG, resume=True).close()
     os.close(writer)
     os.wait()
 
 
 def test_without_locks_a_run_still_works(tmp_path, monkeypatch):
     monkeypatch.setattr(logger, "fcntl", None)
-    with RunFolder(tmp_path, "r", CONFIG) as folder:
+    with begin(tmp_path, "r", CONFIG) as folder:
         folder.log("x")
 
 
@@ -139,19 +146,19 @@ def test_a_root_that_cannot_be_a_folder(tmp_path):
     (tmp_path / "file").touch()
     for root in (tmp_path / "file", tmp_path / "file" / "below"):
         with pytest.raises(InputError, match="could not write .*file.*; choose another --save_dir or"):
-            RunFolder(root, "r", CONFIG)
+            begin(root, "r", CONFIG)
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
 def test_a_folder_that_is_not_writable(tmp_path):
     tmp_path.chmod(0o500)
     with pytest.raises(InputError, match="Permission denied.* choose another --save_dir"):
-        RunFolder(tmp_path / "run", "r", CONFIG)
+        begin(tmp_path / "run", "r", CONFIG)
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_disk_full_names_the_file(tmp_path):
-    with RunFolder(tmp_path, "r", CONFIG) as folder:
+    with begin(tmp_path, "r", CONFIG) as folder:
         for name in ("metrics.jsonl", "log.txt", "summary.json.tmp", "grids/g.png"):
             (tmp_path / name).symlink_to("/dev/full")
         writes = {"metrics.jsonl": lambda: folder.metrics(0, {"a": 1}), "log.txt": lambda: folder.log("x"),
@@ -164,7 +171,7 @@ def test_disk_full_names_the_file(tmp_path):
 
 def test_a_grid_holds_the_images_enlarged(tmp_path):
     images = torch.randint(0, 256, (5, 3, 20, 32)) / 255
-    with RunFolder(tmp_path, "r", CONFIG) as folder:
+    with begin(tmp_path, "r", CONFIG) as folder:
         folder.grid("epoch_0040", images, columns=3)
     picture = np.asarray(Image.open(tmp_path / "grids" / "epoch_0040.png"))
     height, width, gap = 80, 128, 2  # four times: the first whole factor that makes 20 pixels at least 64

@@ -78,6 +78,17 @@ def test_runs_that_differ_in_an_option_do_not_share_a_row(tmp_path):
                                                                          ("triplet=0.3", 1, 50.0)]
 
 
+def test_weights_part_rows_only_within_a_seed(tmp_path):
+    def settings(seed, weights):
+        return {"seed": seed, "teacher_weights": weights}
+
+    for tag, seed, weights, last in (("a", 0, "t0", 90.0), ("b", 1, "t1", 92.0), ("c", 0, "other", 50.0)):
+        write_settings(tmp_path / tag, seed, settings(seed, weights), last)
+    rows = report.report(report.read_summaries([tmp_path]))
+    assert [(row["n"], row["last"]) for row in rows] == [(2, 91.0), (1, 50.0)]
+    assert rows[1]["options"] == "teacher_weights=other"
+
+
 def test_a_run_that_was_repeated_counts_once(tmp_path):
     for tag, clock, last in (("a", "10:00", 90.0), ("b", "11:00", 94.0)):
         write_settings(tmp_path / tag, 0, {"triplet": 0.1, "seed": 0}, last, clock)

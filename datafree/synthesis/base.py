@@ -1,12 +1,12 @@
 """What the engine asks of a source of images."""
-from datafree.errors import InputError
+import torch
 
 
 class BaseSynthesis:
     """Makes images and hands them out; a source of one's own overrides ``synthesize`` and ``sample``.
 
-    ``--source path/to/file.py:Class`` calls ``Class(teacher, student, augment, card, config, device)`` by these
-    names: two :class:`datafree.network.Network`, images -> views, the data card, all options, the device.
+    ``--source path/to/file.py:Class`` makes it of these, which are then its attributes: teacher, student
+    (:class:`datafree.network.Network`), augment (images -> views), card, config (all options), device.
 
     control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
@@ -17,6 +17,11 @@ class BaseSynthesis:
     control = False
     images_made = 0
     with_student = True
+    device = torch.device("cpu")
+
+    def __init__(self, teacher=None, student=None, augment=None, card=None, config=None, device="cpu"):
+        self.teacher, self.student, self.augment, self.card, self.config = teacher, student, augment, card, config
+        self.device = torch.device(device)
 
     @staticmethod
     def tick():
@@ -32,13 +37,16 @@ class BaseSynthesis:
 
     def latest(self):
         """Up to 256 images that show what the source makes now, with their classes or None."""
-        return self.sample(256)
+        # A peek must not move the stream on, or drawing a grid would change the training.
+        made = self.images_made
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            batch = self.sample(256)
+        self.images_made = made
+        return batch
 
     def state_dict(self):
-        """All that an exact resume needs."""
-        return {}
+        """All that an exact resume needs, beside the random state; one of one's own adds to this."""
+        return {"images_made": self.images_made}
 
     def load_state_dict(self, state):
-        if state:
-            raise InputError(f"the checkpoint's source has a state ({', '.join(state)}) that "
-                             f"{type(self).__name__} does not know; resume with the method that wrote it")
+        self.images_made = state["images_made"]

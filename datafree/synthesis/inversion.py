@@ -47,8 +47,7 @@ class InversionSynthesis(BaseSynthesis):
                 better = (loss < lowest) | (self.settings.keep == "last")
                 # Chosen on the device, so that no step waits for the host.
                 lowest, kept = torch.where(better, loss, lowest), torch.where(better, images, kept)
-                told = better | ~loss.isfinite()  # the kept batch's terms, or those of a loss that broke down
-                of_kept = {name: torch.where(told, term.detach(), of_kept.get(name, term.detach()))
+                of_kept = {name: torch.where(better | lowest.isinf(), term.detach(), of_kept.get(name, term.detach()))
                            for name, term in terms.items()}
                 self.tick()
         self._end_round(start)

@@ -10,28 +10,14 @@ class NoiseSource(BaseSynthesis):
     control = True
 
     def __init__(self, card, device):
-        self.shape, self.device = card.shape, device
+        super().__init__(card=card, device=device)
         self.mean = torch.tensor(card.mean, device=device).view(-1, 1, 1)
         self.std = torch.tensor(card.std, device=device).view(-1, 1, 1)
 
     def sample(self, n):
         self.images_made += n
-        noise = torch.randn(n, *self.shape, device=self.device)
+        noise = torch.randn(n, *self.card.shape, device=self.device)
         return (noise * self.std + self.mean).clamp(0, 1), None
-
-    def latest(self):
-        # A peek must not move the stream on, or drawing a grid would change the training.
-        made = self.images_made
-        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            images, targets = self.sample(256)
-        self.images_made = made
-        return images, targets
-
-    def state_dict(self):
-        return {"images_made": self.images_made}
-
-    def load_state_dict(self, state):
-        self.images_made = state["images_made"]
 
 
 class RealSource(BaseSynthesis):
@@ -40,13 +26,14 @@ class RealSource(BaseSynthesis):
     control = True
 
     def __init__(self, split):
+        super().__init__()
         self.split = split
 
     def sample(self, n):
         return self.split.sample(n)
 
     def latest(self):
-        # No more may this peek.
+        # A peek must not move the stream on, here either.
         state = self.split.state_dict()
         batch = self.split.sample(min(256, len(self.split)))
         self.split.load_state_dict(state)
