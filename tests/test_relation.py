@@ -6,6 +6,7 @@ from pytorch_metric_learning.distances import LpDistance
 from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import DistanceWeightedMiner, distance_weighted_miner
 from pytorch_metric_learning.reducers import MeanReducer
+from scipy.stats import beta, chisquare
 
 from datafree import relation
 from datafree.relation import CONFUSE, SEPARATE
@@ -252,6 +253,44 @@ def test_frequencies_of_draws_equal_the_probabilities(sampling):
     # 4,000 draws a row: 5 standard deviations are at most 0.04.
     np.testing.assert_allclose(counts.numpy() / 4000, oracle, atol=0.04)
     assert (counts.numpy()[oracle == 0] == 0).all()
+
+
+DIMS = pytest.mark.parametrize("dim", [2, 3, 10, 100, 200, 1000])
+
+
+@DIMS
+def test_the_weights_invert_the_density_of_distances_on_the_sphere(dim):
+    """So a class whose samples lie evenly on the sphere is drawn uniformly in distance."""
+    r = torch.linspace(0.5, 1.4, 50, dtype=torch.float64)
+    # The height (1 + cos) / 2 = 1 - r^2 / 4 of a random point has the distribution Beta((d - 1) / 2, (d - 1) / 2).
+    density = torch.from_numpy(beta.logpdf(r**2 / 4, (dim - 1) / 2, (dim - 1) / 2)) + r.log()
+    product = relation.log_inverse_density(r, dim) + density
+    torch.testing.assert_close(product, product[:1].expand(50), atol=1e-6, rtol=1e-9)
+
+
+@DIMS
+@SAMPLINGS
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_draws_pass_a_chi_square_test_and_stay_in_the_band(dim, sampling, precision):
+    """An anchor and 300 samples of another class, spaced evenly in distance from it."""
+    r = torch.linspace(0.3, 1.45, 300)
+    rows = torch.zeros(301, dim)
+    rows[0, 0] = 1
+    rows[1:, 0], rows[1:, 1] = 1 - r**2 / 2, (1 - (1 - r**2 / 2) ** 2).sqrt()
+    rows, labels = rows.to(precision), (torch.arange(301) > 0).long()
+    distance = relation.pairwise_distance(rows)[:1]
+    oracle = probability_oracle(distance, labels, dim, sampling)[0]
+    drawn = torch.cat([relation.draw_negatives(rows, labels, sampling)[0] for _ in range(20)])
+    low, high = {"focal": (0.5, 1.0), "distance": (0.0, 1.4), "uniform": (0.0, 2.0)}[sampling]
+    assert ((distance[0, drawn] > low) & (distance[0, drawn] < high)).all()
+    expected = oracle * len(drawn)
+    counts = np.bincount(drawn.numpy(), minlength=301)
+    assert (counts[oracle == 0] == 0).all()
+    often = expected >= 5  # the others are too rare for the test's approximation, one by one
+    assert counts[~often].sum() <= expected[~often].sum() + 5 * expected[~often].sum() ** 0.5
+    if often.sum() > 1:
+        observed, wanted = counts[often], expected[often]
+        assert chisquare(observed, wanted * observed.sum() / wanted.sum()).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("sampling, low, high", [("focal", 0.5, 1.0), ("distance", 0.0, 1.4)])
