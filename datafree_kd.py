@@ -33,13 +33,13 @@ def main():
     if call.print_config:
         print(cli.to_yaml(config), end="")
         return
+    schedule = plan_schedule(config)
     session = Session(config, write=not call.dry_run)
     student = session.network("student", config.student.student, config.student.student_weights)
     if config.run.evaluate_only:
         session.evaluate_only(student, "--student_weights", config.student.student_weights)
         return
     teacher = load_teacher(session)
-    schedule = plan_schedule(config)
     source = build_source(session, teacher, student, schedule)
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
                              (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
@@ -73,8 +73,11 @@ def load_teacher(session):
 
 
 def plan_schedule(config):
-    """The counts that the engine runs by; a round needs at least one student step of the epoch's."""
+    """The counts that the engine runs by; options that do not go together raise an InputError."""
     s, made = config.schedule, config.synthesis.source == "inversion"
+    if ":" not in config.synthesis.source and config.synthesis.source not in ("inversion", "noise", "real"):
+        raise OptionError(f"--source {config.synthesis.source} is none of inversion, noise, real, "
+                          "path/to/file.py:Class")
     if s.kd_steps > s.ep_steps:
         raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
                          "lower --kd_steps or raise --ep_steps")
@@ -98,8 +101,6 @@ def build_source(session, teacher, student, schedule):
         return NoiseSource(card, device)
     if options.source == "real":
         return RealSource(session.split("train"))
-    if options.source != "inversion":
-        raise OptionError(f"--source {options.source} is none of inversion, noise, real, path/to/file.py:Class")
     if options.cr and config.run.deterministic and device.type == "cuda":
         raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
     objective = SynthesisObjective(options, config.relation, teacher, student).to(device)
