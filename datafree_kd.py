@@ -15,7 +15,7 @@ from datafree.models.generator import Generator
 from datafree.pool import ImagePool
 from datafree.relation import triplet_stages
 from datafree.session import Session, teacher_place
-from datafree.synthesis.base import BaseSynthesis
+from datafree.synthesis.base import BaseSynthesis, checked
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.sources import NoiseSource, RealSource
@@ -124,7 +124,7 @@ def own_source(name, teacher, student, session):
         raise InputError(f"--source {name} failed when it was made: {type(error).__name__}: {error}") from error
     if not isinstance(source, BaseSynthesis):
         raise InputError(f"--source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
-    return source
+    return checked(source)
 
 
 def describe_plan(session, schedule, teacher, student):

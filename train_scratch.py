@@ -55,7 +55,7 @@ def publish(session, folder):
     source = folder.checkpoints / "student_last.pth"
     weights = checkpoint.load(source)
     if place.exists():
-        there, here = stored_accuracy(place), weights.get("acc1")
+        there, here = stored_accuracy(place, weights["model"]), weights.get("acc1")
         if there is None or here is None or here <= there:
             folder.log(f"{place} stays as it is (top-1 {there}, these {here}); the new weights are {source}")
             return
@@ -63,12 +63,13 @@ def publish(session, folder):
     folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
 
 
-def stored_accuracy(place):
-    """The top-1 (%) that a file of weights states; None where it states none or cannot be read."""
+def stored_accuracy(place, model):
+    """The top-1 (%) that a file of weights of ``model`` states; None where it does not or cannot be read."""
     try:
-        accuracy = checkpoint.load(place).get("acc1")
+        stored = checkpoint.load(place)
     except InputError:
         return None
+    accuracy = stored.get("acc1") if stored.get("model") == model else None
     return accuracy if isinstance(accuracy, (int, float)) else None
 
 

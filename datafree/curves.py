@@ -50,10 +50,12 @@ def _rows(path):
 
 def draw(curves, picture):
     """Write the panels of ``curves`` (see :func:`read_curves`) that have a number to the file ``picture``."""
+    if Path(picture).suffix != ".png":
+        raise InputError(f"{picture} is to be the picture, a .png; the folders of runs come after it")
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise InputError("drawing needs matplotlib: pip install matplotlib") from None
+        raise InputError(f"drawing needs matplotlib: {sys.executable} -m pip install matplotlib") from None
     panels = [key for key in PANELS if any(key in row for rows in curves.values() for row in rows)]
     if not panels:
         raise InputError("these runs have no finished epoch with anything to draw; wait for one")
@@ -81,7 +83,7 @@ def draw(curves, picture):
 def main():
     if len(sys.argv) < 3 or {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
-        return
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     draw(read_curves(sys.argv[2:]), sys.argv[1])
     print(f"Drawn: {sys.argv[1]}")
 

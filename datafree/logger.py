@@ -43,15 +43,20 @@ class RunFolder(AbstractContextManager):
             self._lock = open(self.root / ".lock", "a")
         try:
             self._hold()
-            if not resume and (self.root / "config.yaml").exists():
+            if not resume and self._holds_results():
                 raise InputError(f"{self.root} already holds a run; give this one a name of its own by "
                                  "--log_tag NEW, or go on with that one by --resume auto")
         except BaseException:
             self.close()
             raise
 
+    def _holds_results(self):
+        """Whether an epoch was finished or a checkpoint written here; what failed before may be tried again."""
+        metrics = self.root / "metrics.jsonl"
+        return (self.checkpoints / "last.pth").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+
     def record(self, config_yaml, device=None):
-        """Write config.yaml, with which the folder holds a run, and env.json (of ``device``)."""
+        """Write config.yaml and env.json (of ``device``)."""
         self._replace("env.json", json.dumps(environment(device), indent=2) + "\n")
         self._replace("config.yaml", config_yaml)
 

@@ -137,10 +137,15 @@ def _read(path):
 def main():
     if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
         print(__doc__.strip())
-        return
+        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
     words = sys.argv[1:]
     split = words.index("--against") if "--against" in words else len(words)
-    print(table(report(read_summaries(words[:split]), words[split + 1:])), HEADER, sep="\n")
+    summaries = read_summaries(words[:split])
+    rows = report(summaries, words[split + 1:])
+    print(table(rows), HEADER, sep="\n")
+    left = len(summaries) - sum(row["n"] for row in rows)
+    if left:
+        print(f"{left} older runs of the same options and seed are left out")
 
 
 if __name__ == "__main__":

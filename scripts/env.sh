@@ -14,7 +14,7 @@ make_venv() {
 }
 
 make_pip() {  # where ensurepip is a package of its own (Debian), the pip of $python installs one
-    "$1/bin/python" -m ensurepip >/dev/null 2>&1 ||
+    "$1/bin/python" -m ensurepip --default-pip >/dev/null 2>&1 ||
         PYTHONPATH=$("$python" -c 'import os, pip; print(os.path.dirname(os.path.dirname(pip.__file__)))') \
             "$1/bin/python" -m pip install --quiet --disable-pip-version-check --ignore-installed pip
 }

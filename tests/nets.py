@@ -71,6 +71,16 @@ class Stripes(BaseSynthesis):
         return torch.full((n, *self.card.shape), self.config.synthesis.tv, device=self.device), None
 
 
+class Bare(BaseSynthesis):
+    """Images without their classes, and synthesis without terms."""
+
+    def synthesize(self):
+        pass
+
+    def sample(self, n):
+        return torch.rand(n, *self.card.shape)
+
+
 class Nothing:
     """No source at all."""
 

@@ -3,6 +3,7 @@ import json
 import os
 import re
 import sys
+from functools import partial
 from pathlib import Path
 
 import nets
@@ -170,12 +171,14 @@ def test_a_teacher_is_published_and_found_by_its_name(tmp_path, monkeypatch, cap
     assert facts["acc1"] == pytest.approx(summary["last_acc1"], abs=1e-3)
 
 
-@pytest.mark.parametrize("there, replaced", [(0.0, True), (100.0, False), (None, False)])
-def test_a_published_teacher_gives_way_to_a_better_one_only(there, replaced, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("there, model, replaced", [
+    (0.0, nets.name("tiny"), True), (100.0, nets.name("tiny"), False), (None, nets.name("tiny"), False),
+    (0.0, "other/nets.py:tiny", False)])
+def test_a_published_teacher_gives_way_to_a_better_one_only(there, model, replaced, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     published = tmp_path / "checkpoints" / "pretrained" / "digits_nets-tiny.pth"
     published.parent.mkdir(parents=True)
-    torch.save({"state_dict": nets.tiny(10, 1).state_dict(), "acc1": there}, published)
+    torch.save({"state_dict": nets.tiny(10, 1).state_dict(), "acc1": there, "model": model}, published)
     before = published.read_bytes()
     scratch("--model", nets.name("tiny"), "--batch_size", 256, "--epochs", 1)
     assert (published.read_bytes() != before) == replaced
@@ -249,6 +252,9 @@ def test_a_source_of_ones_own(distil, refused):
     assert summary["images"] == 6 * 16 and summary["settings"]["tv"] == 0.25
     assert (folder / "grids" / "epoch_0000.png").exists()
     assert "BaseSynthesis" in refused(distil, "--source", nets.name("Nothing"))
+    again = partial(distil, tag="again")  # a run that failed at once does not hold its folder
+    assert "(images, targets)" in refused(again, "--source", nets.name("Bare"), doors_only=False)
+    assert "in [0, 1]" in refused(again, "--source", nets.name("Stripes"), "--tv", 2, doors_only=False)
     assert "tiny() got an unexpected" in refused(distil, "--source", nets.name("tiny"))
     assert "inversion, noise, real" in refused(distil, "--source", "dreams", code=2)
 

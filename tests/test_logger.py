@@ -25,6 +25,7 @@ def begin(root, name, config, resume=False):
     """A folder that holds a run."""
     folder = RunFolder(root, name, resume)
     folder.record(config)
+    (folder.checkpoints / "last.pth").touch()
     return folder
 
 

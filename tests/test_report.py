@@ -66,7 +66,9 @@ def test_a_folder_that_is_missing_or_empty_and_a_damaged_summary_are_named(tmp_p
 
 def test_without_folders_it_says_how_it_is_called(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report"])
-    report.main()
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    assert stop.value.code == 2
     assert "python -m datafree.report FOLDER" in capsys.readouterr().out
 
 

@@ -1,12 +1,15 @@
 """What the engine asks of a source of images."""
 import torch
 
+from datafree.errors import InputError
+
 
 class BaseSynthesis:
     """Makes images and hands them out; a source of one's own overrides ``synthesize`` and ``sample``.
 
     ``--source path/to/file.py:Class`` makes it of these, which are then its attributes: teacher, student
-    (:class:`datafree.network.Network`), augment (images -> views), card, config (all options), device.
+    (:class:`datafree.network.Network`), augment (images -> views), card, config (all options), device. It counts
+    what it makes in ``images_made``.
 
     control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
@@ -50,3 +53,26 @@ class BaseSynthesis:
 
     def load_state_dict(self, state):
         self.images_made = state["images_made"]
+
+
+def checked(source):
+    """A source of one's own whose mistakes raise an InputError, those of the range of its images at the first draw."""
+    sample, synthesize, name, drawn = source.sample, source.synthesize, type(source).__name__, []
+
+    def checked_sample(n):
+        batch = sample(n)
+        if not isinstance(batch, tuple) or len(batch) != 2 or not torch.is_tensor(batch[0]):
+            raise InputError(f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
+                             "(images, targets), targets None where there are none")
+        images = batch[0]
+        if tuple(images.shape[1:]) != source.card.shape or not images.is_floating_point():
+            raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype}; they have "
+                             f"to be floats of shape (n, {', '.join(map(str, source.card.shape))})")
+        if not drawn and not ((images >= 0) & (images <= 1)).all():
+            raise InputError(f"{name}.sample({n}) returned images from {images.min():.4g} to {images.max():.4g}; they "
+                             "have to be in [0, 1]")
+        drawn.append(n)
+        return batch
+
+    source.sample, source.synthesize = checked_sample, lambda: synthesize() or {}
+    return source

@@ -24,7 +24,7 @@ class SynthesisObjective:
         self._wanted()
         self.bn_tap = BatchNormTap(teacher)
         if self.weights["bn"] and not self.bn_tap.layers:
-            raise InputError(f"the teacher {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
+            raise InputError(f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
                              "(and lean on --oh, --adv, --tv, --l2 instead)")
         self.contrast = InstanceContrast(teacher, settings.cr_T) if self.weights["cr"] else None
 
