@@ -44,7 +44,7 @@ def main():
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
                              (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
                              config.run.precision)
-    plan = describe_plan(session, schedule, teacher, student)
+    plan = describe_plan(session, schedule, teacher, source)
     if call.dry_run:
         print("\n".join(plan))
         return
@@ -84,9 +84,10 @@ def plan_schedule(config):
     if s.warmup >= s.epochs:
         raise InputError(f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or "
                          "raise --epochs")
-    if config.relation.start_layer >= config.relation.end_layer > 0 <= config.relation.start_layer:
-        raise OptionError(f"start_layer {config.relation.start_layer} is not before end_layer "
-                          f"{config.relation.end_layer}, so no stage is looked at; lower --start_layer")
+    start, end = config.relation.start_layer, config.relation.end_layer
+    if 0 < end <= start:
+        raise OptionError(f"start_layer {start} is not before end_layer {end}, so no stage is looked at; "
+                          "lower --start_layer")
     return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
                            g_steps=s.g_steps if made else 0, batch_size=config.distill.batch_size)
 
@@ -127,9 +128,9 @@ def own_source(name, teacher, student, session):
     return checked(source)
 
 
-def describe_plan(session, schedule, teacher, student):
+def describe_plan(session, schedule, teacher, source):
     """What will happen and what it costs, in words."""
-    config, card, source = session.config, session.card, session.config.synthesis.source
+    config, card, name = session.config, session.card, session.config.synthesis.source
     rounds = schedule.epochs * schedule.rounds
     steps = (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps
     views = config.distill.batch_size * (2 if config.distill.pair_sample else 1)
@@ -137,16 +138,16 @@ def describe_plan(session, schedule, teacher, student):
     lines = [f"Plan: {config.teacher.teacher} is the frozen teacher; {config.student.student} learns its answers on "
              f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
              f"{session.device}.", describe_teacher(teacher)]
-    if source == "inversion":
+    if name == "inversion":
         images = rounds * config.synthesis.synthesis_batch_size
         kept = min(config.synthesis.pool_size or images, images)
         lines.append(f"The images are made from noise by inverting {teacher.name}; no training image is opened.")
-        lines += describe_triplets(config.relation, teacher, student)
+        lines += describe_triplets(source.objective)
         cost = (f"{rounds:,} rounds of {schedule.g_steps} synthesis steps, and {cost}; {images:,} images, of which the "
                 f"pool keeps {kept:,} ({kept * math.prod(card.shape) / 1e6:.0f} MB)")
     else:
         kind = {"noise": "plain noise", "real": "the real training images: not data-free"}
-        lines.append(f"The images are {kind.get(source, f'those of {source}')}.")
+        lines.append(f"The images are {kind.get(name, f'those of {name}')}.")
     return [*lines, f"Cost: {cost}."]
 
 
@@ -157,15 +158,15 @@ def describe_teacher(teacher):
     return f"The {teacher.name} ({said or 'its file says no more'}) sees images normalised by mean {mean}, std {std}."
 
 
-def describe_triplets(options, teacher, student):
+def describe_triplets(objective):
     """Which stages the synthesis triplets look at."""
-    if not options.triplet or options.relation == "off":
+    if not objective.weights["triplet"]:
         return []
-    network = teacher if options.triplet_target == "teacher" else student
-    channels, sizes = network.tap.stage_channels, network.tap.stage_sizes
-    chosen = [f"{i} ({channels[i]}x{'x'.join(map(str, sizes[i]))})" for i in triplet_stages(len(sizes), options)]
+    channels, sizes = objective.scored.tap.stage_channels, objective.scored.tap.stage_sizes
+    stages = triplet_stages(len(sizes), objective.triplets)
+    chosen = [f"{i} ({channels[i]}x{'x'.join(map(str, sizes[i]))})" for i in stages]
     return [f"The synthesis triplets look at {'stages ' + ', '.join(chosen) if chosen else 'the embedding'} of the "
-            f"{network.name}, counted from 0 to {len(sizes) - 1}."]
+            f"{objective.scored.name}, counted from 0 to {len(sizes) - 1}."]
 
 
 def check_teacher(session, teacher, folder):

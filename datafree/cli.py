@@ -73,12 +73,7 @@ class Setting(NamedTuple):
     option: Option
     text: str | None
     place: str
-
-    @property
-    def source(self):
-        """The file that it stands in; of all flags, the same word."""
-        in_file = re.fullmatch(r"(.+):\d+: \S+", self.place)
-        return in_file[1] if in_file else "flags"
+    source: str = "flags"  # or the file that it stands in
 
 
 def parse(config_class, argv, *, description, method_files=None, examples=""):
@@ -171,7 +166,7 @@ def _refuse_idle(settings, preset, values, options):
 
 
 def _convert(setting):
-    opt, text, place = setting
+    opt, text, place, _ = setting
     if text is None:
         text = "none" if "none" in opt.choices else ""
     try:
@@ -250,18 +245,18 @@ def _read_yaml(path, options, above=()):
     """
     options = {name: o for name, o in options.items() if o.section != "call"}
     names = {o.section for o in options.values()} - {""}
-    settings = []
+    below, settings = [], []
     for key, node, place in _items(_compose(path), path, "the file must hold names and values"):
         if key == "expect":
             _items(node, path, "expect must hold names and values")
         elif key == "base":
-            settings = _read_base(path, node, place, options, above) + settings
+            below = _read_base(path, node, place, options, above)
         elif key in names:
             inner = _items(node, path, f"{key} is a section: write {key}: {{NAME: VALUE}}")
             settings += [_yaml_setting(key, *item, options) for item in inner]
         else:
             settings.append(_yaml_setting("", key, node, place, options))
-    return settings
+    return below + [setting._replace(source=str(path)) for setting in settings]
 
 
 def _read_base(path, node, place, options, above):

@@ -5,11 +5,7 @@ from torch.nn import functional as F
 
 from datafree.errors import InputError
 from datafree.hooks import pooled
-
-
-def full_precision(device):
-    """A context in which nothing runs in half precision, whatever the forward passes do."""
-    return torch.autocast(device.type, enabled=False)
+from datafree.runtime import autocast
 
 
 def kl_divergence(logits, target_logits, T=1.0):
@@ -101,7 +97,7 @@ class StageProjection(nn.Module):
 
     def channel(self, student_stages, teacher_stages):
         """L_cd: sum over stages of mse(GAP(conv1x1(S)), GAP(T)); averaging commutes with the projection."""
-        with full_precision(teacher_stages[-1].device):
+        with autocast(teacher_stages[-1].device, "none"):
             return sum(F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
                        for project, (s, t) in zip(self.project, self.pairs))
 
@@ -110,7 +106,7 @@ class StageProjection(nn.Module):
 
         weight_c = 1 - minmax_c(sum over columns of T's channel Gram matrix) + 1e-3, per image.
         """
-        with full_precision(teacher_stages[-1].device):
+        with autocast(teacher_stages[-1].device, "none"):
             return sum(self._gram(project, student_stages[s].float(), teacher_stages[t].float())
                        for project, (s, t) in zip(self.project, self.pairs))
 
@@ -144,6 +140,6 @@ def info_nce(local, anchor, bank, T):
     """
     local, anchor, bank = (F.normalize(x.float(), dim=1) for x in (local, anchor, bank))
     positive = (local * anchor).sum(1, keepdim=True)
-    with full_precision(local.device):
+    with autocast(local.device, "none"):
         similarity = torch.cat([positive, local @ bank.T], 1) / T
     return F.cross_entropy(similarity, torch.zeros(len(local), dtype=torch.long, device=local.device))

@@ -9,7 +9,8 @@ import os
 import sys
 from pathlib import Path
 
-from datafree.errors import InputError, exit_on_input_error
+from datafree.errors import InputError, exit_on_input_error, usage
+from datafree.logger import whole_lines
 
 PANELS = {
     "acc1": "top-1 on the test set (%)",
@@ -42,8 +43,7 @@ def read_curves(folders):
 
 def _rows(path):
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-        return [json.loads(line) for line in lines if line.endswith("}")]  # the last one may be half written
+        return [json.loads(line) for line in whole_lines(path)]
     except (OSError, ValueError) as error:
         raise InputError(f"cannot read {path} ({error}); remove it, or resume its run") from None
 
@@ -81,9 +81,7 @@ def draw(curves, picture):
 
 
 def main():
-    if len(sys.argv) < 3 or {"-h", "--help"} & set(sys.argv):
-        print(__doc__.strip())
-        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+    usage(__doc__, at_least=2)
     draw(read_curves(sys.argv[2:]), sys.argv[1])
     print(f"Drawn: {sys.argv[1]}")
 

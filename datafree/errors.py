@@ -14,6 +14,14 @@ class OptionError(InputError):
     exit_code = 2
 
 
+def usage(text, at_least):
+    """Print ``text`` and exit if it is asked for (code 0), or if fewer than ``at_least`` words are given (code 2)."""
+    asked = bool({"-h", "--help"} & set(sys.argv))
+    if asked or len(sys.argv) <= at_least:
+        print(text.strip())
+        sys.exit(0 if asked else 2)
+
+
 def exit_on_input_error(main):
     """Run ``main()``; turn an :class:`InputError` into one line on stderr and its exit code."""
     try:

@@ -79,8 +79,7 @@ class RunFolder(AbstractContextManager):
     def truncate_metrics(self, epoch):
         """Before a resumed run goes on at ``epoch``: forget the rows and TensorBoard points from there on."""
         path, self._purge_step = self.root / "metrics.jsonl", epoch
-        lines = path.read_text().splitlines() if path.exists() else []
-        whole = [line for line in lines if line.endswith("}")]  # a killed run may have cut its last one short
+        whole = whole_lines(path) if path.exists() else []
         self._replace("metrics.jsonl", "".join(f"{x}\n" for x in whole if json.loads(x)["epoch"] < epoch))
 
     def grid(self, name, images, labels=None, columns=8):
@@ -138,6 +137,11 @@ class RunFolder(AbstractContextManager):
             self._writer = self._writer or SummaryWriter(self.root / "tb", purge_step=self._purge_step)
             yield self._writer
             self._writer.flush()
+
+
+def whole_lines(path):
+    """The lines of a metrics.jsonl without a last one that a killed run cut short, or a living one has just begun."""
+    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
 
 
 def draw_grid(images, labels=None, columns=8):

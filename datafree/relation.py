@@ -10,8 +10,8 @@ import math
 import torch
 from torch.nn import functional as F
 
-from datafree.criterions import full_precision
 from datafree.hooks import pooled
+from datafree.runtime import autocast
 
 SEPARATE, CONFUSE = 1, -1
 FOCAL_BAND = (0.5, 1.0)
@@ -21,7 +21,7 @@ DISTANCE_CUTOFF = (0.5, 1.4)
 def pairwise_distance(features):
     """Euclidean distances (B, B) in fp32 of L2-normalised rows; maps are average-pooled first."""
     rows = F.normalize(pooled(features).float(), dim=1)
-    with full_precision(rows.device):
+    with autocast(rows.device, "none"):  # for half precision would blur small distances
         squared = 2 - 2 * rows @ rows.T
     # The clamp stops the gradient of the root at coinciding rows, where it has none.
     return squared.clamp_min(1e-12).sqrt()

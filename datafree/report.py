@@ -10,7 +10,7 @@ import statistics
 import sys
 from pathlib import Path
 
-from datafree.errors import InputError, exit_on_input_error
+from datafree.errors import InputError, exit_on_input_error, usage
 from datafree.logger import table
 
 WEIGHTS = ("teacher_weights", "student_weights", "weights")
@@ -135,9 +135,7 @@ def _read(path):
 
 
 def main():
-    if not sys.argv[1:] or {"-h", "--help"} & set(sys.argv):
-        print(__doc__.strip())
-        sys.exit(0 if {"-h", "--help"} & set(sys.argv) else 2)
+    usage(__doc__, at_least=1)
     words = sys.argv[1:]
     split = words.index("--against") if "--against" in words else len(words)
     summaries = read_summaries(words[:split])

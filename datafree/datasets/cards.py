@@ -1,6 +1,6 @@
 """Data cards: all that distillation knows of a data set, so that its training images are not needed."""
 import math
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
 
@@ -73,7 +73,7 @@ class DatasetCard:
             if key not in known:
                 near = get_close_matches(str(key), known, n=1) or known
                 raise InputError(f"{path}: unknown key {key!r}; did you mean {' or '.join(near)}?")
-        missing = [key for key in known if key not in values and key not in ("flip", "classes")]
+        missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]
         if missing:
             raise InputError(f"{path}: {', '.join(missing)} missing; a data card states {', '.join(known)}")
         for key in ("mean", "std"):

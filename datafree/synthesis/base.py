@@ -57,9 +57,10 @@ class BaseSynthesis:
 
 def checked(source):
     """A source of one's own whose mistakes raise an InputError, those of the range of its images at the first draw."""
-    sample, synthesize, name, drawn = source.sample, source.synthesize, type(source).__name__, []
+    sample, synthesize, name, first = source.sample, source.synthesize, type(source).__name__, True
 
     def checked_sample(n):
+        nonlocal first
         batch = sample(n)
         if not isinstance(batch, tuple) or len(batch) != 2 or not torch.is_tensor(batch[0]):
             raise InputError(f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
@@ -68,10 +69,10 @@ def checked(source):
         if tuple(images.shape[1:]) != source.card.shape or not images.is_floating_point():
             raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype}; they have "
                              f"to be floats of shape (n, {', '.join(map(str, source.card.shape))})")
-        if not drawn and not ((images >= 0) & (images <= 1)).all():
+        if first and not ((images >= 0) & (images <= 1)).all():
             raise InputError(f"{name}.sample({n}) returned images from {images.min():.4g} to {images.max():.4g}; they "
                              "have to be in [0, 1]")
-        drawn.append(n)
+        first = False
         return batch
 
     source.sample, source.synthesize = checked_sample, lambda: synthesize() or {}

@@ -21,6 +21,7 @@ class SynthesisObjective:
         self.settings, self.triplets, self.teacher, self.student = settings, triplets, teacher, student
         self.weights = {name: getattr(settings, name) for name in TERMS}
         self.weights["triplet"] = 0.0 if triplets.relation == "off" else triplets.triplet
+        self.scored = teacher if triplets.triplet_target == "teacher" else student  # by the triplets
         self._wanted()
         self.bn_tap = BatchNormTap(teacher)
         if self.weights["bn"] and not self.bn_tap.layers:
@@ -43,7 +44,7 @@ class SynthesisObjective:
         wanted = self._wanted(with_student)
         with self.bn_tap if "bn" in wanted else nullcontext():
             teacher = self.teacher.features(views)
-        looks_at_student = "adv" in wanted or ("triplet" in wanted and self.triplets.triplet_target == "student")
+        looks_at_student = "adv" in wanted or ("triplet" in wanted and self.scored is self.student)
         student = self.student.features(views) if looks_at_student else None
         terms = {name: getattr(self, f"_{name}")(images, teacher, student, targets)
                  for name in self.weights if name in wanted}
@@ -53,7 +54,7 @@ class SynthesisObjective:
         """Names of the terms to compute; InputError where there is none."""
         wanted = {name for name, weight in self.weights.items() if weight}
         if not with_student:
-            wanted -= {"adv"} | ({"triplet"} if self.triplets.triplet_target == "student" else set())
+            wanted -= {"adv"} | ({"triplet"} if self.scored is self.student else set())
         if not wanted:
             raise InputError("no synthesis term has a weight" + ("" if with_student else " during --warmup")
                              + "; give one, such as --bn 1 and --oh 1")
@@ -84,7 +85,7 @@ class SynthesisObjective:
         return self.contrast(images, teacher)
 
     def _triplet(self, images, teacher, student, targets):
-        scored = student if self.triplets.triplet_target == "student" else teacher
+        scored = student if self.scored is self.student else teacher
         space = teacher.embed if self.triplets.sampling_space == "embedding" else teacher.logits
         return relation.relation_loss(
             relation.triplet_layers(scored, self.triplets), teacher.logits.argmax(1), space.detach(),
