@@ -1,0 +1,29 @@
+#!/usr/bin/env bash
+# The cells of the study that matter, on CIFAR-10 from He et al.'s ResNet-20, in a sixth of the steps of its CPU cell:
+#     bash scripts/study_relation_cifar10.sh WEIGHTS [OPTIONS]
+# WEIGHTS is the teacher's file; options go to every run. A finished run is not repeated. SEEDS, STUDY, CELLS as there.
+set -euo pipefail
+weights=$(realpath "${1:?"name the file of the ResNet-20 teacher's weights"}")
+shift
+. "$(dirname "$0")/env.sh"
+
+study=${STUDY:-runs/study_relation_cifar10}
+cells() {
+    echo "none --triplet 0 --striplet 0"
+    echo "rgal"
+    echo "release --relation release --sampling_space logits"
+    echo "student --triplet 0"
+    echo "synthesis-paper --striplet 0"
+    echo "synthesis-release --striplet 0 --relation release"
+}
+
+for seed in ${SEEDS:-0 1}; do
+    cells | grep -E "^[^ ]*(${CELLS:-})" | while read -r name options; do
+        [ -f "$study/cifar10_rgal_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
+            python datafree_kd.py --config configs/cifar10/rgal_cifar_resnet20_wrn16_1_cpu.yaml --epochs 5 --warmup 1 \
+                --ep_steps 640 "$@" $options --seed "$seed" --teacher_weights "$weights" --save_dir "$study" \
+                --log_tag "$name-seed$seed" --resume auto </dev/null
+    done
+done
+
+python -m datafree.report "$study"/cifar10_rgal_* --against triplet=0 striplet=0
