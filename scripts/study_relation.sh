@@ -9,6 +9,13 @@ study=${STUDY:-runs/study_relation$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n'
 
 cells() {  # a name and its options a line; synthesis, student: the phases that have triplets
     echo "none --triplet 0 --striplet 0"
+    echo "rgal"  # as configs/methods/ has them, with a sampling of its own in each phase
+    echo "release --relation release --sampling_space logits"
+    for weight in 1 10; do  # ten and a hundred times the published weights
+        echo "weight$weight-student --triplet 0 --striplet $weight"
+        echo "weight$weight-synthesis-paper --triplet $weight --striplet 0"
+        echo "weight$weight-synthesis-release --triplet $weight --striplet 0 --relation release"
+    done
     for space in embedding logits; do
         for sampling in focal distance uniform; do
             [ $space-$sampling != logits-uniform ] || continue  # drawing evenly, no distance counts
