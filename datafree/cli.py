@@ -50,7 +50,7 @@ class Option:
     flags: tuple[str, ...] = ()
     low: float = -inf
     high: float = inf
-    idle: dict = field(default_factory=dict, hash=False)
+    idle: tuple = field(default=(), hash=False)
 
     @property
     def allowed(self):
@@ -103,6 +103,13 @@ def to_yaml(config):
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=inf)
 
 
+def active(config_class, values):
+    """``values`` (option -> value) without those of options that nothing reads beside the others."""
+    options = {o.name: o for o in list_options(config_class)}
+    return {name: value for name, value in values.items()
+            if name not in options or not _idle_for(options[name], values, options)}
+
+
 def list_options(config_class, method_files=None):
     """Every Option of a program, in the order of ``--help``."""
     found = []
@@ -113,9 +120,9 @@ def list_options(config_class, method_files=None):
                 kind, choices = str, get_args(kind)
             elif f.name == "method":
                 choices = tuple(sorted(method_files or ()))
-            metadata = {"idle": getattr(cls, "IDLE", {}), **f.metadata}
-            if f.name in metadata["idle"]:
-                metadata["idle"] = {}  # the option that the section's others hang on
+            metadata = {"idle": getattr(cls, "IDLE", ()), **f.metadata}
+            if any(f.name in case for case in metadata["idle"]):
+                metadata["idle"] = ()  # the option that the section's others hang on
             found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **metadata))
     return found
 
@@ -146,23 +153,29 @@ def _refuse_idle(settings, preset, values, options):
     decided = {s.option.name: sources.index(s.source) for s in settings}
     decided = {s.option.name: decided.get("method", -1) for s in preset} | decided
 
-    def causes(opt):
-        """Name -> value of what makes the option idle; empty if anything reads it."""
-        found = {}
-        for name, rests in opt.idle.items():
-            value = (defaults | values)[name]
-            deeper = {name: value} if value in rests else causes(options[name])
-            if not deeper:
-                return {}
-            found |= deeper
-        return found
-
     for setting in settings:
         opt, level = setting.option, sources.index(setting.source)
-        reasons = causes(opt)
+        reasons = _idle_for(opt, defaults | values, options)
         if reasons and values[opt.name] != before[opt.name] and all(decided.get(name, -1) <= level for name in reasons):
             told = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
             raise _error(f"{setting.place} would change nothing, for {told}; leave {opt.name} out, or change that")
+
+
+def _idle_for(opt, values, options, asked=()):
+    """Name -> value of what makes an option idle; empty if anything reads it. ``asked``: options on the way here."""
+    for case in opt.idle:
+        reasons = [_rest(name, rests, opt, values, options, asked) for name, rests in case.items()]
+        if all(reasons):
+            return {name: value for reason in reasons for name, value in reason.items()}
+    return {}
+
+
+def _rest(name, rests, opt, values, options, asked):
+    """Why the option ``name`` gives ``opt`` nothing to do: its value is among ``rests``, or it is idle itself."""
+    if name in asked:
+        return {}  # for it would be idle by its own value
+    value = values.get(name, options[name].default)
+    return {name: value} if value in rests else _idle_for(options[name], values, options, (*asked, opt.name))
 
 
 def _convert(setting):

@@ -14,9 +14,12 @@ def option(default, help, **metadata):
     """A dataclass field with its sentence of help.
 
     Metadata: ``flags`` (further spellings, such as ``-j``), ``low`` and ``high``
-    (inclusive bounds of a number), ``idle`` (other options and values: while all
-    of these have such a value, or are idle themselves, nothing reads this one).
+    (inclusive bounds of a number), ``idle`` (a case, or a tuple of cases, of other
+    options and values: while all of a case have such a value, or are idle
+    themselves, nothing reads this one).
     """
+    if isinstance(metadata.get("idle"), dict):
+        metadata["idle"] = (metadata["idle"],)
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -104,7 +107,7 @@ class Schedule:
 class Synthesis:
     """Phase 1: images are made by inverting the teacher. Weights of 0 cost nothing."""
 
-    IDLE: ClassVar = CONTROL  # of every option here but the source that names no other
+    IDLE: ClassVar = (CONTROL,)  # of every option here but the source that names no other
 
     source: str = option("inversion", "Where images come from: inversion (a generator trained each round), noise, "
                                       "real (the training set), or a class of your own, path/to/file.py:Class.")
@@ -139,10 +142,11 @@ class Synthesis:
 class Relation:
     """RGAL's triplets: confuse in synthesis, separate in the student."""
 
-    triplet: float = option(0.0, "Weight of the triplets in synthesis.", low=0, idle={"relation": ("off",)})
+    triplet: float = option(0.0, "Weight of the triplets in synthesis.", low=0,
+                            idle=({"relation": ("off",)}, CONTROL))
     relation: Literal["paper", "release", "off"] = option(
         "paper", "Their direction in synthesis: the paper's (spread classes, mix them), the released code's, or none.",
-        idle=CONTROL)
+        idle=({"triplet": (0,)}, CONTROL))
     triplet_target: Literal["student", "teacher"] = option(
         "student", "Whose features the synthesis triplets look at.", idle={"triplet": (0,)})
     start_layer: int = option(2, "First stage that is looked at, counted from 0 (negative: from the end).", idle=STAGES)
@@ -152,7 +156,8 @@ class Relation:
         "focal", "How synthesis draws the other-class sample: a band, distance weighted, or evenly.",
         idle={"triplet": (0,)})
     sampling_space: Literal["embedding", "logits"] = option(
-        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).")
+        "embedding", "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).",
+        idle=NO_TRIPLETS)
     striplet: float = option(0.0, "Weight of the triplets in student training.", low=0)
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global", "What they look at: the penultimate feature, the chosen stages, or the logits.",

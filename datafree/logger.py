@@ -168,12 +168,12 @@ def draw_grid(images, labels=None, columns=8):
     return picture
 
 
-def table(rows):
-    """Plain text of ``rows`` (dicts), aligned; numbers to the right, floats with two decimals, None as -."""
+def table(rows, decimals=2):
+    """Plain text of ``rows`` (dicts), aligned; numbers to the right, None as -."""
     columns = []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
-        cells = ["-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v) for v in values]
+        cells = ["-" if v is None else f"{v:.{decimals}f}" if isinstance(v, float) else str(v) for v in values]
         width = max(map(len, [name, *cells]))
         align = str.rjust if any(isinstance(v, (int, float)) for v in values) else str.ljust
         columns.append([align(cell, width) for cell in (name, "-" * width, *cells)])

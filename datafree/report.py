@@ -1,85 +1,121 @@
-"""One table of finished runs: python -m datafree.report FOLDER... [--against OPTION=VALUE...]
+"""Tables of finished runs:
+python -m datafree.report FOLDER... [--of NAME] [--against OPTION=VALUE...] [--effect OPTION...]
 
 Every summary.json below the folders is read. Runs of one name and one set of options share a row, whatever their
-seed; where the options of a name differ, the column ``options`` says in what. With --against, which names one row
-by its options, the others are compared with it: gain is the mean difference over the seeds that both have, ci95 half
-the width of its 95 % confidence interval.
+seed; where the options of a name differ, the column ``options`` says in what.
+--against  names one row by its options. The others are compared with it: gain is the mean difference over the seeds
+           that both have, ci95 half the width of its 95 % confidence interval.
+--effect   one more table, for each option: what changing it alone gains. Two runs are a pair if they have one seed
+           and agree in all other options that both of them read; gains are averaged within a seed, then over seeds.
+--of       a number of metrics.jsonl that takes the place of acc1, such as images/distance_within_class.
 """
 import json
 import statistics
 import sys
+from itertools import combinations
 from pathlib import Path
 
+from datafree.cli import active
+from datafree.config import DistillConfig
 from datafree.errors import InputError, exit_on_input_error, usage
-from datafree.logger import table
+from datafree.logger import table, whole_lines
 
 WEIGHTS = ("teacher_weights", "student_weights", "weights")
-HEADER = "last, std: % after the last epoch; best: over epochs, chosen on the test set; s: mean seconds"
+HEADER = "last, std: {} after the last epoch; best: top-1 over epochs, chosen on the test set; s: mean seconds"
+FLAGS = ("--of", "--against", "--effect")
 
 
-def read_summaries(folders):
+def read_summaries(folders, of="acc1"):
     """The summaries below ``folders``, in the order given, then of time; one that is met twice counts once.
 
-    Raises InputError for a folder that is missing or holds no finished run, and for a damaged summary.
+    ``value`` in each is the number ``of`` of its last epoch (None where it has none). Raises InputError for a folder
+    that is missing or holds no finished run, for a damaged file, and where no run has such a number.
     """
     found = {}
     for folder in map(Path, folders):
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; give folders of runs, or folders above them")
-        summaries = {path.resolve(): _read(path) for path in sorted(folder.rglob("summary.json"))}
+        summaries = {path.resolve(): _read(path, of) for path in sorted(folder.rglob("summary.json"))}
         if not summaries:
             raise InputError(f"{folder} holds no finished run (no summary.json); give another")
         started = {path: s.get("environment", {}).get("time", "") for path, s in summaries.items()}
         found.update({path: found.get(path, summaries[path]) for path in sorted(summaries, key=started.get)})
+    if of != "acc1" and all(summary["value"] is None for summary in found.values()):
+        raise InputError(f"no run has a number {of} in the last line of its metrics.jsonl; name one that is there")
     return list(found.values())
 
 
-def report(summaries, against=()):
-    """A row (dict) per run: n seeds, mean accuracies (%), standard deviation, images made, seconds.
+def _read(path, of):
+    try:
+        summary = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(summary["run"], str):
+            raise TypeError("run is no name")
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{path} is no summary of a run ({error}); remove it, or run it again") from None
+    summary["settings"] = active(DistillConfig, summary.get("settings", {}))
+    summary["value"] = summary.get("last_acc1") if of == "acc1" else _last_numbers(path.parent).get(of)
+    return summary
 
-    Of runs that differ in nothing, not even the seed, the last one counts. against: "option=value" words that one
-    row fits; the others then say how much better (+) they are on the seeds that both have, and the half width of
-    the 95 % confidence interval of that (Student's t). Raises InputError if ``against`` fits no row, or several.
-    """
-    runs = {}
+
+def _last_numbers(folder):
+    try:
+        return json.loads(whole_lines(folder / "metrics.jsonl")[-1])
+    except (OSError, ValueError, IndexError) as error:
+        raise InputError(f"cannot read {folder / 'metrics.jsonl'} ({error}); run it again, or leave it out") from None
+
+
+def group(summaries):
+    """(name, options) -> {seed: summary}, a row each. Of runs that differ in nothing, the last one counts."""
+    rows = {}
     for summary in summaries:
-        _row_of(summary, runs)[summary.get("seed")] = summary
-    differing = {name: _differing([options for other, options in runs if other == name]) for name, _ in runs}
-    base = _baseline(runs, against) if against else None
-    rows = []
-    for (name, options), seeds in runs.items():
-        told = " ".join(f"{option}={value}" for option, value in options if option in differing[name])
-        rows.append({"run": name, **({"options": told} if any(differing.values()) else {}),
-                     **_numbers(list(seeds.values())), **(_gain(seeds, base) if base else {})})
+        _row_of(summary, rows)[summary.get("seed")] = summary
     return rows
 
 
-def _row_of(summary, runs):
+def _row_of(summary, rows):
     """The row's runs by seed. Weights part rows only where one seed has several: a teacher may go with its seed."""
     for apart in (("seed", *WEIGHTS), ("seed",)):
-        row = runs.setdefault((summary["run"], _options(summary, apart)), {})
+        row = rows.setdefault((summary["run"], _options(summary, apart)), {})
         same = row.get(summary.get("seed"), summary)
-        if all(same.get("settings", {}).get(key) == summary.get("settings", {}).get(key) for key in WEIGHTS):
+        if all(same["settings"].get(key) == summary["settings"].get(key) for key in WEIGHTS):
             break
     return row
 
 
-def _options(summary, apart):
+def _options(summary, apart=()):
     """What makes a row: (option, value as text) pairs."""
     texts = {name: f"{value:g}" if isinstance(value, float) else str(value)
-             for name, value in summary.get("settings", {}).items()}
+             for name, value in summary["settings"].items()}
     return tuple(sorted((name, text) for name, text in texts.items() if name not in apart))
 
 
+def report(rows, against=()):
+    """A line (dict) per row of :func:`group`: n seeds, mean accuracies (%), standard deviation, images, seconds.
+
+    against: "option=value" words that one row fits; the others then say how much better (+) they are on the seeds
+    that both have, and the half width of the 95 % confidence interval of that (Student's t). Raises InputError if
+    ``against`` fits no row, or several.
+    """
+    differing = {name: _differing([options for other, options in rows if other == name]) for name, _ in rows}
+    base = _baseline(rows, against) if against else None
+    lines = []
+    for (name, options), seeds in rows.items():
+        told = " ".join(f"{option}={value}" for option, value in options if option in differing[name])
+        lines.append({"run": name, **({"options": told} if any(differing.values()) else {}),
+                      **_numbers(list(seeds.values())), **(_gain(seeds, base) if base else {})})
+    return lines
+
+
 def _differing(groups):
-    """Names of the options in which the groups of one name differ."""
-    pairs = [set(options) for options in groups]
-    return {name for name, _ in set().union(*pairs) - set.intersection(*pairs)}
+    """Names of the options of which the groups have more than one value, and of weights that part them."""
+    names = [name for name, _ in set().union(*groups)]
+    return {name for name in names if names.count(name) > 1} | {
+        name for name in WEIGHTS if 0 < sum(name in dict(options) for options in groups) < len(groups)}
 
 
-def _baseline(runs, against):
+def _baseline(rows, against):
     wanted = {tuple(word.split("=", 1)) for word in against}
-    found = [seeds for (_, options), seeds in runs.items() if wanted <= set(options)]
+    found = [seeds for (_, options), seeds in rows.items() if wanted <= set(options)]
     if len(found) != 1:
         raise InputError(f"--against {' '.join(against)} fits {len(found)} rows, not one; "
                          "name options as the table does")
@@ -87,9 +123,42 @@ def _baseline(runs, against):
 
 
 def _gain(seeds, base):
-    pairs = [(seeds[seed].get("last_acc1"), base[seed].get("last_acc1")) for seed in seeds if seed in base]
-    gains = [ours - theirs for ours, theirs in pairs if None not in (ours, theirs)]
-    if seeds is base or not gains:
+    pairs = [(seeds[seed]["value"], base[seed]["value"]) for seed in seeds if seed in base and seeds is not base]
+    return mean_gain([ours - theirs for ours, theirs in pairs if None not in (ours, theirs)])
+
+
+def effects(rows, option):
+    """A line per two values of ``option``: what the second gains over the first, all else alike.
+
+    Pairs of one seed share its teacher and more, so a seed counts once, by the mean of its pairs.
+    """
+    gains = {}
+    runs = [(name, seed, dict(_options(run)), run["value"]) for (name, _), seeds in rows.items()
+            for seed, run in seeds.items() if option in run["settings"] and run["value"] is not None]
+    for first, second in combinations(sorted(runs, key=lambda run: _in_order(run[2][option])), 2):
+        values = first[2][option], second[2][option]
+        if first[:2] == second[:2] and _differ_in(first[2], second[2]) == {option}:
+            gains.setdefault(values, {}).setdefault(first[1], []).append(second[3] - first[3])
+    return [{"option": option, "from": old, "to": new, "pairs": sum(map(len, seeds.values())), "seeds": len(seeds),
+             **mean_gain([statistics.fmean(pairs) for pairs in seeds.values()])}
+            for (old, new), seeds in gains.items()]
+
+
+def _in_order(text):
+    try:
+        return 0, float(text), ""
+    except ValueError:
+        return 1, 0.0, text
+
+
+def _differ_in(ours, theirs):
+    """Options that both read, with different values."""
+    return {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
+
+
+def mean_gain(gains):
+    """Their mean, and half the width of its 95 % confidence interval (None of fewer than two)."""
+    if not gains:
         return {"gain": None, "ci95": None}
     interval = statistics.stdev(gains) / len(gains)**0.5 * t_quantile(len(gains) - 1) if len(gains) > 1 else None
     return {"gain": statistics.fmean(gains), "ci95": interval}
@@ -105,7 +174,7 @@ def t_quantile(freedom):
 
 
 def _numbers(runs):
-    last, seconds = _values(runs, "last_acc1"), [_seconds(run) for run in runs]
+    last, seconds = _values(runs, "value"), [_seconds(run) for run in runs]
     return {"n": len(runs), "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
             "std": statistics.stdev(last) if len(last) > 1 else None,
             "best": _mean(_values(runs, "best_acc1")),
@@ -124,26 +193,27 @@ def _mean(values):
     return statistics.fmean(values) if values else None
 
 
-def _read(path):
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary["run"], str):
-            raise TypeError("run is no name")
-        return summary
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is no summary of a run ({error}); remove it, or run it again") from None
-
-
 def main():
     usage(__doc__, at_least=1)
-    words = sys.argv[1:]
-    split = words.index("--against") if "--against" in words else len(words)
-    summaries = read_summaries(words[:split])
-    rows = report(summaries, words[split + 1:])
-    print(table(rows), HEADER, sep="\n")
-    left = len(summaries) - sum(row["n"] for row in rows)
+    words = {"": []}  # flag -> the words after it
+    for word in sys.argv[1:]:
+        if word in FLAGS:
+            given = words.setdefault(word, [])
+        elif word.startswith("--"):
+            raise InputError(f"unknown option {word}; there are {', '.join(FLAGS)}")
+        else:
+            (given if len(words) > 1 else words[""]).append(word)
+    of = " ".join(words.get("--of", ["acc1"]))
+    told, decimals = ("%", 2) if of == "acc1" else (of, 4)
+    summaries = read_summaries(words[""], of)
+    rows = group(summaries)
+    print(table(report(rows, words.get("--against", ())), decimals), HEADER.format(told), sep="\n")
+    left = len(summaries) - sum(map(len, rows.values()))
     if left:
         print(f"{left} older runs of the same options and seed are left out")
+    for option in words.get("--effect", ()):
+        found = effects(rows, option)
+        print("", table(found, decimals) if found else f"no two runs of one seed differ in {option} alone", sep="\n")
 
 
 if __name__ == "__main__":

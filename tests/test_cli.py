@@ -5,7 +5,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 import pytest
 import yaml
 
-from datafree.cli import list_options, parse, to_yaml
+from datafree.cli import active, list_options, parse, to_yaml
 from datafree.config import DistillConfig, ScratchConfig, option, sections
 from datafree.errors import OptionError
 
@@ -130,13 +130,22 @@ def test_a_configuration_written_reads_back(cls, file):
     ("--cr_T 0.5", ("--cr_T", "cr is 0")),
     ("--relation off --triplet 1", ("--triplet", "relation is off")),
     ("--sampling uniform", ("--sampling", "triplet is 0")),
-    ("--relation off --triplet 0 --margin 1", ("--margin", "triplet is 0", "striplet is 0")),
+    ("--triplet 0 --margin 1", ("--margin", "triplet is 0", "striplet is 0")),
+    ("--relation release --striplet 1", ("--relation", "triplet is 0")),
+    ("--sampling_space logits", ("--sampling_space", "triplet is 0", "striplet is 0")),
     ("--striplet 1 --start_layer 1", ("--start_layer", "triplet is 0", "striplet_feature is global")),
     ("--evaluate_only --resume auto", ("--resume", "evaluate_only is true")),
 ])
 def test_an_option_that_nothing_reads_is_refused(words, parts):
     message = refused(*words.split(), cls=DistillConfig)
     assert all(part in message for part in parts), message
+
+
+def test_active_leaves_out_what_nothing_reads():
+    off = {"source": "inversion", "triplet": 0.0, "relation": "paper", "sampling": "focal", "sampling_space": "logits"}
+    assert active(DistillConfig, {**off, "digest": "x"}) == {"source": "inversion", "triplet": 0.0, "digest": "x"}
+    assert active(DistillConfig, {**off, "triplet": 0.1}) == {**off, "triplet": 0.1}
+    assert active(DistillConfig, {**off, "triplet": 0.1, "source": "noise"}) == {"source": "noise"}
 
 
 @pytest.mark.parametrize("words", ["--triplet 0", "--relation off", "--source noise", "--method noise"])

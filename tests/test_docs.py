@@ -9,6 +9,7 @@ import sys
 from dataclasses import asdict
 
 import pytest
+import torch
 import yaml
 from conftest import ROOT, call
 
@@ -17,6 +18,7 @@ import registry
 import train_scratch
 from datafree import cli
 from datafree.config import DistillConfig, ScratchConfig
+from datafree.models.custom import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
@@ -161,14 +163,27 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(scr
 
 def test_the_study_of_the_triplets_pairs_its_seeds_and_goes_on_where_it_stopped(script, checkout):
     options = {"SEEDS": "0 1", "CELLS": "none|both-release-logits-distance", "STUDY": "runs/study"}
-    table = script("study_relation.sh", **options).split("\nrun ")[-1]
+    table = script("study_relation.sh", **options).split("\nrun ")[-3]
     rows = [line for line in table.splitlines() if line.startswith("digits_rgal")]
     assert len(rows) == 2 and " triplet=0 " in rows[0] and " - " in rows[0]
-    assert "relation=release sampling=distance sampling_space=logits" in rows[1]
+    assert " striplet=0.1 triplet=0.1 " in rows[1]
+    [path] = checkout.glob("runs/study/*/both-*-seed1/config.yaml")
+    relation = yaml.safe_load(path.read_text())["relation"]
+    assert [relation[name] for name in ("relation", "sampling_space", "sampling", "striplet_sampling")] == [
+        "release", "logits", "distance", "distance"]
     assert dict(zip(reversed(table.split("\n")[0].split()), reversed(rows[1].split())))["n"] == "2"
     assert len(list(checkout.glob("runs/study/*/*/summary.json"))) == 2 + 2 * 2
     again = script("study_relation.sh", **options)
-    assert "Plan" not in again and again.split("\nrun ")[-1].endswith(table.partition("\n")[2])
+    assert "Plan" not in again and again.split("\nrun ")[-3].endswith(table.partition("\n")[2])
+
+
+def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, tmp_path):
+    weights = tmp_path / "teacher.th"
+    torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
+    printed = script("study_relation_cifar10.sh", weights, *"--eval none --warmup 0 --g_steps 1 --ngf 8".split(),
+                     SEEDS="0", CELLS="none|synthesis-release", STUDY="runs/study10")
+    rows = [line for line in printed.split("\nrun ")[-1].splitlines() if line.startswith("cifar10_rgal")]
+    assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=0.1 " in rows[1]
 
 
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])

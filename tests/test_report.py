@@ -18,10 +18,14 @@ def write_run(root, run, seed, last, teacher=99.0, best=None, images=640, clock=
     return folder
 
 
+def table_of(summaries, against=()):
+    return report.report(report.group(summaries), against)
+
+
 def test_seeds_of_one_run_share_a_row(tmp_path):
     for seed, last in enumerate((90.0, 92.0, 97.0)):
         write_run(tmp_path, "rgal", seed, last, best=last + 1)
-    [row] = report.report(report.read_summaries([tmp_path]))
+    [row] = table_of(report.read_summaries([tmp_path]))
     assert row["n"] == 3 and row["teacher"] == 99 and row["images"] == 640 and row["s"] == 30
     assert row["last"] == pytest.approx(93) and row["best"] == pytest.approx(94)
     assert row["std"] == pytest.approx(13**0.5)  # (9 + 1 + 16) / (3 - 1)
@@ -31,13 +35,13 @@ def test_rows_are_in_the_order_given_and_within_a_folder_in_the_order_of_time(tm
     for name, clock in (("c", "08:00"), ("a", "10:00"), ("b", "09:00")):
         write_run(tmp_path / "many", name, 0, 50.0, clock=clock)
     one = write_run(tmp_path / "one", "z", 0, 50.0, clock="11:00")
-    rows = report.report(report.read_summaries([one, tmp_path / "many"]))
+    rows = table_of(report.read_summaries([one, tmp_path / "many"]))
     assert [row["run"] for row in rows] == ["z", "c", "b", "a"]
 
 
 def test_a_run_below_two_of_the_folders_counts_once(tmp_path):
     folder = write_run(tmp_path, "rgal", 0, 90.0)
-    [row] = report.report(report.read_summaries([folder, tmp_path]))
+    [row] = table_of(report.read_summaries([folder, tmp_path]))
     assert row["n"] == 1 and row["std"] is None
 
 
@@ -75,7 +79,7 @@ def test_without_folders_it_says_how_it_is_called(monkeypatch, capsys):
 def test_runs_that_differ_in_an_option_do_not_share_a_row(tmp_path):
     for tag, seed, weight, last in (("a", 0, 0.1, 90.0), ("b", 1, 0.1, 92.0), ("c", 0, 0.3, 50.0)):
         write_settings(tmp_path / tag, seed, {"triplet": weight, "seed": seed}, last)
-    rows = report.report(report.read_summaries([tmp_path]))
+    rows = table_of(report.read_summaries([tmp_path]))
     assert [(row["options"], row["n"], row["last"]) for row in rows] == [("triplet=0.1", 2, 91.0),
                                                                          ("triplet=0.3", 1, 50.0)]
 
@@ -86,7 +90,7 @@ def test_weights_part_rows_only_within_a_seed(tmp_path):
 
     for tag, seed, weights, last in (("a", 0, "t0", 90.0), ("b", 1, "t1", 92.0), ("c", 0, "other", 50.0)):
         write_settings(tmp_path / tag, seed, settings(seed, weights), last)
-    rows = report.report(report.read_summaries([tmp_path]))
+    rows = table_of(report.read_summaries([tmp_path]))
     assert [(row["n"], row["last"]) for row in rows] == [(2, 91.0), (1, 50.0)]
     assert rows[1]["options"] == "teacher_weights=other"
 
@@ -94,7 +98,7 @@ def test_weights_part_rows_only_within_a_seed(tmp_path):
 def test_a_run_that_was_repeated_counts_once(tmp_path):
     for tag, clock, last in (("a", "10:00", 90.0), ("b", "11:00", 94.0)):
         write_settings(tmp_path / tag, 0, {"triplet": 0.1, "seed": 0}, last, clock)
-    [row] = report.report(report.read_summaries([tmp_path]))
+    [row] = table_of(report.read_summaries([tmp_path]))
     assert row["n"] == 1 and row["last"] == 94 and "options" not in row
 
 
@@ -115,7 +119,51 @@ def test_gains_are_paired_by_seed(tmp_path, monkeypatch, capsys):
     # Gains 1, 3, 2: mean 2, standard deviation 1.
     assert other["gain"] == "2.00" and float(other["ci95"]) == pytest.approx(4.3027 / 3**0.5, abs=0.01)
     with pytest.raises(InputError, match="fits 0 rows"):
-        report.report(report.read_summaries([tmp_path]), ["triplet=9"])
+        table_of(report.read_summaries([tmp_path]), ["triplet=9"])
+
+
+def write_effects(root):
+    """Two seeds, whose shift is their own: option a gains 1, option b 10, b with its c=2 11."""
+    for seed, shift in ((0, 60.0), (1, 30.0)):
+        for tag, settings, gain in (("none", {"triplet": 0.0}, 0),
+                                    ("paper", {"triplet": 0.1, "relation": "paper"}, 1 + seed),
+                                    ("release", {"triplet": 0.1, "relation": "release"}, 3 + seed),
+                                    ("wide", {"triplet": 0.1, "relation": "release", "ngf": 9}, 50)):
+            idle = {"relation": "paper", "sampling": "focal", "source": "inversion", "ngf": 8, "seed": seed}
+            write_settings(root / tag, seed, idle | settings, shift + gain)
+            (root / tag / "rgal" / f"seed{seed}" / "metrics.jsonl").write_text(
+                '{"images/x": 9}\n' + json.dumps({"images/x": gain / 100}) + '\n{"images/x": ')
+
+
+def test_an_effect_is_the_mean_over_seeds_of_pairs_that_differ_in_it_alone(tmp_path, monkeypatch, capsys):
+    write_effects(tmp_path)
+    rows = report.group(report.read_summaries([tmp_path]))
+    [relation] = report.effects(rows, "relation")
+    assert relation == {"option": "relation", "from": "paper", "to": "release", "pairs": 2, "seeds": 2,
+                        "gain": 2.0, "ci95": 0.0}
+    # Without triplets nothing reads the relation, so that run is a pair with both directions.
+    [triplet] = report.effects(rows, "triplet")
+    assert (triplet["from"], triplet["to"], triplet["pairs"], triplet["gain"]) == ("0", "0.1", 4, 2.5)
+    assert triplet["ci95"] == pytest.approx(12.7062 * 0.5**0.5 / 2**0.5)
+    assert report.effects(rows, "sampling") == []
+    words = ["--effect", "relation", "ngf", "sampling", "--of", "images/x"]
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), *words])
+    report.main()
+    text = capsys.readouterr().out
+    assert "images/x after the last epoch" in text and "0.0200" in text and "ngf" in text.split("\n\n")[2]
+    assert text.endswith("\nno two runs of one seed differ in sampling alone\n")
+
+
+def test_a_number_that_no_run_has_an_unknown_flag_and_lost_metrics_are_named(tmp_path, monkeypatch):
+    write_effects(tmp_path)
+    with pytest.raises(InputError, match="no run has a number images/y"):
+        report.read_summaries([tmp_path], "images/y")
+    (tmp_path / "none" / "rgal" / "seed0" / "metrics.jsonl").unlink()
+    with pytest.raises(InputError, match="cannot read .*metrics.jsonl"):
+        report.read_summaries([tmp_path], "images/x")
+    monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--efect", "ngf"])
+    with pytest.raises(InputError, match="unknown option --efect"):
+        report.main()
 
 
 ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "gain", "ci95")
