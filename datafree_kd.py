@@ -19,6 +19,7 @@ from datafree.synthesis.base import BaseSynthesis, checked
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.sources import NoiseSource, RealSource
+from datafree.view_cache import ViewCache
 
 EXAMPLES = """
 python datafree_kd.py --method rgal --teacher wrn40_2 --student wrn16_1
@@ -43,8 +44,8 @@ def main():
     source = build_source(session, teacher, student, schedule)
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
                              (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
-                             config.run.precision)
-    plan = describe_plan(session, schedule, teacher, source)
+                             config.run.precision, build_cache(session, teacher, source))
+    plan = describe_plan(session, schedule, teacher, source, learner.cache)
     if call.dry_run:
         print("\n".join(plan))
         return
@@ -128,7 +129,19 @@ def own_source(name, teacher, student, session):
     return checked(source)
 
 
-def describe_plan(session, schedule, teacher, source):
+def build_cache(session, teacher, source):
+    """Where the teacher's answers to views are kept; None where there is no use in it."""
+    settings, triplets = session.config.distill, session.config.relation
+    pool = getattr(source, "pool", None)
+    # Blended views hardly occur twice, and whole maps are too large to keep.
+    if not settings.view_cache or settings.mixup or settings.gram_loss or not isinstance(pool, ImagePool):
+        return None
+    wanted = ["logits"] + ["stages"] * (settings.cd_loss > 0)
+    wanted += ["embed"] * (triplets.striplet > 0 and triplets.sampling_space == "embedding")
+    return ViewCache(teacher, wanted, pool.capacity * session.augment.count, settings.view_cache)
+
+
+def describe_plan(session, schedule, teacher, source, cache):
     """What will happen and what it costs, in words."""
     config, card, name = session.config, session.card, session.config.synthesis.source
     rounds = schedule.epochs * schedule.rounds
@@ -148,6 +161,9 @@ def describe_plan(session, schedule, teacher, source):
     else:
         kind = {"noise": "plain noise", "real": "the real training images: not data-free"}
         lines.append(f"The images are {kind.get(name, f'those of {name}')}.")
+    if cache:
+        lines.append(f"The teacher's answers are kept for {len(cache):,} of {cache.possible:,} views "
+                     f"({len(cache) * cache.bytes_per_view / 1e6:.0f} MB at most).")
     return [*lines, f"Cost: {cost}."]
 
 

@@ -50,12 +50,20 @@ class CropFlip:
 
     def __init__(self, padding=4, flip=True):
         self.padding, self.flip = padding, flip
+        self.count = (2 * padding + 1) ** 2 * (1 + flip)  # different views of an image
 
     def __call__(self, images):
-        n, device = len(images), images.device
+        return shift_flip(images, *self.draw(len(images), images.device))
+
+    def draw(self, n, device):
+        """Random shifts (n, 2) and mirrorings (n,)."""
         shift = torch.randint(-self.padding, self.padding + 1, (n, 2), device=device)
-        flip = torch.rand(n, device=device) < (0.5 if self.flip else 0.0)
-        return shift_flip(images, shift, flip)
+        return shift, torch.rand(n, device=device) < (0.5 if self.flip else 0.0)
+
+    def number(self, shift, flip):
+        """Which of an image's ``count`` views each of these is, (n,) from 0."""
+        rows, columns = (shift + self.padding).unbind(1)
+        return (rows * (2 * self.padding + 1) + columns) * (1 + self.flip) + flip
 
 
 def random_resized_crop(images, scale=(0.25, 1.0)):

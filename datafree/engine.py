@@ -90,7 +90,8 @@ class Engine:
     def _student_step(self):
         at, s = self.position, self.schedule
         done = (at["epoch"] * s.rounds + at["round"]) * s.kd_steps + at["step"]
-        terms = self.learner.step(*self.source.sample(s.batch_size), done / (s.epochs * s.rounds * s.kd_steps))
+        terms = self.learner.step(*self.source.sample(s.batch_size),
+                                  progress=done / (s.epochs * s.rounds * s.kd_steps))
         self.means.add("student", terms)
         at["step"] += 1
         self.bar.update()
@@ -109,7 +110,7 @@ class Engine:
             for warning in warnings if epoch >= self.schedule.warmup else ():
                 self.folder.log(f"[Alarm] {warning}")
         improved = self._evaluate(epoch, numbers) if last or (epoch + 1) % self.run.eval_every == 0 else False
-        numbers.update(lr=self.learner.lr, images=self.source.images_made,
+        numbers.update(self.learner.numbers(), lr=self.learner.lr, images=self.source.images_made,
                        **{f"seconds/{name}": value for name, value in self.seconds.items()})
         self.result = numbers
         self.folder.metrics(epoch, numbers)

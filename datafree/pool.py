@@ -11,7 +11,7 @@ class ImagePool:
     """
 
     def __init__(self, capacity, shape, num_classes, device):
-        self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
+        self.capacity, self.shape, self.num_classes, self.device = capacity, tuple(shape), num_classes, device
         try:
             self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
         except RuntimeError as error:  # torch's out of memory is one
@@ -21,23 +21,24 @@ class ImagePool:
         self.added = 0
 
     def __len__(self):
-        return min(self.added, len(self.images))
+        return min(self.added, self.capacity)
 
     def add(self, images, targets):
         """Append images (N, C, H, W) in [0, 1], rounded to bytes, and their targets (N,)."""
         if tuple(images.shape[1:]) != self.shape:
             raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit into a pool of {self.shape}")
-        place = (self.added + torch.arange(len(images), device=self.device)) % len(self.images)
-        last = slice(-len(self.images), None)  # of a batch larger than the pool, for no place may occur twice
+        place = (self.added + torch.arange(len(images), device=self.device)) % self.capacity
+        last = slice(-self.capacity, None)  # of a batch larger than the pool, for no place may occur twice
         pixels = images[last].detach().float().mul(255).round_().clamp_(0, 255)
         self.images[place[last]] = pixels.to(torch.uint8)
         self.targets[place[last]] = targets[last]
         self.added += len(images)
 
     def sample(self, n, balanced=False):
-        """Random images (n, C, H, W) in [0, 1] with their targets, without repeats while the pool is large enough.
+        """Random images (n, C, H, W) in [0, 1], their targets and their numbers in order of making, from 0.
 
-        balanced: the same number of every class (up to one), as far as the pool has it.
+        Without repeats while the pool is large enough. balanced: the same number of every class (up to one), as far
+        as the pool has it.
         """
         size = len(self)
         if balanced:
@@ -46,11 +47,12 @@ class ImagePool:
             order = torch.randperm(size, device=self.device)[:n]
         if n > size:
             order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
-        return self._at(order)
+        newest = self.added - 1
+        return *self._at(order), newest - (newest - order) % self.capacity
 
     def newest(self, n):
-        """The last n images added, or as many as are held, as :meth:`sample` gives them but in their order."""
-        return self._at(torch.arange(self.added - min(n, len(self)), self.added, device=self.device) % len(self.images))
+        """The last n images added, or as many as are held, with their targets."""
+        return self._at(torch.arange(self.added - min(n, len(self)), self.added, device=self.device) % self.capacity)
 
     def _at(self, places):
         return self.images[places].float().div_(255), self.targets[places]

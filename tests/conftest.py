@@ -109,7 +109,10 @@ def command(*words, **options):
                           **options)
 
 
+OF_THE_MACHINE = ("seconds/", "view_cache/")  # what a run costs; a resumed one asks the teacher again
+
+
 def rows(folder):
-    """The rows of metrics.jsonl without the seconds."""
+    """The rows of metrics.jsonl without what belongs to the machine."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(line).items() if not k.startswith("seconds/")} for line in lines]
+    return [{k: v for k, v in json.loads(line).items() if not k.startswith(OF_THE_MACHINE)} for line in lines]

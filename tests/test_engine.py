@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import nets
 import pytest
 import torch
-from conftest import forked, rows, scratch
+from conftest import OF_THE_MACHINE, forked, rows, scratch
 
 from datafree.config import Run
 from datafree.engine import Engine, Means, grid_rows
@@ -68,7 +68,7 @@ def at_call(patch, owner, method, number, act):
 def checkpoint_of(folder, name="last.pth"):
     state = torch.load(folder / "checkpoints" / name, weights_only=True)
     state.pop("seconds"), state.pop("facts")
-    state["result"] = {k: v for k, v in state["result"].items() if not k.startswith("seconds/")}
+    state["result"] = {k: v for k, v in state["result"].items() if not k.startswith(OF_THE_MACHINE)}
     return state
 
 
@@ -294,7 +294,7 @@ class Pupil(Learner):
         self.network.model = network[0]
         self.events, self.term = events, term
 
-    def step(self, images, targets, progress=0.0):
+    def step(self, images, targets, *, progress=0.0):
         self.events.append(round(progress, 3))
         return {"kd": torch.tensor(self.term)}
 

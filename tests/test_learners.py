@@ -20,6 +20,7 @@ from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.objective import SynthesisObjective
+from datafree.view_cache import ViewCache
 
 SHAPE, CLASSES = (3, 16, 16), 4
 EVERY = dict(kd=1.0, cd_loss=0.5, gram_loss=0.25)
@@ -87,13 +88,49 @@ def test_the_student_phase_runs_no_statistic_hooks_and_leaves_the_generator(monk
     assert torch.equal(held["images"], pool.state_dict()["images"])
 
 
+def cached_and_plain(pair, space="embedding"):
+    """Two learners of equal weights, one of which keeps the teacher's answers, and a pool."""
+    settings = config.Distill(cd_loss=0.5, pair_sample=pair, lr=0.05)
+    triplets = config.Relation(striplet=0.5, sampling_space=space)
+    teacher, crop = network().freeze(), CropFlip(1, True)
+    pool = ImagePool(12, SHAPE, CLASSES, torch.device("cpu"))
+    pool.add(torch.rand(12, *SHAPE), torch.arange(12) % CLASSES)
+    wanted = ["logits", "stages", "embed"][:3 if space == "embedding" else 2]
+    cache = ViewCache(teacher, wanted, 12 * crop.count, megabytes=1)
+    plain = make(settings, triplets, teacher, augment=crop, total_steps=60)
+    cached = make(settings, triplets, teacher, augment=crop, total_steps=60, cache=cache)
+    cached.network.load_state_dict(plain.network.state_dict())
+    cached.projection.load_state_dict(plain.projection.state_dict())
+    return cached, plain, pool
+
+
+@pytest.mark.parametrize("pair, space", [(True, "embedding"), (False, "logits")])
+def test_the_kept_answers_of_the_teacher_change_nothing(pair, space, monkeypatch):
+    cached, plain, pool = cached_and_plain(pair, space)
+    for step in range(20):
+        terms = []
+        for learner in (cached, plain):
+            torch.manual_seed(step)
+            terms.append(learner.step(*pool.sample(8)))
+        torch.testing.assert_close(terms[0], terms[1], rtol=1e-3, atol=1e-4)
+    assert cached.numbers()["view_cache/hit_rate"] > 0.2 and cached.numbers() == plain.numbers() == {}
+    torch.testing.assert_close(snapshot(cached.network), snapshot(plain.network), rtol=1e-2, atol=1e-4)
+
+
+def test_images_without_numbers_are_shown_to_the_teacher_each_time():
+    cached, _, pool = cached_and_plain(True)
+    for _ in range(3):
+        cached.step(*pool.newest(8))
+    assert (cached.cache.keys == -1).all()
+
+
 # What is computed.
 
 def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
     learner, images = make(), torch.rand(8, *SHAPE)
     learner.network.train()
     torch.manual_seed(1)
-    loss, terms = learner.loss(images, None, 0.0)
+    loss, terms = learner.loss(images, None, None, 0.0)
     student, teacher = learner.network.features(images), learner.teacher.features(images)
     torch.manual_seed(1)
     STAY(images)  # draws as much as the step did
@@ -112,7 +149,7 @@ def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
 
 def test_the_kd_term_equals_kullback_leiblers_definition():
     learner, images = make(config.Distill(T=4.0), config.Relation()), torch.rand(8, *SHAPE)
-    loss, terms = learner.loss(images, None, 0.0)
+    loss, terms = learner.loss(images, None, None, 0.0)
     assert set(terms) == {"kd"} and learner.projection is None
     p = (learner.teacher(images) / 4).softmax(1)
     q = (learner.network(images) / 4).softmax(1)
@@ -137,8 +174,8 @@ def test_a_loss_of_no_terms_is_refused():
 
 def test_the_custom_terms_act_in_their_share_of_the_run():
     learner = make(config.Distill(**EVERY, custom_steps=0.5))
-    assert set(learner.step(torch.rand(8, *SHAPE), None, 0.49)) == {*EVERY, "striplet"}
-    assert set(learner.step(torch.rand(8, *SHAPE), None, 0.5)) == {"kd"}
+    assert set(learner.step(torch.rand(8, *SHAPE), None, progress=0.49)) == {*EVERY, "striplet"}
+    assert set(learner.step(torch.rand(8, *SHAPE), None, progress=0.5)) == {"kd"}
 
 
 def test_pairs_show_every_image_under_two_augmentations(monkeypatch):
@@ -215,7 +252,7 @@ def test_a_state_holds_all_that_the_next_step_needs():
     second.teacher.load_state_dict(first.teacher.state_dict())
     for learner in (first, second):
         torch.manual_seed(2)
-        learner.step(images, None, 0.1)
+        learner.step(images, None, progress=0.1)
     assert moved(snapshot(first.network), second.network) == set()
     assert moved(snapshot(first.projection), second.projection) == set()
 

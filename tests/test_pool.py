@@ -32,7 +32,7 @@ def filled(capacity, count, batch=3, classes=4):
 
 
 def held(pool):
-    images, targets = pool.sample(len(pool))
+    images, targets, _ = pool.sample(len(pool))
     assert (targets == numbers(images) % pool.num_classes).all()
     return sorted(numbers(images).tolist())
 
@@ -44,6 +44,13 @@ def test_the_oldest_are_overwritten(count, batch):
     assert len(pool) == min(count, 10) and pool.added == count
     if count:
         assert held(pool) == list(range(max(0, count - 10), count))
+
+
+@pytest.mark.parametrize("count", [4, 10, 11, 37])
+def test_an_image_keeps_its_number(count):
+    pool = filled(10, count)
+    images, _, order = pool.sample(30)
+    assert (order == numbers(images)).all() and order.min() >= count - len(pool)
 
 
 @pytest.mark.parametrize("before, count", [(0, 11), (0, 25), (3, 20), (7, 10), (13, 27)])
@@ -60,7 +67,7 @@ def test_bytes_come_back_exactly():
     values.ravel()[:256] = np.arange(256)
     pool = ImagePool(40, (3, 4, 6), 32, CPU)
     pool.add(torch.from_numpy(values).float() / 255, torch.arange(32))
-    images, targets = pool.sample(32)
+    images, targets, _ = pool.sample(32)
     np.testing.assert_array_equal((images * 255).round().byte().numpy(), values[targets])
     again = ImagePool(40, (3, 4, 6), 32, CPU)
     again.add(images, targets)
@@ -98,10 +105,10 @@ def test_no_gradient_is_kept():
 def test_samples_repeat_only_where_the_pool_is_too_small(balanced):
     pool = filled(20, 17)
     for n in (1, 5, 17):
-        images, targets = pool.sample(n, balanced)
+        images, targets, _ = pool.sample(n, balanced)
         assert images.shape == (n, 1, 2, 2) and len(numbers(images).unique()) == n
         assert (targets == numbers(images) % 4).all()
-    images, _ = pool.sample(40, balanced)
+    images, *_ = pool.sample(40, balanced)
     assert len(images) == 40 and len(numbers(images).unique()) == 17
 
 
@@ -148,7 +155,7 @@ def test_state_goes_round(count):
         p.add(*numbered(count, 3))
     assert held(other) == held(pool)
     torch.manual_seed(5)
-    images, targets = pool.sample(2)
+    images, targets, _ = pool.sample(2)
     torch.manual_seed(5)
     again = other.sample(2)
     assert torch.equal(images, again[0]) and torch.equal(targets, again[1])

@@ -25,21 +25,29 @@ class Learner:
             self.optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
-    def loss(self, images, targets, progress):
-        """Weighted loss and unweighted terms of images (N, C, H, W) in [0, 1]; progress in [0, 1) of the run."""
+    def loss(self, images, targets, numbers, progress):
+        """Weighted loss and unweighted terms, name -> scalar tensor.
+
+        images (N, C, H, W) in [0, 1]; targets (N,) or None; numbers (N,) that tell one image of the source from
+        another, or None; progress in [0, 1) of the run.
+        """
         raise NotImplementedError
 
-    def step(self, images, targets, progress=0.0):
+    def step(self, images, targets, numbers=None, *, progress=0.0):
         """One update of the student -> detached terms, name -> scalar tensor."""
         self.network.train()
         with autocast(self.device, self.precision):
-            loss, terms = self.loss(images, targets, progress)
+            loss, terms = self.loss(images, targets, numbers, progress)
         self.optimizer.zero_grad()
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.schedule.step()
         return {name: term.detach() for name, term in terms.items()}
+
+    def numbers(self):
+        """What else is worth logging about the steps since the last call, name -> number."""
+        return {}
 
     @property
     def lr(self):

@@ -2,7 +2,7 @@
 import torch
 
 from datafree import criterions, relation
-from datafree.augment import mixup
+from datafree.augment import mixup, shift_flip
 from datafree.errors import InputError
 from datafree.learners.base import Learner
 
@@ -10,10 +10,11 @@ from datafree.learners.base import Learner
 class DistillLearner(Learner):
     """L_stu = kd * KL_T T^2 + cd_loss * L_cd + gram_loss * L_gram + striplet * L_tri (RGAL, phase 2).
 
-    settings, triplets: the Distill and Relation sections. augment: images -> views.
+    settings, triplets: the Distill and Relation sections. augment: :class:`datafree.augment.CropFlip`. cache: a
+    :class:`datafree.view_cache.ViewCache` of this teacher for images that have numbers, or None.
     """
 
-    def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none"):
+    def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none", cache=None):
         if not settings.kd and (settings.custom_steps < 1 or not any(
                 (settings.cd_loss, settings.gram_loss, triplets.striplet))):
             raise InputError("with --kd 0 no student term has a weight in all of the run; give --kd one")
@@ -24,19 +25,27 @@ class DistillLearner(Learner):
         extra = self.projection.parameters() if projects else ()
         super().__init__(student, settings, total_steps, extra, precision)
         self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
+        self.cache = cache
 
-    def loss(self, images, targets, progress):
-        views = self.augment(images)
-        if self.settings.pair_sample:
-            views = torch.cat([views, self.augment(images)])
-        if self.settings.mixup:
-            views = mixup(views, self.settings.mixup)
-        with torch.no_grad():
-            teacher = self.teacher.features(views)
+    def loss(self, images, targets, numbers, progress):
+        views, teacher = self._show(images, numbers)
         student = self.network.features(views)
         weights = {"kd": self.settings.kd, **self._feature_weights(progress)}
         terms = {name: getattr(self, f"_{name}")(student, teacher) for name, weight in weights.items() if weight}
         return sum(weights[name] * term for name, term in terms.items()), terms
+
+    @torch.no_grad()
+    def _show(self, images, numbers):
+        """Views of the images, two of each if asked, and the teacher's Features of them."""
+        if self.settings.pair_sample:
+            images, numbers = images.repeat(2, 1, 1, 1), None if numbers is None else numbers.repeat(2)
+        shift, flip = self.augment.draw(len(images), images.device)
+        views = shift_flip(images, shift, flip)
+        if self.settings.mixup:
+            views = mixup(views, self.settings.mixup)
+        if self.cache is None or numbers is None:
+            return views, self.teacher.features(views)
+        return views, self.cache.features(views, numbers * self.augment.count + self.augment.number(shift, flip))
 
     def _feature_weights(self, progress):
         """The terms beside KL act in the first ``custom_steps`` of the run."""
@@ -60,6 +69,10 @@ class DistillLearner(Learner):
         space = teacher.embed if self.triplets.sampling_space == "embedding" else student.logits
         return relation.relation_loss(layers, teacher.logits.argmax(1), space.detach(), self.triplets.margin,
                                       self.triplets.striplet_sampling, relation.SEPARATE)
+
+    def numbers(self):
+        rate = self.cache.hit_rate() if self.cache else None
+        return {} if rate is None else {"view_cache/hit_rate": rate}
 
     def parts(self):
         projection = {"projection": self.projection} if self.projection else {}

@@ -11,6 +11,6 @@ class SupervisedLearner(Learner):
         super().__init__(network, settings, total_steps, precision=precision)
         self.augment = augment
 
-    def loss(self, images, targets, progress):
+    def loss(self, images, targets, numbers, progress):
         loss = F.cross_entropy(self.network(self.augment(images)).float(), targets)
         return loss, {"ce": loss}

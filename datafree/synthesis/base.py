@@ -35,7 +35,11 @@ class BaseSynthesis:
         return {}
 
     def sample(self, n):
-        """n images (n, C, H, W) in [0, 1] on the device, and their classes (n,) or None."""
+        """n images (n, C, H, W) in [0, 1] on the device, and their classes (n,) or None.
+
+        A third element, numbers (n,) that are the same for the same image alone, allows the learner to keep what the
+        teacher said of it.
+        """
         raise NotImplementedError
 
     def latest(self):
@@ -43,7 +47,7 @@ class BaseSynthesis:
         # A peek must not move the stream on, or drawing a grid would change the training.
         made = self.images_made
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
-            batch = self.sample(256)
+            batch = self.sample(256)[:2]
         self.images_made = made
         return batch
 
@@ -62,9 +66,9 @@ def checked(source):
     def checked_sample(n):
         nonlocal first
         batch = sample(n)
-        if not isinstance(batch, tuple) or len(batch) != 2 or not torch.is_tensor(batch[0]):
+        if not isinstance(batch, tuple) or len(batch) not in (2, 3) or not torch.is_tensor(batch[0]):
             raise InputError(f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
-                             "(images, targets), targets None where there are none")
+                             "(images, targets) or (images, targets, numbers), targets None where there are none")
         images = batch[0]
         if tuple(images.shape[1:]) != source.card.shape or not images.is_floating_point():
             raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype}; they have "
