@@ -14,6 +14,7 @@ from datafree.models.custom import load_object
 from datafree.models.generator import Generator
 from datafree.pool import ImagePool
 from datafree.relation import triplet_stages
+from datafree.runtime import free_memory
 from datafree.session import Session, teacher_place
 from datafree.synthesis.base import BaseSynthesis, checked
 from datafree.synthesis.inversion import InversionSynthesis
@@ -134,11 +135,12 @@ def build_cache(session, teacher, source):
     settings, triplets = session.config.distill, session.config.relation
     pool = getattr(source, "pool", None)
     # Blended views hardly occur twice, and whole maps are too large to keep.
-    if not settings.view_cache or settings.mixup or settings.gram_loss or not isinstance(pool, ImagePool):
+    if settings.view_cache == 0 or settings.mixup or settings.gram_loss or not isinstance(pool, ImagePool):
         return None
+    megabytes = settings.view_cache or free_memory(session.device) // (4 * 10**6)
     wanted = ["logits"] + ["stages"] * (settings.cd_loss > 0)
     wanted += ["embed"] * (triplets.striplet > 0 and triplets.sampling_space == "embedding")
-    return ViewCache(teacher, wanted, pool.capacity * session.augment.count, settings.view_cache)
+    return ViewCache(teacher, wanted, pool.capacity * session.augment.count, megabytes)
 
 
 def describe_plan(session, schedule, teacher, source, cache):

@@ -11,6 +11,7 @@ The engine knows two things only: a source that makes images (``synthesis/``) an
 takes them (``learners/``). Distillation, its controls and teacher training are choices of the two.
 """
 import math
+import re
 import signal
 import sys
 import time
@@ -82,7 +83,7 @@ class Engine:
 
     def _synthesize(self, with_student):
         self.source.with_student = with_student
-        with self._clock("synthesis"):
+        with self._clock("synthesis"), out_of_memory_in("synthesis", "--synthesis_batch_size or --ngf"):
             terms = self.source.synthesize()
         require_finite(terms, "synthesis term")
         self.means.add("synthesis", terms)
@@ -90,8 +91,9 @@ class Engine:
     def _student_step(self):
         at, s = self.position, self.schedule
         done = (at["epoch"] * s.rounds + at["round"]) * s.kd_steps + at["step"]
-        terms = self.learner.step(*self.source.sample(s.batch_size),
-                                  progress=done / (s.epochs * s.rounds * s.kd_steps))
+        with out_of_memory_in("a step of the student", "--batch_size"):
+            terms = self.learner.step(*self.source.sample(s.batch_size),
+                                      progress=done / (s.epochs * s.rounds * s.kd_steps))
         self.means.add("student", terms)
         at["step"] += 1
         self.bar.update()
@@ -218,6 +220,18 @@ class Means:
     def load_state_dict(self, state, device):
         self.sums = {key: total.to(device) for key, total in state["sums"].items()}
         self.counts = defaultdict(int, state["counts"])
+
+
+@contextmanager
+def out_of_memory_in(phase, remedy):
+    """The block's out of memory, on whatever device, as one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise InputError(f"the memory does not suffice for {phase}; lower {remedy}, or use smaller networks (the last "
+                         "epoch's checkpoint is kept)") from error
 
 
 def require_finite(terms, where):

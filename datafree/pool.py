@@ -1,7 +1,10 @@
 """The image pool: every synthetic image of the run, as bytes in memory on the device."""
+import math
+
 import torch
 
 from datafree.errors import InputError
+from datafree.runtime import free_memory
 
 
 class ImagePool:
@@ -12,11 +15,11 @@ class ImagePool:
 
     def __init__(self, capacity, shape, num_classes, device):
         self.capacity, self.shape, self.num_classes, self.device = capacity, tuple(shape), num_classes, device
-        try:
-            self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
-        except RuntimeError as error:  # torch's out of memory is one
-            raise InputError(f"a pool of {capacity:,} images of {tuple(shape)} does not fit into memory; "
-                             "give a smaller --pool_size") from error
+        size, free = capacity * math.prod(shape), free_memory(device)
+        if size > free:  # else the system might grant it, and kill the run once the pool fills
+            raise InputError(f"a pool of {capacity:,} images of {tuple(shape)} takes {size / 1e9:.1f} GB but "
+                             f"{free / 1e9:.1f} are free; give a smaller --pool_size")
+        self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
         self.targets = torch.empty(capacity, dtype=torch.long, device=device)
         self.added = 0
 

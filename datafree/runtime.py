@@ -95,6 +95,27 @@ def peak_memory(device):
     return round(kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
+def free_memory(device):
+    """Bytes that are free for tensors on ``device``: its own, or the machine's within the limit of a container."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    free = [_number_in("/proc/meminfo", r"MemAvailable:\s*(\d+) kB", 1024)]
+    resident = _number_in("/proc/self/status", r"VmRSS:\s*(\d+) kB", 1024) or 0
+    for limit in ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"):
+        allowed = _number_in(limit, r"(\d+)")
+        free.append(allowed and max(0, allowed - resident))
+    return min((size for size in free if size is not None), default=4 * 10**9)  # unknown outside Linux
+
+
+def _number_in(path, pattern, unit=1):
+    """The first number of a system's file that the pattern finds, times ``unit``; None if there is none."""
+    try:
+        found = re.search(pattern, Path(path).read_text())
+    except OSError:
+        return None
+    return int(found[1]) * unit if found else None
+
+
 class StopSignal:
     """Within it SIGTERM and SIGINT only set ``received`` (the signal's name, else None), so that the loop
     finishes its step, saves and stops; a SIGINT after that raises KeyboardInterrupt."""

@@ -323,6 +323,18 @@ def test_rounds_alternate_and_progress_runs_from_0_to_1(make_engine):
     assert result["synthesis/bn"] == result["student/kd"] == 1 and result["images"] == 16
 
 
+@pytest.mark.parametrize("owner, method, told", [(Recorder, "synthesize", "synthesis; lower --synthesis_batch_size"),
+                                                 (Pupil, "step", "the student; lower --batch_size")])
+def test_out_of_memory_is_told_with_its_remedy(owner, method, told, make_engine, monkeypatch):
+    monkeypatch.setattr(owner, method, lambda *a, **k: torch.empty(10**15))
+    engine = make_engine([])
+    with pytest.raises(InputError, match=told):
+        engine.train()
+    monkeypatch.setattr(owner, method, lambda *a, **k: torch.ones(2) @ torch.ones(3))
+    with pytest.raises(RuntimeError, match="size"):
+        engine.train()
+
+
 def test_warm_up_makes_images_without_the_student(make_engine):
     events = []
     make_engine(events, warmup=1).train()

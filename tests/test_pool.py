@@ -194,3 +194,8 @@ def test_nothing_is_shared_with_another_pool():
 def test_newest_are_the_last_in_their_order(count, n, expected):
     images, targets = filled(10, count).newest(n)
     assert numbers(images).tolist() == expected and targets.tolist() == [number % 4 for number in expected]
+
+
+def test_a_pool_that_memory_cannot_hold_is_refused_before_it_fills():
+    with pytest.raises(InputError, match=r"1,000,000,000 images of \(3, 224, 224\) takes 150528.0 GB .*--pool_size"):
+        ImagePool(10**9, (3, 224, 224), 10, CPU)

@@ -163,3 +163,19 @@ def test_peak_memory_is_no_less_than_what_is_held():
     before = runtime.peak_memory(torch.device("cpu"))
     held = torch.ones(400, 1_000_000, dtype=torch.uint8)
     assert runtime.peak_memory(torch.device("cpu")) >= max(before, held.numel() / 1e6)
+
+
+def test_free_memory_is_the_least_of_what_is_free_and_what_is_allowed(monkeypatch):
+    files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   5000 kB\n", "/proc/self/status": "VmRSS:\t 1000 kB\n"}
+    monkeypatch.setattr(runtime.Path, "read_text", lambda self: files[str(self)] if str(self) in files else missing())
+    assert runtime.free_memory(torch.device("cpu")) == 5000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = "max\n"
+    assert runtime.free_memory(torch.device("cpu")) == 5000 * 1024
+    files["/sys/fs/cgroup/memory.max"] = f"{3000 * 1024}\n"
+    assert runtime.free_memory(torch.device("cpu")) == 2000 * 1024
+    files.clear()
+    assert runtime.free_memory(torch.device("cpu")) == 4 * 10**9
+
+
+def missing():
+    raise FileNotFoundError

@@ -1,0 +1,272 @@
+"""What a step of each phase costs, beside the plain pipeline: python -m benchmarks.step [--pairs ...] [--batch ...]
+
+Both pipelines take their steps in turns within this process, and what is told is the median of the ratios of a turn,
+with its quartiles, so that a busy machine cannot favour one. Times are CPU seconds of all threads (on a GPU seconds
+after a synchronisation). FLOP are counted by torch as two a multiplication; the peak is the best of a few
+convolutions, taken in turns with the steps. Weights are random. Everything is written to --json, too.
+"""
+import argparse
+import json
+import os
+import statistics
+import tempfile
+import time
+from collections import Counter, defaultdict
+from contextlib import ExitStack, contextmanager
+from functools import cache
+from itertools import product
+from pathlib import Path
+from unittest import mock
+
+import numpy as np
+import torch
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from torchvision.io import write_png
+from tqdm import tqdm
+
+from benchmarks import plain
+from datafree.augment import CropFlip
+from datafree.config import Distill, Relation, Synthesis
+from datafree.errors import exit_on_input_error
+from datafree.learners.distill import DistillLearner
+from datafree.logger import table
+from datafree.models.custom import build_model
+from datafree.models.generator import Generator
+from datafree.network import Network
+from datafree.pool import ImagePool
+from datafree.runtime import autocast, choose_device, environment, set_threads
+from datafree.synthesis.inversion import InversionSynthesis
+from datafree.synthesis.objective import SynthesisObjective
+from datafree.view_cache import ViewCache
+
+PAIRS = {"wrn40_2>wrn16_1": (32, 64), "resnet34>resnet18": (32, 64), "resnet20>resnet8": (16, 16)}  # pixels, ngf
+CASES = ("plain synthesis", "synthesis", "plain student", "student", "student, all views new",
+         "student, all views known")
+PARTS = ("generator", "augmentation", "teacher", "student", "backward", "optimiser", "rest")
+RELATION = Relation(triplet=0.1, striplet=0.1)
+
+
+class Clock:
+    """Seconds of named parts; a part inside another is taken off the outer one."""
+
+    def __init__(self, device):
+        self.device, self.seconds, self.inner = device, Counter(), 0.0
+
+    def now(self):
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+            return time.perf_counter()
+        return time.process_time()
+
+    def run(self, part, call, *args, **kwargs):
+        outer, self.inner, start = self.inner, 0.0, self.now()
+        result = call(*args, **kwargs)
+        whole = self.now() - start
+        self.seconds[part] += whole - self.inner
+        self.inner = outer + whole
+        return result
+
+    @contextmanager
+    def timed(self, parts):
+        """Within it the methods (owner, name, part) are timed."""
+        with ExitStack() as stack:
+            for owner, name, part in parts:
+                stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), part)))
+            yield
+
+    def _timed(self, call, part):
+        return lambda *args, **kwargs: self.run(part, call, *args, **kwargs)
+
+    def take(self):
+        """The seconds so far; then they begin anew."""
+        taken, self.seconds = self.seconds, Counter()
+        return taken
+
+
+class Ours:
+    """The two phases as the programs run them. cached: share of the views that the cache knows, or None."""
+
+    def __init__(self, pair, shape, ngf, n, device, precision):
+        teacher, student = (Network(build_model(name, 10, shape[0]), shape, (0.5,) * 3, (0.25,) * 3).to(device)
+                            for name in pair.split(">"))
+        self.teacher, self.student, self.crop, self.n = teacher.freeze(), student, CropFlip(4, True), n
+        settings = Synthesis(synthesis_batch_size=n, ngf=ngf, bn=1, oh=1, adv=1)
+        self.pool = ImagePool(4 * n, shape, 10, device)
+        self.source = InversionSynthesis(SynthesisObjective(settings, RELATION, teacher, student),
+                                         Generator(256, ngf, shape).to(device), self.crop, self.pool, settings, 1,
+                                         precision=precision)
+        self.learner = DistillLearner(student, teacher, self.crop, Distill(pair_sample=True, cd_loss=0.1),
+                                      RELATION, 10**6, precision)
+        self.cache = None
+
+    def synthesis_round(self, steps):
+        self.source.g_steps = steps
+        self.source.synthesize()
+
+    def student_step(self):
+        self.learner.cache = None
+        self.learner.step(*self.source.sample(self.n // 2))
+
+    def cached_step(self, known):
+        """A student step whose views are all known to the cache, or all new."""
+        images, targets, _ = self.source.sample(self.n // 2)
+        if self.cache is None:
+            self.cache = ViewCache(self.teacher, ("logits", "embed", "stages"), 2 * self.n, 10**3)
+        features = self.cache.features
+        keys = torch.arange(self.n, device=images.device)
+        if not known:
+            self.cache.keys.fill_(-1)
+        self.cache.features = lambda views, _: features(views, keys)
+        self.learner.cache = self.cache
+        self.learner.step(images, targets, torch.zeros(len(images), dtype=torch.long, device=images.device))
+        self.cache.features = features
+
+
+def convolution_peak(device, precision, channels=(64, 128, 256)):
+    """Best FLOP/s of a few 3x3 convolutions in channels_last."""
+    clock, best = Clock(device), 0.0
+    with torch.no_grad(), autocast(device, precision):
+        for width in channels:
+            x = torch.rand(64, width, 16, 16, device=device).contiguous(memory_format=torch.channels_last)
+            weight = torch.rand(width, width, 3, 3, device=device).contiguous(memory_format=torch.channels_last)
+            F.conv2d(x, weight, padding=1)
+            start = clock.now()
+            for _ in range(4):
+                F.conv2d(x, weight, padding=1)
+            best = max(best, 4 * 2 * 9 * width**2 * 64 * 256 / (clock.now() - start))
+    return best
+
+
+def count_flop(call):
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
+
+
+def compare(pair, n, args, device):
+    """Rows (dict) of one pair of networks and batch size: the cases of CASES, and the sizes of the view cache."""
+    size, ngf = PAIRS[pair]
+    ours = Ours(pair, (3, size, size), ngf, n, device, args.precision)
+    theirs = plain.Plain(*(build_model(name, 10, 3) for name in pair.split(">")), (3, size, size), ngf, n, device)
+    views, labels = torch.rand(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
+    calls = dict(zip(CASES, (lambda: theirs.synthesis_round(1), lambda: ours.synthesis_round(1),
+                             lambda: theirs.student_step(views, labels), ours.student_step,
+                             lambda: ours.cached_step(known=False), lambda: ours.cached_step(known=True))))
+    ours.synthesis_round(1)  # the pool needs images
+    flop = {case: count_flop(call) for case, call in calls.items()}
+    clock, turns, peaks = Clock(device), defaultdict(list), []
+    with clock.timed(timed_methods(ours, theirs)):
+        for _ in tqdm(range(args.turns), desc=f"{pair}, batch {n}", leave=False):
+            peaks.append(convolution_peak(device, args.precision))
+            for case, call in calls.items():
+                clock.run("rest", call)
+                turns[case].append(clock.take())
+    steps = [summarise(pair, n, case, turns, flop[case] / statistics.median(peaks)) for case in CASES]
+    caches = [average(turns, megabytes, ours.cache.bytes_per_view) for megabytes in args.cache]
+    return steps, [{"networks": pair, "batch": n, **row} for row in caches]
+
+
+def timed_methods(ours, theirs):
+    """(owner, name, part) of what is timed apart from the rest."""
+    return [(ours.source.generator, "forward", "generator"), (theirs, "generate", "generator"),
+            (ours.source, "augment", "augmentation"), (ours.learner, "_show", "augmentation"),
+            (theirs, "augment", "augmentation"),
+            (ours.teacher, "features", "teacher"), (theirs, "ask_teacher", "teacher"),
+            (ours.student, "features", "student"), (theirs, "ask_student", "student"),
+            (torch.Tensor, "backward", "backward"),
+            (ours.learner.optimizer, "step", "optimiser"), (theirs.sgd, "step", "optimiser"),
+            (torch.optim.Adam, "step", "optimiser")]
+
+
+def summarise(pair, n, case, turns, floor):
+    """A row: milliseconds of the median turn, the ratio to the plain step, how near the floor, and the parts."""
+    seconds = [sum(turn.values()) for turn in turns[case]]
+    plainly = [sum(turn.values()) for turn in turns["plain " + case.partition(",")[0].removeprefix("plain ")]]
+    low, ratio, high = quartiles([theirs / ours for theirs, ours in zip(plainly, seconds)])
+    median = statistics.median(seconds)
+    return {"networks": pair, "batch": n, "step": case, "ms": 1000 * median, "faster": ratio, "from": low, "to": high,
+            "% of peak": 100 * floor / median,
+            **{f"{part} ms": 1000 * statistics.median(turn[part] for turn in turns[case]) for part in PARTS}}
+
+
+def quartiles(values):
+    return statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+
+
+def compare_data(images, args, size=32, n=128):
+    """A row: CPU seconds of what ``--data-steps`` student steps are fed, from a pool of so many images."""
+    pool = ImagePool(images, (3, size, size), 10, torch.device("cpu"))
+    pool.add(torch.rand(images, 3, size, size), torch.zeros(images, dtype=torch.long))
+    crop = CropFlip(4, True)
+    with tempfile.TemporaryDirectory() as root:
+        for number, image in enumerate(pool.images):
+            write_png(image, f"{root}/{number:06d}.png")
+        plainly, ours = [], []
+        for _ in range(args.data_turns):
+            start = sum(os.times()[:4])
+            for _ in plain.batches(root, size, n, args.data_steps):
+                pass
+            plainly.append(sum(os.times()[:4]) - start)  # of this process and of the workers that have ended
+            start = time.process_time()
+            for _ in range(args.data_steps):
+                crop(pool.sample(n)[0].repeat(2, 1, 1, 1))
+            ours.append(time.process_time() - start)
+    low, ratio, high = quartiles([a / b for a, b in zip(plainly, ours)])
+    return {"pool": images, "steps": args.data_steps, "plain s": statistics.median(plainly),
+            "s": statistics.median(ours), "faster": ratio, "from": low, "to": high}
+
+
+def average(turns, megabytes, bytes_per_view):
+    """What a view cache of so many megabytes saves over the published schedule."""
+    share = known_share(megabytes * 10**6 // bytes_per_view)
+    plainly, new, known = ([sum(turn.values()) for turn in turns[case]] for case in (CASES[2], *CASES[4:]))
+    low, ratio, high = quartiles([p / (share * k + (1 - share) * n) for p, n, k in zip(plainly, new, known)])
+    return {"cache MB": megabytes, "known %": 100 * share, "student faster": ratio, "from": low, "to": high}
+
+
+@cache
+def known_share(places, epochs=200, steps=400, images=256, views=162, n=128):
+    """Share of the views of the published schedule's student steps that a cache of so many places knows; by drawing."""
+    rng, known = np.random.default_rng(0), 0
+    held = np.full(min(places, epochs * images * views), -1)
+    for epoch in range(1, epochs + 1):
+        for _ in range(steps):
+            shown = np.tile(rng.choice(epoch * images, n, replace=False, shuffle=False), 2)
+            keys = shown * views + rng.integers(views, size=2 * n)
+            known += (held[keys % len(held)] == keys).sum()
+            held[keys % len(held)] = keys
+    return known / (epochs * steps * 2 * n)
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=list(PAIRS), help="teacher>student")
+    parser.add_argument("--batch", nargs="*", type=int, default=[64, 256], help="images of a step (and views)")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each pair and batch")
+    parser.add_argument("--cache", nargs="*", type=int, default=[1000, 4000, 16000], help="megabytes of view caches")
+    parser.add_argument("--pool", nargs="*", type=int, default=[1000, 10000, 50000], help="sizes for the data")
+    parser.add_argument("--data-steps", type=int, default=400, help="student steps that are fed")
+    parser.add_argument("--data-turns", type=int, default=1, help="turns of that")
+    parser.add_argument("--precision", choices=["none", "bf16", "fp16"], default="none", help="of ours")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--threads", type=int, default=1, help="more than one tells little on a shared machine")
+    parser.add_argument("--json", default="", help="file for the same numbers")
+    args = parser.parse_args()
+    set_threads(args.threads)
+    device = choose_device(args.device)
+    found = {"steps": [], "view cache": [], "data": []}
+    for pair, n in product(args.pairs, args.batch):
+        for part, rows in zip(found, compare(pair, n, args, device)):
+            found[part] += rows
+    found["data"] = [compare_data(images, args) for images in args.pool]
+    for rows in found.values():
+        print(table(rows), "", sep="\n")
+    if args.json:
+        Path(args.json).write_text(json.dumps({"options": vars(args), "environment": environment(device),
+                                               **found}, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
