@@ -20,9 +20,9 @@ from unittest import mock
 
 import numpy as np
 import torch
+from PIL import Image
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
-from torchvision.io import write_png
 from tqdm import tqdm
 
 from benchmarks import plain
@@ -85,14 +85,14 @@ class Clock:
 
 
 class Ours:
-    """The two phases as the programs run them. cached: share of the views that the cache knows, or None."""
+    """The two phases as the programs run them, with n images a step of synthesis and n views a step of the student."""
 
-    def __init__(self, pair, shape, ngf, n, device, precision):
-        teacher, student = (Network(build_model(name, 10, shape[0]), shape, (0.5,) * 3, (0.25,) * 3).to(device)
+    def __init__(self, pair, shape, ngf, n, device, precision, classes=10):
+        teacher, student = (Network(build_model(name, classes), shape, (0.5,) * 3, (0.25,) * 3).to(device)
                             for name in pair.split(">"))
         self.teacher, self.student, self.crop, self.n = teacher.freeze(), student, CropFlip(4, True), n
         settings = Synthesis(synthesis_batch_size=n, ngf=ngf, bn=1, oh=1, adv=1)
-        self.pool = ImagePool(4 * n, shape, 10, device)
+        self.pool = ImagePool(4 * n, shape, classes, device)
         self.source = InversionSynthesis(SynthesisObjective(settings, RELATION, teacher, student),
                                          Generator(256, ngf, shape).to(device), self.crop, self.pool, settings, 1,
                                          precision=precision)
@@ -201,7 +201,7 @@ def compare_data(images, args, size=32, n=128):
     crop = CropFlip(4, True)
     with tempfile.TemporaryDirectory() as root:
         for number, image in enumerate(pool.images):
-            write_png(image, f"{root}/{number:06d}.png")
+            Image.fromarray(image.permute(1, 2, 0).numpy()).save(f"{root}/{number:06d}.png")
         plainly, ours = [], []
         for _ in range(args.data_turns):
             start = sum(os.times()[:4])

@@ -1,0 +1,63 @@
+"""Peak memory of a step of each phase: python -m benchmarks.memory [SETTING ...]
+
+A setting is TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH. Each phase runs in a process of its own (two steps of a batch of
+images, one view each), whose peak is told above what it holds with networks and generator built. The pool and the
+view cache are told as what they take when full: 51,200 images, and a million views.
+"""
+import subprocess
+import sys
+
+import torch
+
+from benchmarks.step import Ours
+from datafree.errors import InputError, exit_on_input_error
+from datafree.logger import table
+from datafree.runtime import choose_device, peak_memory
+from datafree.view_cache import ViewCache
+
+SETTINGS = ("resnet20>resnet8,16,10,16,64", "wrn40_2>wrn16_1,32,10,64,64", "wrn40_2>wrn16_1,32,10,64,256",
+            "resnet34>resnet18,32,10,64,64", "resnet34>resnet18,32,10,64,256",
+            "torchvision.models:resnet50>torchvision.models:resnet18,224,1000,64,16")
+PHASES = ("synthesis", "student")
+
+
+def measure(setting, phase):
+    """Print the peak (MB) of two steps of a phase above what is held before them; to be run in a fresh process."""
+    ours = build(setting)
+    before = peak_memory(ours.pool.device)
+    if phase == "student":
+        ours.pool.add(torch.rand(2 * ours.n, *ours.pool.shape), torch.zeros(2 * ours.n, dtype=torch.long))
+    for _ in range(2):
+        ours.synthesis_round(1) if phase == "synthesis" else ours.student_step()
+    print(peak_memory(ours.pool.device) - before)
+
+
+def build(setting):
+    try:
+        pair, pixels, classes, ngf, n = setting.split(",")
+        return Ours(pair, (3, int(pixels), int(pixels)), int(ngf), int(n), choose_device("auto"), "none", int(classes))
+    except ValueError:
+        raise InputError(f"{setting} is not TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH") from None
+
+
+def row(setting):
+    """A row (dict) of the table."""
+    ours = build(setting)
+    cache = ViewCache(ours.teacher, ("logits", "embed", "stages"), 1, 1)
+    peaks = {phase: int(subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", setting, phase], text=True,
+                                       stdout=subprocess.PIPE, check=True).stdout) for phase in PHASES}
+    pair, pixels, classes, ngf, n = setting.split(",")
+    return {"networks": pair, "pixels": int(pixels), "classes": int(classes), "ngf": int(ngf), "batch": int(n),
+            **{f"{phase} MB": peak for phase, peak in peaks.items()},
+            "pool MB": round(51200 * 3 * int(pixels)**2 / 1e6), "view cache MB": cache.bytes_per_view}
+
+
+def main():
+    if sys.argv[1:2] == ["--one"]:
+        measure(*sys.argv[2:])
+    else:
+        print(table([row(setting) for setting in sys.argv[1:] or SETTINGS]))
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)
