@@ -4,9 +4,11 @@ No model has to return its features, so torchvision's, timm's and a user's own n
 are teachers and students as they are.
 """
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from datafree.errors import InputError
 
@@ -172,9 +174,8 @@ def _find_head(calls, num_classes):
 class BatchNormTap:
     """Collects the batch statistics of what ``model``'s BatchNorm layers are given.
 
-    Used as a context: the hooks exist only inside it, so that a forward pass elsewhere pays
-    nothing. ``statistics`` is then a list of (mean, variance, running mean, running variance),
-    each (C,), one entry a layer.
+    Used as a context: what it adds exists only inside it, so that a forward pass elsewhere pays nothing.
+    ``statistics`` is then a list of (mean, variance, running mean, running variance), each (C,), one entry a layer.
     """
 
     def __init__(self, model):
@@ -182,42 +183,89 @@ class BatchNormTap:
         self.statistics = []
 
     def __enter__(self):
-        self.statistics = []
-        self._hooks = [layer.register_forward_pre_hook(self._hook) for layer in self.layers]
+        self.statistics, self._hooks, self._taken = [], [], []
+        for layer in self.layers:
+            if _is_plain_and_frozen(layer):
+                layer.forward = partial(self._normalise, layer)
+                self._taken.append(layer)
+            else:
+                self._hooks.append(layer.register_forward_pre_hook(self._look))
         return self
 
     def __exit__(self, *exception):
         for hook in self._hooks:
             hook.remove()
+        for layer in self._taken:
+            del layer.forward
 
-    def _hook(self, layer, args):
-        mean, variance = ChannelStatistics.apply(args[0])
+    def _normalise(self, layer, x):
+        output, mean, variance = FrozenBatchNorm.apply(x, layer)
+        self._keep(layer, mean, variance)
+        return output
+
+    def _look(self, layer, args):
+        self._keep(layer, *ChannelStatistics.apply(args[0]))
+
+    def _keep(self, layer, mean, variance):
         self.statistics.append((mean, variance, layer.running_mean, layer.running_var))
 
 
-class ChannelStatistics(torch.autograd.Function):
+def _is_plain_and_frozen(layer):
+    """Whether the layer is torch's own, does no more than normalise by its running statistics, and learns nothing."""
+    own = type(layer) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d) and "forward" not in layer.__dict__
+    return own and not layer.training and not any(p.requires_grad for p in layer.parameters())
+
+
+def channel_statistics(x):
     """Mean and biased variance per channel, (N, C, ...) -> two vectors (C,) in at least fp32.
 
-    One autograd node with d mean = 1 / n and d var = 2 (x - mean) / n, so that no intermediate map is
-    kept. Sums over pixels are products with a vector of ones, which is many times faster on the CPU
-    than a reduction over the outer dimension.
+    By the kernel of BatchNorm itself: one pass, where ``torch.var_mean`` takes twenty times as long on channels_last.
     """
+    return torch.batch_norm_update_stats(x.to(torch.promote_types(x.dtype, torch.float32)), None, None, 0.0)
+
+
+def statistics_gradient(x, mean, grad_mean, grad_variance):
+    """What :func:`channel_statistics` gives back to x, in one pass: d mean = 1 / n, d var = 2 (x - mean) / n."""
+    count = x.numel() // x.shape[1]
+    slope = 2 * grad_variance / count
+    return torch.addcmul(_as_channels(grad_mean / count - slope * mean, x), x, _as_channels(slope, x))
+
+
+def _as_channels(vector, x):
+    return vector.view(1, -1, *[1] * (x.dim() - 2))
+
+
+class ChannelStatistics(torch.autograd.Function):
+    """:func:`channel_statistics` as one autograd node, so that no intermediate map is kept."""
 
     @staticmethod
     def forward(ctx, x):
-        rows = x.movedim(1, -1).flatten(0, -2).to(torch.promote_types(x.dtype, torch.float32))
-        ones = rows.new_full((rows.shape[0],), 1 / rows.shape[0])
-        with torch.autocast(x.device.type, enabled=False):  # which would multiply in half precision
-            mean = ones @ rows
-            variance = ones @ (rows - mean).square_()
+        mean, variance = channel_statistics(x)
         ctx.save_for_backward(x, mean)
-        ctx.count = rows.shape[0]
         return mean, variance
 
     @staticmethod
     def backward(ctx, grad_mean, grad_variance):
         x, mean = ctx.saved_tensors
-        shape = (1, -1) + (1,) * (x.dim() - 2)
-        slope = 2 * grad_variance / ctx.count
-        offset = grad_mean / ctx.count - slope * mean
-        return (x * slope.view(shape)).add_(offset.view(shape)).to(x.dtype)
+        return statistics_gradient(x, mean, grad_mean, grad_variance).to(x.dtype)
+
+
+class FrozenBatchNorm(torch.autograd.Function):
+    """What a BatchNorm ``layer`` in evaluation mode makes of x, and the :func:`channel_statistics` of x.
+
+    Together they need two passes on the way back, and keep x once; apart they need four.
+    """
+
+    @staticmethod
+    def forward(ctx, x, layer):
+        output = F.batch_norm(x, layer.running_mean, layer.running_var, layer.weight, layer.bias, eps=layer.eps)
+        mean, variance = channel_statistics(x)
+        scale = (layer.running_var + layer.eps).rsqrt()
+        ctx.save_for_backward(x, mean, scale if layer.weight is None else scale * layer.weight)
+        return output, mean, variance
+
+    @staticmethod
+    def backward(ctx, grad_output, grad_mean, grad_variance):
+        x, mean, scale = ctx.saved_tensors
+        gradient = statistics_gradient(x, mean, grad_mean, grad_variance)
+        return torch.addcmul(gradient, grad_output, _as_channels(scale, x)).to(x.dtype), None

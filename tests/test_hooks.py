@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from datafree.errors import InputError
-from datafree.hooks import BatchNormTap, ChannelStatistics, FeatureTap, pooled
+from datafree.hooks import BatchNormTap, ChannelStatistics, FeatureTap, FrozenBatchNorm, pooled
 from datafree.models import MODELS
 from datafree.network import Network
 
@@ -436,6 +436,77 @@ def test_statistic_hooks_exist_only_inside_the_context():
         1 / 0
     assert hooks_of(model) == 0
     assert all(torch.equal(buffer, buffers[name]) for name, buffer in model.named_buffers())
+
+
+def norm_layer(shape, affine, dtype=torch.float64):
+    """A BatchNorm layer for inputs of ``shape``, frozen in evaluation mode, whose numbers are all its own."""
+    kind = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}[len(shape)]
+    layer = kind(shape[1], affine=affine, eps=0.1).to(dtype)
+    for tensor in [*layer.parameters(), layer.running_mean, layer.running_var]:
+        nn.init.uniform_(tensor, 0.5, 2.0)
+    return layer.eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("shape", [(7, 3), (4, 3, 6), (4, 3, 2, 5), (2, 3, 2, 2, 2)], ids=str)
+def test_a_frozen_layer_with_its_statistics_is_the_layer_and_the_statistics(shape, affine):
+    layer, x = norm_layer(shape, affine), torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    dims = [d for d in range(len(shape)) if d != 1]
+    found = FrozenBatchNorm.apply(x, layer)
+    plain = layer(x), x.mean(dims), x.var(dims, unbiased=False)
+    weights = [torch.randn_like(part) for part in plain]
+    gradients = [torch.autograd.grad([part for part in parts], x, weights)[0] for parts in (found, plain)]
+    for ours, theirs in zip([*found, gradients[0]], [*plain, gradients[1]]):
+        torch.testing.assert_close(ours, theirs)
+    assert torch.autograd.gradcheck(lambda x: FrozenBatchNorm.apply(x, layer), x)
+
+
+@pytest.mark.parametrize("precision", [torch.bfloat16, torch.float16])
+def test_a_frozen_layer_passes_half_precision_on(precision):
+    x = torch.randn(4, 3, 6, 5).to(precision).requires_grad_()
+    layer = norm_layer(x.shape, True, torch.float32)
+    output, mean, _ = FrozenBatchNorm.apply(x, layer)
+    (output.float().sum() + mean.sum()).backward()
+    assert output.dtype == x.grad.dtype == precision and mean.dtype == torch.float32
+    scale = (layer.running_var + 0.1).rsqrt() * layer.weight
+    torch.testing.assert_close(x.grad[0, :, 0, 0].float(), scale + 1 / 120, rtol=0.01, atol=0)
+
+
+class OwnNorm(nn.BatchNorm2d):
+    """A layer that does more than normalise."""
+
+    def forward(self, x):
+        return super().forward(x).relu()
+
+
+@pytest.mark.parametrize("change", ["own class", "own forward", "trained", "learning"])
+def test_only_plain_frozen_layers_are_computed_anew(change):
+    layer = OwnNorm(3) if change == "own class" else nn.BatchNorm2d(3)
+    layer.train(change == "trained").requires_grad_(change == "learning")
+    if change == "own forward":
+        layer.forward = lambda x: x * 2
+    x = torch.randn(4, 3, 5, 5) + 1
+    before, forward = layer(x), layer.forward
+    with BatchNormTap(layer) as tap:
+        output = layer(x)
+        assert output.grad_fn is None or change == "learning"
+    torch.testing.assert_close(output, before)
+    torch.testing.assert_close(tap.statistics[0][0], x.mean((0, 2, 3)))
+    if change == "own forward":
+        assert layer.forward is forward
+    if change == "learning":
+        output.square().sum().backward()
+        assert layer.weight.grad.abs().sum() > 0
+
+
+def test_a_frozen_network_is_as_before_after_the_context():
+    model, images = toy().eval().requires_grad_(False), torch.randn(2, 3, 16, 16)
+    before, tap = model(images), BatchNormTap(model)
+    with pytest.raises(ZeroDivisionError), tap:
+        torch.testing.assert_close(model(images), before)
+        1 / 0
+    assert len(tap.statistics) == 3 and not any("forward" in layer.__dict__ for layer in tap.layers)
+    assert torch.equal(model(images), before) and len(tap.statistics) == 3
 
 
 def test_layers_without_running_statistics_are_left_out():

@@ -79,7 +79,7 @@ def test_the_student_phase_runs_no_statistic_hooks_and_leaves_the_generator(monk
     pool = ImagePool(8, SHAPE, CLASSES, torch.device("cpu"))
     source = InversionSynthesis(objective, Generator(4, 4, SHAPE), STAY, pool, options, g_steps=1)
     source.synthesize()
-    hooked = count_calls(monkeypatch, BatchNormTap, "_hook")
+    hooked = count_calls(monkeypatch, BatchNormTap, "_keep")
     before, held = snapshot(source.generator), pool.state_dict()
     learner = make(teacher=teacher, student=student)
     for _ in range(3):

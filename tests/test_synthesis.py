@@ -288,7 +288,7 @@ def test_the_latest_images_are_known_after_a_restart():
 
 
 def test_the_saved_pool_is_no_larger_than_what_it_holds(tmp_path):
-    pool = ImagePool(10_000, (1, 8, 8), 2, "cpu")
+    pool = ImagePool(10_000, (1, 8, 8), 2, torch.device("cpu"))
     pool.add(torch.rand(4, 1, 8, 8), torch.zeros(4, dtype=torch.long))
     torch.save(pool.state_dict(), tmp_path / "pool.pth")
     assert (tmp_path / "pool.pth").stat().st_size < 10_000
