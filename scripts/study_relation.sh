@@ -11,7 +11,7 @@ cells() {  # a name and its options a line; synthesis, student: the phases that 
     echo "none --triplet 0 --striplet 0"
     echo "rgal"  # as configs/methods/ has them, with a sampling of its own in each phase
     echo "release --relation release --sampling_space logits"
-    for weight in 1 10; do  # ten and a hundred times the published weights
+    for weight in 1 10 100; do  # ten to a thousand times the published weights
         echo "weight$weight-student --triplet 0 --striplet $weight"
         echo "weight$weight-synthesis-paper --triplet $weight --striplet 0"
         echo "weight$weight-synthesis-release --triplet $weight --striplet 0 --relation release"
