@@ -9,6 +9,7 @@ from datafree import cli, diagnostics
 from datafree.config import DistillConfig
 from datafree.engine import Engine
 from datafree.errors import InputError, OptionError, exit_on_input_error
+from datafree.hooks import sees_images_alone
 from datafree.learners.distill import DistillLearner
 from datafree.models.custom import load_object
 from datafree.models.generator import Generator
@@ -57,7 +58,7 @@ def main():
         facts = session.facts(student, config.student.student)
         engine = Engine(learner, source, schedule, folder, config.run, facts=facts,
                         evaluate=(lambda: session.score(student)) if session.test else None,
-                        describe=diagnostics.Watch(source, teacher, student, config.relation.sampling_space))
+                        describe=diagnostics.Watch(source, teacher, student, drawing_space(config.relation)))
         session.train(engine, **columns)
 
 
@@ -83,6 +84,9 @@ def plan_schedule(config):
     if s.kd_steps > s.ep_steps:
         raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
                          "lower --kd_steps or raise --ep_steps")
+    if config.distill.view_cache and (config.distill.mixup or config.distill.gram_loss):
+        raise OptionError("--view_cache has no use with --mixup, whose views hardly occur twice, nor with --gram_loss, "
+                          "which needs whole maps; leave it out, or those")
     if s.warmup >= s.epochs:
         raise InputError(f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or "
                          "raise --epochs")
@@ -133,14 +137,26 @@ def own_source(name, teacher, student, session):
 def build_cache(session, teacher, source):
     """Where the teacher's answers to views are kept; None where there is no use in it."""
     settings, triplets = session.config.distill, session.config.relation
-    pool = getattr(source, "pool", None)
-    # Blended views hardly occur twice, and whole maps are too large to keep.
-    if settings.view_cache == 0 or settings.mixup or settings.gram_loss or not isinstance(pool, ImagePool):
+    pool, megabytes = getattr(source, "pool", None), settings.view_cache
+    wanted = session.device.type == "cpu" if megabytes is None else megabytes
+    if not wanted or settings.mixup or settings.gram_loss or not isinstance(pool, ImagePool):
         return None
-    megabytes = settings.view_cache or free_memory(session.device) // (4 * 10**6)
+    if not sees_images_alone(teacher):
+        return None
+    free = max(0, free_memory(session.device) - pool.images.nbytes) // 10**6  # which the pool has not touched yet
     wanted = ["logits"] + ["stages"] * (settings.cd_loss > 0)
     wanted += ["embed"] * (triplets.striplet > 0 and triplets.sampling_space == "embedding")
-    return ViewCache(teacher, wanted, pool.capacity * session.augment.count, megabytes)
+    possible = pool.capacity * session.augment.count
+    cache = ViewCache(teacher, wanted, possible, free // 4 if megabytes is None else min(megabytes, free))
+    if megabytes and megabytes > free and len(cache) < possible:
+        raise InputError(f"--view_cache {megabytes} does not fit beside the pool into the {free} MB that are free; "
+                         "lower it")
+    return cache
+
+
+def drawing_space(triplets):
+    """Where distances for drawing are measured; that of the default where nothing is drawn."""
+    return triplets.sampling_space if triplets.triplet or triplets.striplet else "embedding"
 
 
 def describe_plan(session, schedule, teacher, source, cache):

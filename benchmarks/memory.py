@@ -1,8 +1,8 @@
 """Peak memory of a step of each phase: python -m benchmarks.memory [SETTING ...]
 
-A setting is TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH. Each phase runs in a process of its own (two steps of a batch of
-images, one view each), whose peak is told above what it holds with networks and generator built. The pool and the
-view cache are told as what they take when full: 51,200 images, and a million views.
+A setting is TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH. Each phase runs in a process of its own, two steps of a batch of
+images (synthesis) or of as many views of half of them (student), and its peak is told above the peak before, when
+networks and generator are built. Pool and view cache are told as what they take: 51,200 images, a million views.
 """
 import subprocess
 import sys

@@ -1,9 +1,9 @@
-"""RGAL's two steps and its data the plain way, as a yardstick: what the released code does, in the order it does it.
+"""RGAL's two steps and its data the plain way, as a yardstick: what the released code is described to do.
 
-Written from its description, not from its text. Eager fp32 in torch's default memory format; upsampling and
-convolution apart; networks in evaluation mode whose weights still gather gradients; hooks on the teacher's BatchNorm
-that work in both phases; triplets as lists of indices; the channel term on whole maps; a folder of PNG files that
-worker processes decode at every pass. The triplets' labels are given: a teacher of random weights names one class.
+Eager fp32 in torch's default memory format; upsampling and convolution apart; networks in evaluation mode whose weights
+still gather gradients; hooks on the teacher's BatchNorm that work in both phases; triplets as lists of indices; the
+channel term on whole maps; a folder of PNG files that worker processes decode at every pass. The triplets' labels are
+given, for a teacher of random weights names one class.
 """
 import math
 from pathlib import Path
@@ -56,7 +56,7 @@ class Plain:
         self.augment = nn.Sequential(v2.RandomCrop(shape[1:], padding=4), v2.RandomHorizontalFlip())
         self.normalise = v2.Normalize([0.5] * shape[0], [0.25] * shape[0])
         pairs = zip(self.student.stage_channels, self.teacher.stage_channels)
-        self.project = nn.ModuleList(nn.Conv2d(s, t, 1, bias=False) for s, t in pairs).to(device)
+        self.project = nn.ModuleList(nn.Conv2d(s, t, 1) for s, t in pairs).to(device)
         self.sgd = torch.optim.SGD([*student.parameters(), *self.project.parameters()], 0.1, 0.9, weight_decay=1e-4)
         self.n, self.classes, self.device = n, self.teacher.num_classes, device
 

@@ -1,9 +1,10 @@
 """What a step of each phase costs, beside the plain pipeline: python -m benchmarks.step [--pairs ...] [--batch ...]
 
 Both pipelines take their steps in turns within this process, and what is told is the median of the ratios of a turn,
-with its quartiles, so that a busy machine cannot favour one. Times are CPU seconds of all threads (on a GPU seconds
-after a synchronisation). FLOP are counted by torch as two a multiplication; the peak is the best of a few
-convolutions, taken in turns with the steps. Weights are random. Everything is written to --json, too.
+with its quartiles, so that a busy machine cannot favour one. Times are CPU seconds of all threads; on a GPU seconds,
+and the host waits after every part, so that the parts add up but the whole is slower than in a run. FLOP are counted
+by torch as two a multiplication; the peak is the best of a few convolutions, taken in turns with the steps. Weights are
+random. Everything is written to --json, too.
 """
 import argparse
 import json
@@ -155,15 +156,18 @@ def compare(pair, n, args, device):
                              lambda: ours.cached_step(known=False), lambda: ours.cached_step(known=True))))
     ours.synthesis_round(1)  # the pool needs images
     flop = {case: count_flop(call) for case, call in calls.items()}
-    clock, turns, peaks = Clock(device), defaultdict(list), []
+    clock, turns, peaks = Clock(device), defaultdict(list), defaultdict(list)
     with clock.timed(timed_methods(ours, theirs)):
         for _ in tqdm(range(args.turns), desc=f"{pair}, batch {n}", leave=False):
-            peaks.append(convolution_peak(device, args.precision))
+            for precision in {"none", args.precision}:
+                peaks[precision].append(convolution_peak(device, precision))
             for case, call in calls.items():
                 clock.run("rest", call)
                 turns[case].append(clock.take())
-    steps = [summarise(pair, n, case, turns, flop[case] / statistics.median(peaks)) for case in CASES]
-    caches = [average(turns, megabytes, ours.cache.bytes_per_view) for megabytes in args.cache]
+    floors = {case: flop[case] / statistics.median(peaks["none" if "plain" in case else args.precision])
+              for case in CASES}
+    steps = [summarise(pair, n, case, turns, floors[case]) for case in CASES]
+    caches = [average(turns, megabytes, ours.cache.bytes_per_view, n // 2) for megabytes in args.cache]
     return steps, [{"networks": pair, "batch": n, **row} for row in caches]
 
 
@@ -217,12 +221,15 @@ def compare_data(images, args, size=32, n=128):
             "s": statistics.median(ours), "faster": ratio, "from": low, "to": high}
 
 
-def average(turns, megabytes, bytes_per_view):
-    """What a view cache of so many megabytes saves over the published schedule."""
-    share = known_share(megabytes * 10**6 // bytes_per_view)
-    plainly, new, known = ([sum(turn.values()) for turn in turns[case]] for case in (CASES[2], *CASES[4:]))
-    low, ratio, high = quartiles([p / (share * k + (1 - share) * n) for p, n, k in zip(plainly, new, known)])
-    return {"cache MB": megabytes, "known %": 100 * share, "student faster": ratio, "from": low, "to": high}
+def average(turns, megabytes, bytes_per_view, images):
+    """Student steps of the published schedule with a view cache of so many megabytes, beside ours without and plain."""
+    share = known_share(megabytes * 10**6 // bytes_per_view, n=images)
+    plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CASES[2:])
+    mean = [share * k + (1 - share) * n for n, k in zip(new, known)]
+    low, ratio, high = quartiles([a / b for a, b in zip(plainly, mean)])
+    return {"cache MB": megabytes, "known %": 100 * share,
+            "than without": statistics.median(a / b for a, b in zip(without, mean)), "than plain": ratio,
+            "from": low, "to": high}
 
 
 @cache
@@ -248,12 +255,14 @@ def main():
     parser.add_argument("--cache", nargs="*", type=int, default=[1000, 4000, 16000], help="megabytes of view caches")
     parser.add_argument("--pool", nargs="*", type=int, default=[1000, 10000, 50000], help="sizes for the data")
     parser.add_argument("--data-steps", type=int, default=400, help="student steps that are fed")
-    parser.add_argument("--data-turns", type=int, default=1, help="turns of that")
+    parser.add_argument("--data-turns", type=int, default=3, help="turns of that")
     parser.add_argument("--precision", choices=["none", "bf16", "fp16"], default="none", help="of ours")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="more than one tells little on a shared machine")
     parser.add_argument("--json", default="", help="file for the same numbers")
     args = parser.parse_args()
+    if min(args.pool, default=128) < 128:
+        parser.error("--pool: a batch of 128 images needs as many")
     set_threads(args.threads)
     device = choose_device(args.device)
     found = {"steps": [], "view cache": [], "data": []}

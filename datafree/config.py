@@ -173,8 +173,9 @@ class Distill:
     batch_size: int = option(128, "Pool images of a student step.", low=1)
     pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
     balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.", idle=CONTROL)
-    view_cache: int = option(None, "Megabytes in which the teacher's answers to views are kept, a quarter of the free "
-                                   "memory when empty; 0 keeps none, nor do mixup and gram_loss.", low=0, idle=CONTROL)
+    view_cache: int = option(None, "Most megabytes for the teacher's answers to views, so that it is not asked twice. "
+                                   "Empty: a quarter of the free memory on the CPU, none on a GPU. Not for mixup and "
+                                   "gram_loss.", low=0, idle=CONTROL)
     mixup: float = option(0.0, "Share of the views that are blended with another one of the batch.", low=0, high=1)
     lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
     momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)

@@ -91,7 +91,7 @@ class Engine:
     def _student_step(self):
         at, s = self.position, self.schedule
         done = (at["epoch"] * s.rounds + at["round"]) * s.kd_steps + at["step"]
-        with out_of_memory_in("a step of the student", "--batch_size"):
+        with out_of_memory_in("a training step", "--batch_size"):
             terms = self.learner.step(*self.source.sample(s.batch_size),
                                       progress=done / (s.epochs * s.rounds * s.kd_steps))
         self.means.add("student", terms)
@@ -230,8 +230,7 @@ def out_of_memory_in(phase, remedy):
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        raise InputError(f"the memory does not suffice for {phase}; lower {remedy}, or use smaller networks (the last "
-                         "epoch's checkpoint is kept)") from error
+        raise InputError(f"the memory does not suffice for {phase}; lower {remedy}, or use smaller networks") from error
 
 
 def require_finite(terms, where):

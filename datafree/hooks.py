@@ -216,10 +216,16 @@ def _is_plain_and_frozen(layer):
     return own and not layer.training and not any(p.requires_grad for p in layer.parameters())
 
 
+def sees_images_alone(model):
+    """Whether the answer to an image does not depend on the others of its batch, in evaluation mode."""
+    return not any(isinstance(m, BATCH_NORMS) and m.running_mean is None for m in model.modules())
+
+
 def channel_statistics(x):
     """Mean and biased variance per channel, (N, C, ...) -> two vectors (C,) in at least fp32.
 
-    By the kernel of BatchNorm itself: one pass, where ``torch.var_mean`` takes twenty times as long on channels_last.
+    One pass, by the kernel of BatchNorm itself; ``torch.var_mean`` takes twenty times as long on the CPU where the
+    channels come last.
     """
     return torch.batch_norm_update_stats(x.to(torch.promote_types(x.dtype, torch.float32)), None, None, 0.0)
 

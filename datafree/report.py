@@ -17,7 +17,7 @@ from pathlib import Path
 
 from datafree.cli import active
 from datafree.config import DistillConfig
-from datafree.errors import InputError, exit_on_input_error, usage
+from datafree.errors import InputError, OptionError, exit_on_input_error, usage
 from datafree.logger import table, whole_lines
 
 WEIGHTS = ("teacher_weights", "student_weights", "weights")
@@ -107,10 +107,12 @@ def report(rows, against=()):
 
 
 def _differing(groups):
-    """Names of the options of which the groups have more than one value, and of weights that part them."""
+    """Names of the options of which the groups have several values; where those do not part all, of what some lack."""
     names = [name for name, _ in set().union(*groups)]
-    return {name for name in names if names.count(name) > 1} | {
-        name for name in WEIGHTS if 0 < sum(name in dict(options) for options in groups) < len(groups)}
+    several = {name for name in names if names.count(name) > 1}
+    if len({tuple(pair for pair in options if pair[0] in several) for options in groups}) == len(groups):
+        return several
+    return {name for name, _ in set().union(*groups) - set.intersection(*map(set, groups))}
 
 
 def _baseline(rows, against):
@@ -200,9 +202,12 @@ def main():
         if word in FLAGS:
             given = words.setdefault(word, [])
         elif word.startswith("--"):
-            raise InputError(f"unknown option {word}; there are {', '.join(FLAGS)}")
+            raise OptionError(f"unknown option {word}; there are {', '.join(FLAGS)}")
         else:
             (given if len(words) > 1 else words[""]).append(word)
+    for flag, given in words.items():
+        if not given:
+            raise OptionError(f"{flag} needs a word after it" if flag else "give folders of runs before the flags")
     of = " ".join(words.get("--of", ["acc1"]))
     told, decimals = ("%", 2) if of == "acc1" else (of, 4)
     summaries = read_summaries(words[""], of)
@@ -213,6 +218,8 @@ def main():
         print(f"{left} older runs of the same options and seed are left out")
     for option in words.get("--effect", ()):
         found = effects(rows, option)
+        if option not in {name for summary in summaries for name in summary["settings"]}:
+            raise OptionError(f"--effect {option}: no run reads such an option; name it as config.yaml does")
         print("", table(found, decimals) if found else f"no two runs of one seed differ in {option} alone", sep="\n")
 
 

@@ -1,7 +1,8 @@
 """The teacher's answers to views of pool images, kept: what it said of a view once it need not say again.
 
-A frozen teacher in evaluation mode answers a view alike whenever it sees it, and padded crops with mirroring give
-an image only 2 (2 padding + 1)^2 views. So this is exact, unlike one answer per image for all its views.
+A frozen teacher in evaluation mode answers a view alike whatever else the batch holds, and padded crops with mirroring
+give an image only 2 (2 padding + 1)^2 views. So the answers are right up to rounding, and to the bit on the CPU as far
+as tried, unlike one answer per image for all its views.
 """
 import torch
 
@@ -14,8 +15,8 @@ class ViewCache:
     """Asks the teacher about new views only; memory is bounded, and a view that meets a full place takes it.
 
     teacher: a frozen Network. wanted: which of "logits", "embed", "stages" are needed (stages are kept pooled, as
-    matrices). possible: how many views there are at a time, keys modulo it. megabytes: bound of the memory, which
-    is touched as it fills.
+    matrices). possible: how many views there are at a time. megabytes: bound of the memory, which the CPU gives as it
+    fills, and a GPU at once.
     """
 
     def __init__(self, teacher, wanted, possible, megabytes):
@@ -25,8 +26,8 @@ class ViewCache:
         self.wanted = {name: widths[name] for name in widths if name in wanted}
         width = sum(map(sum, self.wanted.values()))
         self.bytes_per_view = 4 * width + 8
-        self.places = min(possible, megabytes * 10**6 // self.bytes_per_view)
-        self.values = torch.empty(self.places, width, device=device)
+        self.places = max(1, min(possible, megabytes * 10**6 // self.bytes_per_view))
+        self.values = torch.empty(self.places + 1, width, device=device)  # the last row is for what nobody keeps
         self.keys = torch.full((self.places,), -1, device=device)
         self._known, self._drawn = torch.zeros((), dtype=torch.long, device=device), 0
 
@@ -64,8 +65,8 @@ class ViewCache:
 
     def _keep(self, places, keys, values):
         self.keys[places] = keys
-        kept = self.keys[places] == keys  # two new views of one place: one of them has it now
-        self.values[places[kept]] = values[kept]
+        # Of two new views with one place one has it now; the other is written where nothing is read.
+        self.values[torch.where(self.keys[places] == keys, places, self.places)] = values
 
     def _unpack(self, values):
         widths = [width for name in self.wanted for width in self.wanted[name]]

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# The cells of the study that matter, on CIFAR-10 from He et al.'s ResNet-20, in a sixth of the steps of its CPU cell:
+# The cells of the study that matter, on CIFAR-10 from He et al.'s ResNet-20, in 2,560 steps, an eighth of its CPU cell's:
 #     bash scripts/study_relation_cifar10.sh WEIGHTS [OPTIONS]
-# WEIGHTS is the teacher's file; options go to every run. A finished run is not repeated. SEEDS, STUDY, CELLS as there.
+# WEIGHTS is the teacher's file; options go to every run. A finished run is not repeated. SEEDS, STUDY
+# and CELLS as for study_relation.sh.
 set -euo pipefail
 weights=$(realpath "${1:?"name the file of the ResNet-20 teacher's weights"}")
 shift

@@ -1,4 +1,4 @@
-"""The benchmarks run, and their yardstick computes the same as what they measure."""
+"""The benchmarks run, and their yardstick computes the same as what they measure, but for its random triplets."""
 import json
 
 import nets
@@ -7,7 +7,9 @@ import torch
 from PIL import Image
 
 from benchmarks import memory, plain, precision, step
-from datafree.config import Relation, Synthesis
+from datafree.augment import CropFlip
+from datafree.config import Distill, Relation, Synthesis
+from datafree.learners.distill import DistillLearner
 from datafree.models.generator import Generator
 from datafree.network import Network
 from datafree.synthesis.objective import SynthesisObjective
@@ -42,6 +44,29 @@ def test_the_savings_of_synthesis_leave_its_gradient_as_it_is(make, monkeypatch)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
+def test_the_savings_of_the_student_leave_its_gradient_as_it_is(monkeypatch):
+    monkeypatch.setattr(plain, "triplet_loss", lambda *given: 0.0)
+    models, views = (nets.tiny(CLASSES, 3), nets.small(CLASSES, 3)), torch.rand(8, *SHAPE)
+    theirs = plain.Plain(*models, SHAPE, 4, 8, CPU)
+    teacher, student = (Network(model, SHAPE, (0.5,) * 3, (0.25,) * 3) for model in models)
+    learner = DistillLearner(student, teacher.freeze(), CropFlip(0, False), Distill(cd_loss=0.1), Relation(), 10)
+    for project in (*theirs.project, *learner.projection.project):
+        torch.nn.init.ones_(project.weight)
+        torch.nn.init.zeros_(project.bias)
+    gradients = []
+    for step_of in (lambda: theirs.student_step(theirs.normalise(views), torch.arange(8) % CLASSES),
+                    lambda: learner.step(views, None)):
+        for parameter in student.parameters():
+            parameter.grad = None
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.optim.SGD, "step", lambda self: None)
+            patch.setattr(theirs.sgd, "zero_grad", lambda: None)
+            patch.setattr(learner.optimizer, "zero_grad", lambda: None)
+            step_of()
+        gradients.append([parameter.grad.clone() for parameter in student.parameters()])
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-6)
+
+
 def test_the_folded_generator_is_the_plain_one():
     theirs, ours = plain.generator(8, 4, SHAPE), Generator(8, 4, SHAPE)
     with torch.no_grad():
@@ -70,7 +95,7 @@ def test_the_known_share_is_that_of_a_cache_drawn_step_by_step():
 
 
 def test_a_benchmark_of_steps_writes_what_it_prints(tmp_path, monkeypatch, capsys):
-    words = "--pairs resnet20>resnet8 --batch 16 --turns 2 --pool 8 --data-steps 1 --cache 1 --json"
+    words = "--pairs resnet20>resnet8 --batch 16 --turns 2 --pool 128 --data-steps 1 --cache 1 --json"
     monkeypatch.setattr(plain, "batches", lambda root, size, n, count: [None])  # its workers take seconds to start
     monkeypatch.setattr("sys.argv", ["step", *words.split(), str(tmp_path / "step.json")])
     step.main()
@@ -84,7 +109,11 @@ def test_a_benchmark_of_steps_writes_what_it_prints(tmp_path, monkeypatch, capsy
     assert rows["student, all views known"]["teacher ms"] == 0
     assert found["view cache"][0]["cache MB"] == 1 and 0 < found["view cache"][0]["known %"] < 100
     printed = capsys.readouterr().out
-    assert all(name in printed for name in ("plain synthesis", "known %", "pool"))
+    assert all(name in printed for name in ("plain synthesis", "known %", "than plain", "pool"))
+    monkeypatch.setattr("sys.argv", ["step", "--pool", "127"])
+    with pytest.raises(SystemExit):
+        step.main()
+    assert "--pool" in capsys.readouterr().err
 
 
 def test_the_plain_pool_is_read_from_files(tmp_path):
@@ -95,10 +124,12 @@ def test_the_plain_pool_is_read_from_files(tmp_path):
 
 
 def test_memory_is_measured_in_a_process_of_its_own(capsys):
+    row = memory.row("wrn16_1>wrn16_1,32,10,16,128")
+    # The inputs of the teacher's widest layers alone, seven of 16 x 32 x 32 numbers an image.
+    assert row["networks"] == "wrn16_1>wrn16_1" and row["synthesis MB"] > 7 * 128 * 16 * 32 * 32 * 4 / 1e6
+    assert row["pool MB"] == 157 and row["view cache MB"] == 4 * (10 + 64 + 16 + 32 + 64) + 8
     memory.measure("resnet20>resnet8,16,10,4,8", "student")
-    assert int(capsys.readouterr().out) >= 0
-    row = memory.row("resnet20>resnet8,16,10,4,8")
-    assert row["networks"] == "resnet20>resnet8" and row["synthesis MB"] >= 0
+    assert capsys.readouterr().out.strip().isdigit()
     with pytest.raises(memory.InputError, match="bad is not TEACHER>STUDENT"):
         memory.build("bad")
 

@@ -83,7 +83,7 @@ def other_value(hint, spec):
         name = next(name for name in get_args(hint) if name != spec.default)
         return name, name
     if hint is int:
-        return str(spec.default + 3), spec.default + 3
+        return str((spec.default or 0) + 3), (spec.default or 0) + 3
     if hint is float:
         return ("25e-2", 0.25) if spec.default != 0.25 else ("0.5", 0.5)
     return ("elsewhere", "elsewhere") if hint is str else ("0.25,1e-1", (0.25, 0.1))

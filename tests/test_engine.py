@@ -324,7 +324,7 @@ def test_rounds_alternate_and_progress_runs_from_0_to_1(make_engine):
 
 
 @pytest.mark.parametrize("owner, method, told", [(Recorder, "synthesize", "synthesis; lower --synthesis_batch_size"),
-                                                 (Pupil, "step", "the student; lower --batch_size")])
+                                                 (Pupil, "step", "a training step; lower --batch_size")])
 def test_out_of_memory_is_told_with_its_remedy(owner, method, told, make_engine, monkeypatch):
     monkeypatch.setattr(owner, method, lambda *a, **k: torch.empty(10**15))
     engine = make_engine([])

@@ -1,4 +1,7 @@
-"""No step waits for the host: what would stop a GPU is told by the operators that a step calls, on any device."""
+"""No step waits for the host: what would stop a GPU is told by the operators that a step calls, on any device.
+
+All but the view cache, which is off on a GPU unless asked for: it has to know how many views are new.
+"""
 import nets
 import pytest
 import torch
@@ -13,6 +16,7 @@ from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.objective import SynthesisObjective
+from datafree.view_cache import ViewCache
 
 SHAPE, CLASSES, CPU = (3, 16, 16), 4, torch.device("cpu")
 ALL = dict(bn=1.0, oh=1.0, adv=1.0, act=1.0, balance=1.0, cr=1.0, tv=1.0, l2=1.0)
@@ -35,7 +39,7 @@ class Waits(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def both_phases(synthesis, relation, distill):
+def both_phases(synthesis, relation, distill, cached=False):
     """A source with one round in its pool, and a learner."""
     teacher, student = (Network(make(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3) for make in (nets.tiny, nets.small))
     settings = config.Synthesis(**synthesis, nz=4, ngf=4, synthesis_batch_size=8)
@@ -43,7 +47,8 @@ def both_phases(synthesis, relation, distill):
     source = InversionSynthesis(objective, Generator(4, 4, SHAPE), CropFlip(), ImagePool(40, SHAPE, CLASSES, CPU),
                                 settings, 3, balanced=True)
     source.synthesize()
-    return source, DistillLearner(student, teacher, CropFlip(), config.Distill(**distill), relation, 100)
+    cache = ViewCache(teacher, ("logits", "embed", "stages"), 40 * 162, 10) if cached else None
+    return source, DistillLearner(student, teacher, CropFlip(), config.Distill(**distill), relation, 100, cache=cache)
 
 
 @pytest.fixture(autouse=True)
@@ -74,3 +79,11 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
         for _ in range(2):
             means.add("student", learner.step(*source.sample(8)))
     assert waits.found == []
+
+
+def test_the_view_cache_waits_once_a_step():
+    relation = config.Relation(triplet=1.0, striplet=1.0)
+    source, learner = both_phases(ALL, relation, dict(cd_loss=1.0), cached=True)
+    with Waits() as waits:
+        learner.step(*source.sample(8))
+    assert waits.found == ["nonzero"]

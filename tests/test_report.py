@@ -146,12 +146,12 @@ def test_an_effect_is_the_mean_over_seeds_of_pairs_that_differ_in_it_alone(tmp_p
     assert (triplet["from"], triplet["to"], triplet["pairs"], triplet["gain"]) == ("0", "0.1", 4, 2.5)
     assert triplet["ci95"] == pytest.approx(12.7062 * 0.5**0.5 / 2**0.5)
     assert report.effects(rows, "sampling") == []
-    words = ["--effect", "relation", "ngf", "sampling", "--of", "images/x"]
+    words = ["--effect", "relation", "ngf", "source", "--of", "images/x"]
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path), *words])
     report.main()
     text = capsys.readouterr().out
     assert "images/x after the last epoch" in text and "0.0200" in text and "ngf" in text.split("\n\n")[2]
-    assert text.endswith("\nno two runs of one seed differ in sampling alone\n")
+    assert text.endswith("\nno two runs of one seed differ in source alone\n")
 
 
 def test_a_number_that_no_run_has_an_unknown_flag_and_lost_metrics_are_named(tmp_path, monkeypatch):
@@ -164,6 +164,22 @@ def test_a_number_that_no_run_has_an_unknown_flag_and_lost_metrics_are_named(tmp
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--efect", "ngf"])
     with pytest.raises(InputError, match="unknown option --efect"):
         report.main()
+
+
+@pytest.mark.parametrize("words, told", [((), "give folders"), (("RUNS", "--of"), "--of needs"),
+                                         (("RUNS", "--effect", "relatoin"), "no run reads such an option")])
+def test_words_that_are_missing_or_mistyped_are_named(words, told, tmp_path, monkeypatch):
+    write_effects(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", *(str(tmp_path) if word == "RUNS" else word for word in words),
+                                     *(() if words else ("--effect", "ngf"))])
+    with pytest.raises(InputError, match=told):
+        report.main()
+
+
+def test_an_option_that_older_runs_do_not_have_parts_rows_by_name(tmp_path):
+    write_settings(tmp_path / "old", 0, {"triplet": 0.1}, 90.0)
+    write_settings(tmp_path / "new", 0, {"triplet": 0.1, "keep": "best"}, 91.0)
+    assert {row["options"] for row in table_of(report.read_summaries([tmp_path]))} == {"", "keep=best"}
 
 
 ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "gain", "ci95")

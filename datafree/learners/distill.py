@@ -24,6 +24,8 @@ class DistillLearner(Learner):
             self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device)
         extra = self.projection.parameters() if projects else ()
         super().__init__(student, settings, total_steps, extra, precision)
+        if cache is not None and (settings.mixup or settings.gram_loss):
+            raise ValueError("a view cache knows neither blended views nor whole maps")
         self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
         self.cache = cache
 

@@ -37,8 +37,8 @@ class BaseSynthesis:
     def sample(self, n):
         """n images (n, C, H, W) in [0, 1] on the device, and their classes (n,) or None.
 
-        A third element, numbers (n,) that are the same for the same image alone, allows the learner to keep what the
-        teacher said of it.
+        A source that keeps its images in a :class:`datafree.pool.ImagePool` called ``pool`` may return all that its
+        ``sample`` does, so that the teacher need not be asked twice about a view.
         """
         raise NotImplementedError
 
