@@ -16,6 +16,8 @@ cells() {
     echo "student --triplet 0"
     echo "synthesis-paper --striplet 0"
     echo "synthesis-release --striplet 0 --relation release"
+    echo "weight10-synthesis-paper --triplet 10 --striplet 0"
+    echo "weight10-synthesis-release --triplet 10 --striplet 0 --relation release"
 }
 
 for seed in ${SEEDS:-0 1}; do
