@@ -27,7 +27,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
 from benchmarks import plain
-from datafree.augment import CropFlip
+from datafree.augment import CropFlip, shift_flip
 from datafree.config import Distill, Relation, Synthesis
 from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
@@ -214,7 +214,7 @@ def compare_data(images, args, size=32, n=128):
             plainly.append(sum(os.times()[:4]) - start)  # of this process and of the workers that have ended
             start = time.process_time()
             for _ in range(args.data_steps):
-                crop(pool.sample(n)[0].repeat(2, 1, 1, 1))
+                shift_flip(pool.sample(n)[0], *crop.draw(2 * n, pool.device))
             ours.append(time.process_time() - start)
     low, ratio, high = quartiles([a / b for a, b in zip(plainly, ours)])
     return {"pool": images, "steps": args.data_steps, "plain s": statistics.median(plainly),

@@ -13,6 +13,7 @@ class _ShiftFlip(torch.autograd.Function):
     @staticmethod
     def forward(ctx, images, shift, flip):
         ctx.save_for_backward(shift, flip)
+        ctx.count = len(images)
         return _gather(images, shift, flip)
 
     @staticmethod
@@ -20,25 +21,26 @@ class _ShiftFlip(torch.autograd.Function):
         shift, flip = ctx.saved_tensors
         # After a mirror the columns run backwards, so the way back shifts them the other way round.
         columns = torch.where(flip, shift[:, 1], -shift[:, 1])
-        return _gather(grad, torch.stack([-shift[:, 0], columns], 1), flip), None, None
+        grad = _gather(grad, torch.stack([-shift[:, 0], columns], 1), flip)
+        return grad if len(grad) == ctx.count else grad.unflatten(0, (-1, ctx.count)).sum(0), None, None
 
 
 def _gather(images, shift, flip):
-    """view[n, :, i, j] = image[n, :, i + dy, j' + dx], j' = j or its mirror; 0 outside the image."""
+    """view[k, :, i, j] = image[k % N, :, i + dy, j' + dx], j' = j or its mirror; 0 outside the image."""
     n, c, h, w = images.shape
     rows = torch.arange(h, device=images.device) + shift[:, :1]
-    columns = torch.arange(w, device=images.device).expand(n, w)
+    columns = torch.arange(w, device=images.device).expand(len(shift), w)
     columns = torch.where(flip[:, None], w - 1 - columns, columns) + shift[:, 1:]
     inside = ((rows >= 0) & (rows < h))[:, :, None] & ((columns >= 0) & (columns < w))[:, None, :]
-    index = rows.clamp(0, h - 1)[:, :, None] * w + columns.clamp(0, w - 1)[:, None, :]
-    index = index + torch.arange(n, device=images.device)[:, None, None] * (h * w)
-    pixels = images.permute(0, 2, 3, 1).reshape(n * h * w, c)
-    view = pixels.index_select(0, index.flatten()).view(n, h, w, c) * inside[..., None]
-    return view.permute(0, 3, 1, 2)
+    first = torch.arange(len(shift), device=images.device) % n * (h * w)
+    index = torch.where(inside, rows[:, :, None] * w + columns[:, None, :] + first[:, None, None], n * h * w)
+    pixels = images.new_zeros(n * h * w + 1, c)  # the last one is what stands outside
+    pixels[:-1].view(n, h, w, c).copy_(images.permute(0, 2, 3, 1))
+    return pixels.index_select(0, index.flatten()).view(-1, h, w, c).permute(0, 3, 1, 2)
 
 
 def shift_flip(images, shift, flip):
-    """The view that ``shift`` (N, 2), in pixels (rows, columns), and ``flip`` (N,) bool define."""
+    """The views that ``shift`` (K, 2), in pixels (rows, columns), and ``flip`` (K,) bool define, k of image k % N."""
     return _ShiftFlip.apply(images, shift, flip)
 
 

@@ -46,6 +46,17 @@ def test_channels_last_images_give_the_same_views():
     assert torch.equal(views, shift_flip(images, shift, flip))
 
 
+def test_more_views_than_images_begin_anew_with_the_first_image():
+    shift, flip = all_views(1)
+    images = torch.rand(6, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    times = len(shift) // 6
+    views, repeated = (shift_flip(x, shift, flip) for x in (images, images.repeat(times, 1, 1, 1)))
+    assert torch.equal(views, repeated)
+    weights = torch.rand_like(views)
+    [gradient], [expected] = (torch.autograd.grad((x * weights).sum(), images) for x in (views, repeated))
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_gradient_is_exact():
     shift = torch.tensor([[0, 0], [1, -2], [-1, 2], [4, 0], [0, -5], [-2, 1]])
     flip = torch.tensor([False, True] * 3)

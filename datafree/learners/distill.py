@@ -39,15 +39,15 @@ class DistillLearner(Learner):
     @torch.no_grad()
     def _show(self, images, numbers):
         """Views of the images, two of each if asked, and the teacher's Features of them."""
-        if self.settings.pair_sample:
-            images, numbers = images.repeat(2, 1, 1, 1), None if numbers is None else numbers.repeat(2)
-        shift, flip = self.augment.draw(len(images), images.device)
+        times = 2 if self.settings.pair_sample else 1
+        shift, flip = self.augment.draw(times * len(images), images.device)
         views = shift_flip(images, shift, flip)
         if self.settings.mixup:
             views = mixup(views, self.settings.mixup)
         if self.cache is None or numbers is None:
             return views, self.teacher.features(views)
-        return views, self.cache.features(views, numbers * self.augment.count + self.augment.number(shift, flip))
+        keys = numbers.repeat(times) * self.augment.count + self.augment.number(shift, flip)
+        return views, self.cache.features(views, keys)
 
     def _feature_weights(self, progress):
         """The terms beside KL act in the first ``custom_steps`` of the run."""
