@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # What the triplets are worth: every cell of direction x space x sampling x phase, on the digits, for 5 paired seeds.
-# A finished run is not repeated, so a stopped study goes on. SEEDS, STUDY (the folder) and CELLS (a pattern of names)
-# may be set, and options go to every distillation: SEEDS="0 1" CELLS="none|focal" bash scripts/study_relation.sh --T 4
+# A finished run is not repeated, so a stopped study goes on. SEEDS, STUDY (the folder) and CELLS (a regular
+# expression that a part of a cell's name must match) may be set, and options go to every distillation:
+#     SEEDS="0 1" CELLS="none|focal" bash scripts/study_relation.sh --T 4
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
@@ -34,7 +35,8 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     [ -f "$teacher/summary.json" ] ||
         python train_scratch.py --config configs/digits/teacher_resnet20.yaml --seed "$seed" --save_dir "$study" \
             --resume auto
-    cells | grep -E "^[^ ]*(${CELLS:-})" | while read -r name options; do
+    cells | while read -r name options; do
+        [[ $name =~ ${CELLS:-} ]] || continue
         [ -f "$study/digits_rgal_resnet20_resnet8/$name-seed$seed/summary.json" ] ||
             python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --epochs 4 "$@" $options \
                 --seed "$seed" --teacher_weights "$teacher/checkpoints/student_last.pth" --save_dir "$study" \

@@ -21,7 +21,8 @@ cells() {
 }
 
 for seed in ${SEEDS:-0 1}; do
-    cells | grep -E "^[^ ]*(${CELLS:-})" | while read -r name options; do
+    cells | while read -r name options; do
+        [[ $name =~ ${CELLS:-} ]] || continue
         [ -f "$study/cifar10_rgal_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
             python datafree_kd.py --config configs/cifar10/rgal_cifar_resnet20_wrn16_1_cpu.yaml --epochs 5 --warmup 1 \
                 --ep_steps 640 "$@" $options --seed "$seed" --teacher_weights "$weights" --save_dir "$study" \

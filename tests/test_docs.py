@@ -181,7 +181,7 @@ def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, t
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
     printed = script("study_relation_cifar10.sh", weights, *"--eval none --warmup 0 --g_steps 1 --ngf 8".split(),
-                     SEEDS="0", CELLS="none|synthesis-release", STUDY="runs/study10")
+                     SEEDS="0", CELLS="none|^synthesis-release", STUDY="runs/study10")
     rows = [line for line in printed.split("\nrun ")[-1].splitlines() if line.startswith("cifar10_rgal")]
     assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=0.1 " in rows[1]
 
