@@ -1,5 +1,4 @@
 """Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
-import math
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,16 +10,11 @@ from datafree.engine import Engine
 from datafree.errors import InputError, OptionError, exit_on_input_error
 from datafree.hooks import sees_images_alone
 from datafree.learners.distill import DistillLearner
-from datafree.models.custom import load_object
-from datafree.models.generator import Generator
 from datafree.pool import ImagePool
 from datafree.relation import triplet_stages
 from datafree.runtime import free_memory
 from datafree.session import Session, teacher_place
-from datafree.synthesis.base import BaseSynthesis, checked
-from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective
-from datafree.synthesis.sources import NoiseSource, RealSource
+from datafree.synthesis.build import build_source
 from datafree.view_cache import ViewCache
 
 EXAMPLES = """
@@ -77,16 +71,13 @@ def load_teacher(session):
 
 def plan_schedule(config):
     """The counts that the engine runs by; options that do not go together raise an InputError."""
-    s, made = config.schedule, config.synthesis.source == "inversion"
-    if ":" not in config.synthesis.source and config.synthesis.source not in ("inversion", "noise", "real"):
-        raise OptionError(f"--source {config.synthesis.source} is none of inversion, noise, real, "
-                          "path/to/file.py:Class")
+    s = config.schedule
     if s.kd_steps > s.ep_steps:
         raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
                          "lower --kd_steps or raise --ep_steps")
-    if config.distill.view_cache and (config.distill.mixup or config.distill.gram_loss):
-        raise OptionError("--view_cache has no use with --mixup, whose views hardly occur twice, nor with --gram_loss, "
-                          "which needs whole maps; leave it out, or those")
+    if config.distill.view_cache and not config.distill.views_recur:
+        raise OptionError("--view_cache has no use with --mixup, whose views hardly occur twice, nor with --gram_loss "
+                          "and --at_loss, which need whole maps; leave it out, or those")
     if s.warmup >= s.epochs:
         raise InputError(f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or "
                          "raise --epochs")
@@ -94,44 +85,9 @@ def plan_schedule(config):
     if 0 < end <= start:
         raise OptionError(f"start_layer {start} is not before end_layer {end}, so no stage is looked at; "
                           "lower --start_layer")
-    return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
-                           g_steps=s.g_steps if made else 0, batch_size=config.distill.batch_size)
-
-
-def build_source(session, teacher, student, schedule):
-    """Where the images come from, by ``synthesis.source``."""
-    config, card, device = session.config, session.card, session.device
-    options = config.synthesis
-    if ":" in options.source:
-        return own_source(options.source, teacher, student, session)
-    if options.source == "noise":
-        return NoiseSource(card, device)
-    if options.source == "real":
-        return RealSource(session.split("train"))
-    if options.cr and config.run.deterministic and device.type == "cuda":
-        raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
-    objective = SynthesisObjective(options, config.relation, teacher, student).to(device)
-    if 0 < options.pool_size < options.synthesis_batch_size:
-        raise InputError(f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
-                         f"--synthesis_batch_size {options.synthesis_batch_size} or more, or give 0 to hold all")
-    images = schedule.epochs * schedule.rounds * options.synthesis_batch_size
-    pool = ImagePool(min(options.pool_size or images, images), card.shape, card.num_classes, device)
-    generator = Generator(options.nz, options.ngf, card.shape).to(device)
-    return InversionSynthesis(objective, generator, session.augment, pool, options, schedule.g_steps,
-                              balanced=config.distill.balanced_sampling, precision=config.run.precision)
-
-
-def own_source(name, teacher, student, session):
-    """The source of images that a class of the user's makes (see BaseSynthesis)."""
-    make = load_object(name)
-    try:
-        source = make(teacher=teacher, student=student, augment=session.augment, card=session.card,
-                      config=session.config, device=session.device)
-    except Exception as error:
-        raise InputError(f"--source {name} failed when it was made: {type(error).__name__}: {error}") from error
-    if not isinstance(source, BaseSynthesis):
-        raise InputError(f"--source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
-    return checked(source)
+    g_steps = s.g_steps if config.synthesis.source in ("inversion", "pixels", "generator") else 0
+    return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, g_steps=g_steps,
+                           warmup=s.warmup, batch_size=config.distill.batch_size)
 
 
 def build_cache(session, teacher, source):
@@ -139,9 +95,7 @@ def build_cache(session, teacher, source):
     settings, triplets = session.config.distill, session.config.relation
     pool, megabytes = getattr(source, "pool", None), settings.view_cache
     wanted = session.device.type == "cpu" if megabytes is None else megabytes
-    if not wanted or settings.mixup or settings.gram_loss or not isinstance(pool, ImagePool):
-        return None
-    if not sees_images_alone(teacher):
+    if not wanted or not settings.views_recur or not isinstance(pool, ImagePool) or not sees_images_alone(teacher):
         return None
     free = max(0, free_memory(session.device) - pool.images.nbytes) // 10**6  # which the pool has not touched yet
     wanted = ["logits"] + ["stages"] * (settings.cd_loss > 0)
@@ -162,23 +116,23 @@ def drawing_space(triplets):
 def describe_plan(session, schedule, teacher, source, cache):
     """What will happen and what it costs, in words."""
     config, card, name = session.config, session.card, session.config.synthesis.source
-    rounds = schedule.epochs * schedule.rounds
     steps = (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps
     views = config.distill.batch_size * (2 if config.distill.pair_sample else 1)
     cost = f"{steps:,} student steps of {views} views"
     lines = [f"Plan: {config.teacher.teacher} is the frozen teacher; {config.student.student} learns its answers on "
              f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
              f"{session.device}.", describe_teacher(teacher)]
-    if name == "inversion":
-        images = rounds * config.synthesis.synthesis_batch_size
-        kept = min(config.synthesis.pool_size or images, images)
+    if schedule.g_steps:
         lines.append(f"The images are made from noise by inverting {teacher.name}; no training image is opened.")
         lines += describe_triplets(source.objective)
-        cost = (f"{rounds:,} rounds of {schedule.g_steps} synthesis steps, and {cost}; {images:,} images, of which the "
-                f"pool keeps {kept:,} ({kept * math.prod(card.shape) / 1e6:.0f} MB)")
+        cost = f"{schedule.epochs * schedule.rounds:,} rounds of {schedule.g_steps} synthesis steps, and {cost}"
     else:
         kind = {"noise": "plain noise", "real": "the real training images: not data-free"}
         lines.append(f"The images are {kind.get(name, f'those of {name}')}.")
+    pool = getattr(source, "pool", None)
+    if isinstance(pool, ImagePool):
+        images = schedule.epochs * schedule.rounds * config.synthesis.synthesis_batch_size
+        cost += f"; {images:,} images, of which the pool keeps {pool.capacity:,} ({pool.images.nbytes / 1e6:.0f} MB)"
     if cache:
         lines.append(f"The teacher's answers are kept for {len(cache):,} of {cache.possible:,} views "
                      f"({len(cache) * cache.bytes_per_view / 1e6:.0f} MB at most).")

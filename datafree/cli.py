@@ -51,12 +51,13 @@ class Option:
     low: float = -inf
     high: float = inf
     idle: tuple = field(default=(), hash=False)
+    own: bool = False
 
     @property
     def allowed(self):
         """What may be given, in words."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}"
+            return f"one of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.own
         words = {bool: "true or false", int: "a whole number", float: "a number",
                  tuple: "numbers with commas between",
                  str: "a text that is not empty" if self.default else "a text"}[self.kind]
@@ -132,13 +133,15 @@ def _fill(cls, values):
 
 
 def _method_settings(settings, options, method_files):
-    """What the file of the last method named in ``settings``, or of the default one, sets."""
+    """What the file of the last method named in ``settings``, or of the default one, sets; a class is a source."""
     if "method" not in options or method_files is None:
         return []
     method = options["method"]
     named = [s for s in settings if s.option is method] or [Setting(method, method.default, "--method")]
     others = {name: o for name, o in options.items() if o is not method}
-    return _read_yaml(method_files[_convert(named[-1])], others)
+    name = _convert(named[-1])
+    return _read_yaml(method_files[name], others) if name in method_files else [
+        Setting(options["source"], name, named[-1].place)]
 
 
 def _refuse_idle(settings, preset, values, options):
@@ -192,6 +195,8 @@ def _convert(setting):
 def _value(opt, text):
     if opt.default is None and not text:
         return None
+    if opt.own and ":" in text:
+        return text
     if opt.choices:
         word = {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(text.lower(), text.lower())
         return opt.choices[opt.choices.index(text if text in opt.choices else word)]

@@ -16,7 +16,7 @@ def option(default, help, **metadata):
     Metadata: ``flags`` (further spellings, such as ``-j``), ``low`` and ``high``
     (inclusive bounds of a number), ``idle`` (a case, or a tuple of cases, of other
     options and values: while all of a case have such a value, or are idle
-    themselves, nothing reads this one).
+    themselves, nothing reads this one), ``own`` (beside the choices, path/to/file.py:Class may be given).
     """
     if isinstance(metadata.get("idle"), dict):
         metadata["idle"] = (metadata["idle"],)
@@ -27,7 +27,11 @@ def option(default, help, **metadata):
 SURROUNDINGS = {"save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq",
                 "eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights",
                 "student_weights", "weights", "teacher_acc", "view_cache"}
-CONTROL = {"source": ("noise", "real")}  # sources that make no images
+# Sources that make no images; those that keep none in a pool; those without a generator, or without one for a round.
+CONTROL = {"source": ("noise", "real")}
+NO_POOL = {"source": ("generator", "noise", "real")}
+NO_GENERATOR = {"source": ("pixels", "noise", "real")}
+NO_ROUNDS = {"source": ("pixels", "generator", "noise", "real")}
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
 STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
 
@@ -109,27 +113,48 @@ class Synthesis:
 
     IDLE: ClassVar = (CONTROL,)  # of every option here but the source that names no other
 
-    source: str = option("inversion", "Where images come from: inversion (a generator trained each round), noise, "
-                                      "real (the training set), or a class of your own, path/to/file.py:Class.")
-    synthesis_batch_size: int = option(256, "Images that a round adds to the pool.", low=1)
-    pool_size: int = option(0, "Images that the pool holds before it forgets the oldest; 0 holds all.", low=0)
-    nz: int = option(256, "Dimension of the generator's noise.", low=1)
-    ngf: int = option(64, "Width of the generator.", low=1)
-    lr_g: float = option(1e-3, "Adam's learning rate for the generator.", low=0)
-    lr_z: float = option(None, "The same for the noise, lr_g when empty; 0 keeps the noise fixed.", low=0)
-    generator_init: Literal["random", "meta"] = option(
-        "random", "Weights a round starts from: new random ones, or a start that learns from the rounds (Reptile).")
-    meta_rate: float = option(1.0, "Step of the learned start towards each round's weights; 1 carries on from them.",
+    source: Literal["inversion", "pixels", "generator", "noise", "real"] = option(
+        "inversion", "Where images come from: a generator trained for each round, pixels that are trained themselves, "
+                     "one generator all along whose images are not kept, noise, the training set, or a class of yours.",
+        own=True)
+    synthesis_batch_size: int = option(256, "Images of a synthesis step; those of a round enter the pool.", low=1)
+    pool_size: int = option(0, "Images that the pool holds before it forgets the oldest; 0 holds all.", low=0,
+                            idle=NO_POOL)
+    nz: int = option(256, "Dimension of the generator's noise.", low=1, idle=NO_GENERATOR)
+    ngf: int = option(64, "Width of the generator.", low=1, idle=NO_GENERATOR)
+    lr_g: float = option(1e-3, "Adam's learning rate for the generator, or for the pixels.", low=0)
+    lr_z: float = option(None, "The same for the noise, lr_g when empty; 0 keeps the noise fixed.", low=0,
+                         idle=NO_ROUNDS)
+    generator_init: Literal["random", "reptile", "maml"] = option(
+        "random", "Weights a round starts from: new random ones, or a start that learns from the rounds.",
+        idle=NO_ROUNDS)
+    meta_rate: float = option(1.0, "Step of the learned start: reptile's share of the way to a round's last weights "
+                                   "(1 carries on from them), maml's Adam rate in units of lr_g x g_steps.",
                               low=0, high=1, idle={"generator_init": ("random",)})
+    reset_epoch: int = option(0, "Epoch in which the learned start's first layer is drawn anew, once; 0 never.", low=0,
+                              idle={"generator_init": ("random",)})
     class_noise: float = option(0.0, "Distance from 0 of each class's own centre of the noise; 0 draws all alike.",
-                                low=0)
-    keep: Literal["best", "last"] = option("best", "The step of a round whose batch is kept: lowest loss, or last.")
+                                low=0, idle=NO_ROUNDS)
+    keep: Literal["best", "last"] = option("best", "The step of a round whose batch is kept: lowest loss, or last.",
+                                           idle=NO_POOL)
     bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.", low=0)
     bn_reduction: Literal["norm", "mse", "gaussian"] = option(
         "norm", "Distance of statistics per layer: sum of L2 norms, mean squares, or KL of Gaussians.",
         idle={"bn": (0,)})
-    oh: float = option(0.0, "Weight of the cross entropy with the class asked for.", low=0)
-    adv: float = option(0.0, "Weight of the student's disagreement, where both name the same class.", low=0)
+    bn_momentum: float = option(0.0, "Share of the rounds before in the statistics that are compared.",
+                                low=0, high=0.999, idle={"bn": (0,)})
+    oh: float = option(0.0, "Weight of the teacher's cross entropy.", low=0)
+    oh_target: Literal["asked", "answered"] = option(
+        "asked", "The class of that cross entropy: the one asked for, or the teacher's own answer (DAFL).",
+        idle={"oh": (0,)})
+    adv: float = option(0.0, "Weight of the student's disagreement with the teacher.", low=0)
+    adv_distance: Literal["kl", "js", "l1"] = option(
+        "kl", "Its distance: KL divergence, Jensen-Shannon (ADI), or L1 of the logits (DFAD).", idle={"adv": (0,)})
+    adv_T: float = option(1.0, "Temperature of the divergences.", low=1e-6,
+                          idle=({"adv": (0,)}, {"adv_distance": ("l1",)}))
+    adv_where: Literal["agree", "all"] = option(
+        "agree", "Images that it looks at: those of which both name the same class (RGAL, CMI), or all.",
+        idle={"adv": (0,)})
     act: float = option(0.0, "Weight of the teacher's activation strength (DAFL).", low=0)
     balance: float = option(0.0, "Weight of the class balance over the batch (DAFL).", low=0)
     cr: float = option(0.0, "Weight of the contrast with earlier images (CMI).", low=0)
@@ -172,21 +197,32 @@ class Distill:
 
     batch_size: int = option(128, "Pool images of a student step.", low=1)
     pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
-    balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.", idle=CONTROL)
+    balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.", idle=NO_POOL)
     view_cache: int = option(None, "Most megabytes for the teacher's answers to views, so that it is not asked twice. "
-                                   "Empty: a quarter of the free memory on the CPU, none on a GPU. Not for mixup and "
-                                   "gram_loss.", low=0, idle=CONTROL)
+                                   "Empty: a quarter of the free memory on the CPU, none on a GPU. Not for mixup, "
+                                   "gram_loss and at_loss.", low=0, idle=NO_POOL)
     mixup: float = option(0.0, "Share of the views that are blended with another one of the batch.", low=0, high=1)
     lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
     momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
     weight_decay: float = option(1e-4, "SGD's weight decay.", flags=("--wd",), low=0)
-    T: float = option(20.0, "Temperature of the distillation.", low=1e-6, idle={"kd": (0,)})
-    kd: float = option(1.0, "Weight of the KL divergence from the teacher's answers.", low=0)
+    T: float = option(20.0, "Temperature of the KL divergence.", low=1e-6,
+                      idle=({"kd": (0,)}, {"kd_distance": ("l1",)}))
+    kd: float = option(1.0, "Weight of the distance from the teacher's answers.", low=0)
+    kd_distance: Literal["kl", "l1"] = option("kl", "That distance: KL divergence, or L1 of the logits (DFAD).",
+                                              idle={"kd": (0,)})
     cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.", low=0)
     gram_loss: float = option(0.0, "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.",
                               low=0)
-    custom_steps: float = option(1.0, "Share of the run in which the channel, gram and triplet terms act.",
-                                 low=0, high=1, idle={"cd_loss": (0,), "gram_loss": (0,), "striplet": (0,)})
+    at_loss: float = option(0.0, "Weight of the distance of attention maps (ZSKT).", low=0)
+    custom_steps: float = option(1.0, "Share of the run in which the channel, gram, attention and triplet terms act.",
+                                 low=0, high=1,
+                                 idle={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)})
+
+
+    @property
+    def views_recur(self):
+        """Whether a view is shown as it is and met again, and pooled answers to it suffice: the view cache's case."""
+        return not (self.mixup or self.gram_loss or self.at_loss)
 
 
 @dataclass
@@ -214,7 +250,8 @@ class DistillConfig:
     synthesis: Synthesis = field(default_factory=Synthesis)
     relation: Relation = field(default_factory=Relation)
     distill: Distill = field(default_factory=Distill)
-    method: str = option("rgal", "Name of a file in configs/methods/, whose settings come before yours.")
+    method: str = option("rgal", "Name of a file in configs/methods/, whose settings come before yours, or a source of "
+                                 "images of your own.", own=True)
 
 
 @dataclass

@@ -1,4 +1,6 @@
 """Every loss term but the triplets, as a function of tensors. All reduce to an unweighted scalar in fp32."""
+import math
+
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -20,10 +22,31 @@ def distillation(student_logits, teacher_logits, T):
     return kl_divergence(student_logits, teacher_logits, T).mean() * T**2
 
 
-def adversarial(student_logits, teacher_logits):
-    """L_adv: minus the KL divergence where teacher and student name the same class (RGAL, CMI)."""
-    agree = teacher_logits.argmax(1) == student_logits.argmax(1)
-    return -(kl_divergence(student_logits, teacher_logits) * agree).mean()
+def js_divergence(logits, target_logits, T=1.0):
+    """Jensen-Shannon divergence of the softmaxes at temperature T per sample, (N, C) twice -> (N,), in [0, ln 2]."""
+    log_p, log_q = (F.log_softmax(x.float() / T, dim=1) for x in (target_logits, logits))
+    log_m = torch.logaddexp(log_p, log_q) - math.log(2)
+    return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1)
+
+
+def l1_distance(logits, target_logits, T=1.0):
+    """Mean absolute difference of the logits per sample, (N, C) twice -> (N,); T is of no use here (DFAD)."""
+    return (target_logits.float() - logits.float()).abs().mean(1)
+
+
+DISTANCES = {"kl": kl_divergence, "js": js_divergence, "l1": l1_distance}
+
+
+def adversarial(student_logits, teacher_logits, distance="kl", T=1.0, where="agree"):
+    """L_adv: minus a distance of the answers.
+
+    distance: ``kl`` (RGAL, CMI, ZSKT), ``js`` (ADI), ``l1`` (DFAD). where: ``agree``, only of the images for which
+    teacher and student name the same class, others count as 0 (RGAL, CMI), or ``all``.
+    """
+    apart = DISTANCES[distance](student_logits, teacher_logits, T)
+    if where == "agree":
+        apart = apart * (teacher_logits.argmax(1) == student_logits.argmax(1))
+    return -apart.mean()
 
 
 def bn_distance(statistics, reduction):
@@ -87,10 +110,6 @@ class StageProjection(nn.Module):
 
     def __init__(self, student, teacher):
         super().__init__()
-        for role, tap in (("student", student), ("teacher", teacher)):
-            if not tap.stage_sizes:
-                raise InputError(f"the {role} has no stages of feature maps to compare; "
-                                 "set --cd_loss 0 and --gram_loss 0")
         self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes)
         self.project = nn.ModuleList(
             nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs)
@@ -117,8 +136,28 @@ class StageProjection(nn.Module):
         return (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
 
 
+def attention(student_stages, teacher_stages, pairs):
+    """L_at: mse of the normalised attention maps, summed over stages (Zagoruyko and Komodakis 2017, as in ZSKT).
+
+    An attention map is a stage's mean square over channels, (N, C, H, W) -> (N, H W), of norm 1.
+    """
+    return sum(F.mse_loss(_attention_map(student_stages[s], teacher_stages[t].shape[2:]),
+                          _attention_map(teacher_stages[t], teacher_stages[t].shape[2:])) for s, t in pairs)
+
+
+def _attention_map(stage, size):
+    squares = stage.float().square().mean(1, keepdim=True)
+    if squares.shape[2:] != size:
+        squares = F.adaptive_avg_pool2d(squares, size)
+    return F.normalize(squares.flatten(1))
+
+
 def pair_stages(student_sizes, teacher_sizes):
     """Index pairs (student stage, teacher stage): those of equal size, else from the last one backwards."""
+    for role, sizes in (("student", student_sizes), ("teacher", teacher_sizes)):
+        if not sizes:
+            raise InputError(f"the {role} has no stages of feature maps to compare; "
+                             "set --cd_loss 0, --gram_loss 0 and --at_loss 0")
     equal = [(s, teacher_sizes.index(size)) for s, size in enumerate(student_sizes) if size in teacher_sizes]
     count = min(len(student_sizes), len(teacher_sizes))
     return equal or [(len(student_sizes) - i, len(teacher_sizes) - i) for i in range(count, 0, -1)]

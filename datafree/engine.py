@@ -82,7 +82,7 @@ class Engine:
                 at["round"], at["step"] = at["round"] + 1, 0
 
     def _synthesize(self, with_student):
-        self.source.with_student = with_student
+        self.source.epoch, self.source.with_student = self.position["epoch"], with_student
         with self._clock("synthesis"), out_of_memory_in("synthesis", "--synthesis_batch_size or --ngf"):
             terms = self.source.synthesize()
         require_finite(terms, "synthesis term")

@@ -36,12 +36,16 @@ def scratch(*words):
 
 TINY_RUN = ("--threads", 1, "--dataset", "digits", "--crop_padding", 1,
             "--student", nets.name("small"), "--epochs", 4, "--ep_steps", 6, "--kd_steps", 3, "--batch_size", 16)
-TINY_SYNTHESIS = ("--g_steps", 3, "--synthesis_batch_size", 16, "--nz", 16, "--ngf", 4, "--lr_g", 0.03)
+TINY_SYNTHESIS = ("--g_steps", 3, "--synthesis_batch_size", 16, "--lr_g", 0.03)
+TINY_GENERATOR = ("--nz", 16, "--ngf", 4)
 
 
 def tiny_run(method, *words):
-    """Options of a tiny budget; those of synthesis only where images are made, for they are refused elsewhere."""
-    return (*TINY_RUN, *(() if {method, *words} & {"noise", "real"} else TINY_SYNTHESIS))
+    """Options of a tiny budget; those of synthesis only where they are read, for they are refused elsewhere."""
+    given = {method, *words}
+    return (*TINY_RUN, *(() if given & {"noise", "real"} else TINY_SYNTHESIS),
+            *(() if given & {"noise", "real", "deepinv", "pixels"} else TINY_GENERATOR),
+            *(("--warmup", 0, "--reset_epoch", 2) if "fast" in given else ()))
 
 
 @pytest.fixture(scope="session")

@@ -64,6 +64,33 @@ def test_adversarial_counts_only_where_both_name_the_same_class():
     assert criterions.adversarial(-teacher, teacher) == 0
 
 
+@pytest.mark.parametrize("T", [1.0, 3.0])
+def test_js_divergence_equals_the_mean_of_two_kl_divergences_from_the_middle(T):
+    student, teacher = torch.randn(9, 7) * 5, torch.randn(9, 7) * 5
+    q, p = (softmax(x.double().numpy() / T) for x in (student, teacher))
+    m = (p + q) / 2
+    oracle = ((p * np.log(p / m)).sum(1) + (q * np.log(q / m)).sum(1)) / 2
+    np.testing.assert_allclose(criterions.js_divergence(student, teacher, T).numpy(), oracle, rtol=1e-4, atol=1e-6)
+    assert criterions.js_divergence(100 * torch.eye(2), 100 * torch.eye(2).flip(0))[0].item() == pytest.approx(
+        math.log(2))  # its bound
+
+
+def test_l1_distance_is_the_mean_absolute_difference():
+    student, teacher = torch.randn(9, 7), torch.randn(9, 7)
+    torch.testing.assert_close(criterions.l1_distance(student, teacher),
+                               F.l1_loss(student, teacher, reduction="none").mean(1))
+
+
+@pytest.mark.parametrize("distance, function", criterions.DISTANCES.items())
+@pytest.mark.parametrize("where", ["agree", "all"])
+def test_adversarial_has_any_distance_and_may_look_at_all_images(distance, function, where):
+    student, teacher = torch.randn(9, 3) * 4, torch.randn(9, 3) * 4
+    counted = [1.0 if where == "all" or s.argmax() == t.argmax() else 0.0 for s, t in zip(student, teacher)]
+    assert where == "all" or 0 < sum(counted) < 9
+    expected = -(function(student, teacher, 2.0) * torch.tensor(counted)).mean()
+    torch.testing.assert_close(criterions.adversarial(student, teacher, distance, 2.0, where), expected)
+
+
 def test_one_hot_equals_minus_the_log_of_the_softmax():
     logits, targets = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
     oracle = -np.log(softmax(logits.double().numpy())[np.arange(6), targets.numpy()]).mean()
@@ -189,6 +216,16 @@ def test_gram_term_equals_its_definition():
         weights = criterions.gram_weights(t)[:, :, None, None]
         oracle += (weights * (mapped - t)**2).mean().item()
     assert projection.gram(student, teacher).item() == pytest.approx(oracle, rel=1e-5)
+
+
+def test_attention_term_equals_numpy():
+    student, teacher = [torch.randn(3, 4, 6, 6)], [torch.randn(3, 5, 6, 6)]
+    maps = [(x[0].double().numpy()**2).mean(1).reshape(3, 36) for x in (student, teacher)]
+    a, b = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in maps)
+    assert criterions.attention(student, teacher, [(0, 0)]).item() == pytest.approx(((a - b)**2).mean(), rel=1e-5)
+    assert criterions.attention([teacher[0] * -3], teacher, [(0, 0)]).item() == pytest.approx(0, abs=1e-12)
+    assert criterions.attention([torch.randn(3, 2, 12, 9)], teacher, [(0, 0)]).isfinite()  # of another size
+    assert criterions.attention([torch.zeros(3, 2, 6, 6)], teacher, [(0, 0)]).isfinite()
 
 
 @pytest.mark.parametrize("student, teacher, pairs", [
@@ -332,6 +369,12 @@ def descents():
     cases = {
         "distillation": ([torch.randn(16, 5)], lambda x: criterions.distillation(x, logits, 4.0)),
         "adversarial": ([logits + 0.1 * torch.randn(16, 5)], lambda x: criterions.adversarial(x, logits)),
+        "adversarial_js": ([logits + 0.1 * torch.randn(16, 5)],
+                           lambda x: criterions.adversarial(x, logits, "js", 3.0, "all")),
+        "adversarial_l1": ([logits + 0.1 * torch.randn(16, 5)],
+                           lambda x: criterions.adversarial(x, logits, "l1", 1.0, "all")),
+        "l1_distance": ([torch.randn(16, 5)], lambda x: criterions.l1_distance(x, logits).mean()),
+        "attention": (student, lambda *x: criterions.attention(x, teacher, [(i, i) for i in range(3)])),
         "one_hot": ([logits], lambda x: criterions.one_hot(x, targets)),
         "activation": ([logits], criterions.activation),
         "balance": ([logits], criterions.balance),

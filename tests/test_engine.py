@@ -12,6 +12,7 @@ import pytest
 import torch
 from conftest import OF_THE_MACHINE, forked, rows, scratch
 
+import registry
 from datafree.config import Run
 from datafree.engine import Engine, Means, grid_rows
 from datafree.errors import InputError
@@ -23,12 +24,13 @@ from datafree.synthesis.objective import SynthesisObjective
 
 VARIANTS = {
     "random": (),
-    "meta": ("--generator_init", "meta", "--meta_rate", 0.5, "--class_noise", 1),
+    "meta": ("--generator_init", "reptile", "--meta_rate", 0.5, "--class_noise", 1),
     "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
     "ring": ("--pool_size", 24, "--balanced_sampling",
              "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
-    "noise": ("--method", "noise"),
-    "real": ("--method", "real"),
+    "maml": ("--generator_init", "maml", "--bn_momentum", 0.5, "--reset_epoch", 2, "--at_loss", 1),
+    "stream": ("--method", "dfq", "--triplet", 0.1, "--striplet", 0.1, "--cr", 0.5, "--bn_momentum", 0.5),
+    **{method: ("--method", method) for method in registry.METHODS},
 }
 
 

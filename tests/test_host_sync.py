@@ -67,7 +67,7 @@ def test_the_watch_sees_a_wait():
 
 @pytest.mark.parametrize("sampling", ["focal", "distance", "uniform"])
 @pytest.mark.parametrize("keep", ["best", "last"])
-@pytest.mark.parametrize("init", ["random", "meta"])
+@pytest.mark.parametrize("init", ["random", "reptile", "maml"])
 def test_neither_phase_waits_for_the_host(sampling, keep, init):
     torch.manual_seed(0)
     relation = config.Relation(triplet=1.0, striplet=1.0, sampling=sampling, striplet_sampling=sampling)

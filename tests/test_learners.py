@@ -88,6 +88,17 @@ def test_the_student_phase_runs_no_statistic_hooks_and_leaves_the_generator(monk
     assert torch.equal(held["images"], pool.state_dict()["images"])
 
 
+def test_the_students_distance_may_be_l1_and_it_may_match_attention():
+    learner = make(config.Distill(kd=0.5, kd_distance="l1", at_loss=2.0), config.Relation())
+    views = torch.rand(8, *SHAPE)
+    learner.network.train()
+    loss, terms = learner.loss(views, None, None, 0.0)
+    student, teacher = (net.features(views) for net in (learner.network, learner.teacher))
+    torch.testing.assert_close(terms["kd"], (student.logits - teacher.logits).abs().mean())
+    torch.testing.assert_close(terms["at_loss"], criterions.attention(student.stages, teacher.stages, [(0, 0), (1, 1)]))
+    torch.testing.assert_close(loss, 0.5 * terms["kd"] + 2.0 * terms["at_loss"])
+
+
 def cached_and_plain(pair, space="embedding"):
     """Two learners of equal weights, one of which keeps the teacher's answers, and a pool."""
     settings = config.Distill(cd_loss=0.5, pair_sample=pair, lr=0.05)

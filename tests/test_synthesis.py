@@ -14,9 +14,10 @@ from datafree.models.generator import Generator
 from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.synthesis.contrast import InstanceContrast
-from datafree.synthesis.inversion import InversionSynthesis
+from datafree.synthesis.inversion import InversionSynthesis, PixelSynthesis
 from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.sources import NoiseSource
+from datafree.synthesis.stream import StreamSynthesis
 
 SHAPE, CLASSES, BATCH = (3, 16, 16), 4, 8
 EVERY = dict(bn=1.0, oh=1.0, adv=1.0, act=0.1, balance=1.0, cr=0.5, tv=1e-3, l2=1e-3)
@@ -304,17 +305,60 @@ def test_random_start_makes_a_new_generator_and_a_new_optimiser_every_round(monk
 
 
 def test_learned_start_moves_by_its_rate_and_keeps_the_optimiser(monkeypatch):
-    source = make(settings(oh=1.0, generator_init="meta", meta_rate=0.25), triplets(relation="off"))
+    source = make(settings(oh=1.0, generator_init="reptile", meta_rate=0.25), triplets(relation="off"))
     resets, optimizer = count_calls(monkeypatch, source.generator, "reset"), source.optimizer
     start = [p.detach().clone() for p in source.generator.parameters()]
     ends = []
     original = source._end_round
-    monkeypatch.setattr(source, "_end_round", lambda before: (
-        ends.extend(p.detach().clone() for p in source.generator.parameters()), original(before)))
+    monkeypatch.setattr(source, "_end_round", lambda: (
+        ends.extend(p.detach().clone() for p in source.generator.parameters()), original()))
     source.synthesize()
     for before, end, now in zip(start, ends, source.generator.parameters()):
         torch.testing.assert_close(now.detach(), before + 0.25 * (end - before))
     assert not resets and source.optimizer is optimizer and optimizer.state
+
+
+@pytest.mark.parametrize("rate", [1.0, 0.3])
+def test_maml_moves_its_start_by_the_gradients_of_all_steps(rate, monkeypatch):
+    """The same round written out: three steps of Adam from the start, their gradients summed, one step of Adam."""
+    source = make(settings(oh=1.0, generator_init="maml", meta_rate=rate), triplets(relation="off"))
+    source.augment = lambda images: images
+    teacher, generator = parts(source)[0], Generator(8, 4, SHAPE)
+    generator.load_state_dict(source.generator.state_dict())
+    start = [p.detach().clone() for p in generator.parameters()]
+    meta = torch.optim.Adam([p.detach().clone() for p in start], rate * 0.05 * 3, (0.5, 0.999))
+    for number in range(2):
+        torch.manual_seed(number)
+        source.synthesize()
+        torch.manual_seed(number)
+        targets = torch.randint(CLASSES, (BATCH,)).sort().values
+        z = torch.randn(BATCH, 8, requires_grad=True)
+        for p, value in zip(generator.parameters(), meta.param_groups[0]["params"]):
+            p.data.copy_(value)
+        inner = torch.optim.Adam([*generator.parameters(), z], 0.05, (0.5, 0.999))
+        total = [0] * len(start)
+        for _ in range(3):
+            inner.zero_grad()
+            torch.nn.functional.cross_entropy(teacher(generator(z)), targets).backward()
+            total = [t + p.grad for t, p in zip(total, generator.parameters())]
+            inner.step()
+        for p, gradient in zip(meta.param_groups[0]["params"], total):
+            p.grad = gradient
+        meta.step()
+        for mine, theirs in zip(source.generator.parameters(), meta.param_groups[0]["params"]):
+            torch.testing.assert_close(mine.detach(), theirs, rtol=1e-3, atol=1e-5)
+    assert not equal(start, [p.detach() for p in source.generator.parameters()])
+
+
+def test_the_learned_starts_first_layer_is_drawn_anew_once():
+    source = make(settings(oh=1.0, generator_init="reptile", reset_epoch=2, lr_g=0.0), triplets(relation="off"))
+    first, rest = [], []
+    for source.epoch in range(4):
+        source.synthesize()
+        first.append(source.generator.project.weight.detach().clone())
+        rest.append(snapshot(source.generator.layers[-1]))
+    assert [torch.equal(a, b) for a, b in zip(first, first[1:])] == [True, False, True]
+    assert all(equal(rest[0], later) for later in rest)
 
 
 def noise_of(source):
@@ -346,6 +390,105 @@ def test_inversion_finds_images_that_the_teacher_gives_the_classes_asked_for():
     source.synthesize()
     images, targets = source.latest()
     assert (parts(source)[0](images).argmax(1) == targets).float().mean() > 0.8
+
+
+# Pixels, and a generator whose images are not kept.
+
+def streams(options, relations=None, g_steps=3, **more):
+    """A StreamSynthesis of the parts of ``make``."""
+    other = make(options, relations or triplets(relation="off"))
+    return StreamSynthesis(other.objective, other.generator, CropFlip(1, True), options, g_steps, **more)
+
+
+def test_pixels_are_trained_from_noise_and_stay_in_range():
+    other = make(settings(oh=1.0, lr_g=0.2), triplets(relation="off"))
+    source = PixelSynthesis(other.objective, CropFlip(1, True), other.pool, other.settings, 40)
+    before, seen = snapshot(*parts(source)), []
+    update = source._update
+    source._update = lambda *a: seen.append(update(*a)) or seen[-1]
+    source.synthesize()
+    images, targets = source.latest()
+    assert equal(before, snapshot(*parts(source)))
+    assert (parts(source)[0](images).argmax(1) == targets).float().mean() > 0.8
+    steps = torch.stack([images for images, *_ in seen])
+    assert steps.min() >= -1e-6 and steps.max() <= 1 + 1e-6 and (steps[1] != steps[0]).any((1, 2, 3)).all()
+    first = (steps[0] - 0.4) / 0.2  # noise in the teacher's units, cut
+    assert first.mean().abs() < 0.2 and 0.7 < first.std() < 1.1
+    source.synthesize()
+    assert len(source.pool) == 2 * BATCH and not torch.equal(images, source.latest()[0])
+
+
+def test_a_stream_carries_on_with_one_generator_and_keeps_no_image():
+    source = streams(settings(oh=1.0, oh_target="answered", balance=1.0))
+    before, optimizer = snapshot(source.generator), source.optimizer
+    networks = snapshot(*parts(source))
+    assert set(source.synthesize()) == {"oh", "balance"}
+    assert not equal(before, snapshot(source.generator)) and equal(networks, snapshot(*parts(source)))
+    assert source.optimizer is optimizer and optimizer.state
+    learned = snapshot(source.generator)
+    images, targets = source.sample(5)
+    assert images.shape == (5, *SHAPE) and targets is None and not images.requires_grad
+    assert not torch.equal(images, source.sample(5)[0]) and source.images_made == 10
+    source.latest()
+    assert source.images_made == 10 and equal(learned, snapshot(source.generator))
+
+
+def test_a_stream_gets_worse_for_the_student_and_no_worse_for_itself():
+    """DFAD: its generator raises the L1 distance that its student lowers."""
+    torch.manual_seed(1)
+    source = streams(settings(adv=1.0, adv_distance="l1", adv_where="all", lr_g=0.01), g_steps=1)
+    with parts(source)[1].frozen():
+        gaps = [-source.synthesize()["adv"].item() for _ in range(60)]
+    assert sum(gaps[-10:]) > 1.2 * sum(gaps[:10])
+
+
+@pytest.mark.parametrize("kind", ["pixels", "stream"])
+def test_the_triplets_act_in_every_source(kind):
+    options = settings(oh=1.0)
+    if kind == "stream":
+        source = streams(options, triplets(relation="paper"))
+    else:
+        other = make(options)
+        source = PixelSynthesis(other.objective, CropFlip(1, True), other.pool, options, 2)
+    assert "triplet" in source.synthesize()
+
+
+# Options of the terms.
+
+def test_the_class_of_the_cross_entropy_is_the_one_asked_for_or_the_teachers_own():
+    for asked in ("asked", "answered"):
+        source = make(settings(oh=1.0, oh_target=asked), triplets(relation="off"))
+        views, targets = torch.rand(BATCH, *SHAPE), torch.zeros(BATCH, dtype=torch.long)
+        logits = parts(source)[0](views)
+        classes = targets if asked == "asked" else logits.argmax(1)
+        torch.testing.assert_close(source.objective(views, views, targets)[1]["oh"],
+                                   torch.nn.functional.cross_entropy(logits, classes))
+
+
+def test_the_adversary_is_as_the_options_say():
+    source = make(settings(adv=1.0, adv_distance="js", adv_T=3.0, adv_where="all"), triplets(relation="off"))
+    views = torch.rand(BATCH, *SHAPE)
+    with parts(source)[1].frozen():
+        terms = source.objective(views, views, torch.zeros(BATCH, dtype=torch.long))[1]
+        teacher, student = (network(views) for network in parts(source))
+    torch.testing.assert_close(terms["adv"], -criterions.js_divergence(student, teacher, 3.0).mean())
+
+
+def test_statistics_are_averaged_over_rounds():
+    """Fast: what is compared is momentum * (statistics when the last round ended) + (1 - momentum) * those of now."""
+    source = make(settings(bn=1.0, bn_momentum=0.75), triplets(relation="off"))
+    objective, statistics = source.objective, []
+    for _ in range(3):
+        views = torch.rand(BATCH, *SHAPE)
+        term = objective(views, views, None)[1]["bn"]
+        now = [layer[:2] for layer in objective.bn_tap.statistics]
+        running = [layer[2:] for layer in objective.bn_tap.statistics]
+        average = now if not statistics else [
+            tuple(0.75 * old + 0.25 * new for old, new in zip(*pair)) for pair in zip(statistics, now)]
+        expected = criterions.bn_distance([(*a, *r) for a, r in zip(average, running)], "norm")
+        torch.testing.assert_close(term, expected)
+        objective.end_round(views)
+        statistics = average
 
 
 # Contrast, precision, shapes.

@@ -8,7 +8,9 @@ from datafree.learners.base import Learner
 
 
 class DistillLearner(Learner):
-    """L_stu = kd * KL_T T^2 + cd_loss * L_cd + gram_loss * L_gram + striplet * L_tri (RGAL, phase 2).
+    """L_stu = kd * L_kd + cd_loss * L_cd + gram_loss * L_gram + at_loss * L_at + striplet * L_tri.
+
+    RGAL's phase 2 has L_kd = KL_T T^2, L_cd and L_tri; L_at is ZSKT's, and the L1 distance as L_kd is DFAD's.
 
     settings, triplets: the Distill and Relation sections. augment: :class:`datafree.augment.CropFlip`. cache: a
     :class:`datafree.view_cache.ViewCache` of this teacher for images that have numbers, or None.
@@ -16,7 +18,7 @@ class DistillLearner(Learner):
 
     def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none", cache=None):
         if not settings.kd and (settings.custom_steps < 1 or not any(
-                (settings.cd_loss, settings.gram_loss, triplets.striplet))):
+                (settings.cd_loss, settings.gram_loss, settings.at_loss, triplets.striplet))):
             raise InputError("with --kd 0 no student term has a weight in all of the run; give --kd one")
         projects = settings.cd_loss or settings.gram_loss
         self.projection = None
@@ -24,8 +26,10 @@ class DistillLearner(Learner):
             self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device)
         extra = self.projection.parameters() if projects else ()
         super().__init__(student, settings, total_steps, extra, precision)
-        if cache is not None and (settings.mixup or settings.gram_loss):
+        if cache is not None and not settings.views_recur:
             raise ValueError("a view cache knows neither blended views nor whole maps")
+        if settings.at_loss:
+            self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes)
         self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
         self.cache = cache
 
@@ -50,13 +54,15 @@ class DistillLearner(Learner):
         return views, self.cache.features(views, keys)
 
     def _feature_weights(self, progress):
-        """The terms beside KL act in the first ``custom_steps`` of the run."""
+        """The terms beside L_kd act in the first ``custom_steps`` of the run."""
         if progress >= self.settings.custom_steps:
             return {}
-        return {"cd_loss": self.settings.cd_loss, "gram_loss": self.settings.gram_loss,
+        return {**{name: getattr(self.settings, name) for name in ("cd_loss", "gram_loss", "at_loss")},
                 "striplet": self.triplets.striplet}
 
     def _kd(self, student, teacher):
+        if self.settings.kd_distance == "l1":
+            return criterions.l1_distance(student.logits, teacher.logits).mean()
         return criterions.distillation(student.logits, teacher.logits, self.settings.T)
 
     def _cd_loss(self, student, teacher):
@@ -64,6 +70,9 @@ class DistillLearner(Learner):
 
     def _gram_loss(self, student, teacher):
         return self.projection.gram(student.stages, teacher.stages)
+
+    def _at_loss(self, student, teacher):
+        return criterions.attention(student.stages, teacher.stages, self.pairs)
 
     def _striplet(self, student, teacher):
         layers = {"global": [student.embed], "logits": [student.logits],

@@ -47,17 +47,25 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1))
         self.reset()
 
-    @torch.no_grad()
     def reset(self):
         """New random weights: N(0, 0.02) for convolutions and linear layers, N(1, 0.02) for BN."""
-        for name, parameter in self.named_parameters():
-            if name.endswith("bias"):
-                parameter.zero_()
-            else:
-                parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)
+        _draw(self)
+
+    def reset_first_layer(self):
+        """New random weights of the layer that takes the noise."""
+        _draw(self.project)
 
     def forward(self, z):
         x = self.project(z).view(-1, *self.base).contiguous(memory_format=torch.channels_last)
         images = torch.sigmoid(self.layers(x))
         top, left = (images.shape[2] - self.height) // 2, (images.shape[3] - self.width) // 2
         return images[:, :, top:top + self.height, left:left + self.width]
+
+
+@torch.no_grad()
+def _draw(module):
+    for name, parameter in module.named_parameters():
+        if name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(1.0 if parameter.dim() == 1 else 0.0, 0.02)

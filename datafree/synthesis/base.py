@@ -7,18 +7,20 @@ from datafree.errors import InputError
 class BaseSynthesis:
     """Makes images and hands them out; a source of one's own overrides ``synthesize`` and ``sample``.
 
-    ``--source path/to/file.py:Class`` makes it of these, which are then its attributes: teacher, student
+    ``--method path/to/file.py:Class`` makes it of these, which are then its attributes: teacher, student
     (:class:`datafree.network.Network`), augment (images -> views), card, config (all options), device. It counts
     what it makes in ``images_made``.
 
     control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
+    epoch: set by the engine before each round, counted from 0.
     with_student: set by the engine; False during warm-up, when terms that look at the student rest.
     tick: set by the engine; called after each synthesis step, for the progress bar.
     """
 
     control = False
     images_made = 0
+    epoch = 0
     with_student = True
     device = torch.device("cpu")
 

@@ -1,114 +1,102 @@
-"""A generator trained against the frozen teacher for each round, whose best batch enters the pool."""
-from itertools import chain
+"""Images by inverting the frozen teacher, round by round: through a generator, or as pixels."""
+from functools import partial
 
 import torch
+from torch.nn import functional as F
 
-from datafree.runtime import autocast
-from datafree.synthesis.base import BaseSynthesis
-
-ADAM_BETAS = (0.5, 0.999)
+from datafree.synthesis.objective import ADAM_BETAS
+from datafree.synthesis.optimised import RoundSynthesis
 
 
-class InversionSynthesis(BaseSynthesis):
-    """Phase 1 of RGAL and CMI: per round, ``g_steps`` Adam steps on a generator and its noise.
+class InversionSynthesis(RoundSynthesis):
+    """Phase 1 of RGAL, CMI and Fast: per round, Adam on a generator and on the noise of one batch.
 
-    With ``generator_init: random`` every round starts from new weights. With ``meta`` it starts
-    from weights that follow the rounds (Reptile, Nichol et al. 2018) and keeps Adam's state, so
-    that a few steps a round are enough. Such a generator sees ever new noise, so it can follow the
-    classes asked for only if the noise tells them: ``class_noise`` moves each class's noise its own way.
-
-    objective: :class:`SynthesisObjective`. augment: images -> views. settings: the Synthesis section.
+    ``generator_init`` says what a round starts from: ``random``, new weights (CMI, RGAL); ``reptile``, weights that
+    follow the rounds (Nichol et al. 2018), with Adam's state; ``maml``, weights that the gradients of all of a round's
+    steps move through an Adam of their own (first-order MAML, Finn et al. 2017, as Fast has it). A learned start
+    makes a few steps a round enough. Such a generator sees ever new noise, so it can follow the classes asked for
+    only if the noise tells them, or is learned fast: ``class_noise`` moves each class's noise its own way.
     """
 
-    def __init__(self, objective, generator, augment, pool, settings, g_steps, *, balanced=False, precision="none"):
-        self.objective, self.generator, self.augment, self.pool = objective, generator, augment, pool
-        self.settings, self.g_steps, self.balanced, self.precision = settings, g_steps, balanced, precision
-        self.scaler = torch.amp.GradScaler(pool.device.type, enabled=precision == "fp16")
-        self.optimizer = self._new_optimizer()
-        directions = torch.randn(pool.num_classes, settings.nz, device=pool.device)
-        self.centres = settings.class_noise * torch.nn.functional.normalize(directions)
+    def __init__(self, objective, generator, *arguments, **options):
+        super().__init__(objective, *arguments, **options)
+        self.generator, settings = generator, self.settings
+        self.optimizer, self.meta_optimizer = self._new_optimizer(), None
+        if settings.generator_init == "maml":
+            rate = settings.meta_rate * settings.lr_g * self.g_steps
+            self.meta_optimizer = torch.optim.Adam(generator.parameters(), rate, ADAM_BETAS)
+        directions = torch.randn(self.num_classes, settings.nz, device=self.device)
+        self.centres = settings.class_noise * F.normalize(directions)
+        self.reset_done = not settings.reset_epoch
 
-    @property
-    def images_made(self):
-        return self.pool.added
-
-    def synthesize(self):
-        n, device = self.settings.synthesis_batch_size, self.pool.device
-        targets = torch.randint(self.pool.num_classes, (n,), device=device).sort().values
-        z = torch.randn(n, self.settings.nz, device=device) + self.centres[targets]
-        lr_z = self.settings.lr_g if self.settings.lr_z is None else self.settings.lr_z
-        z_optimizer = torch.optim.Adam([z.requires_grad_()], lr_z, ADAM_BETAS)
-        start, of_kept = self._begin_round(), {}
-        kept = torch.zeros(n, *self.pool.shape, device=device)
-        lowest = torch.full((), float("inf"), device=device)
-        with self.objective.student.frozen():
-            for _ in range(self.g_steps):
-                images, loss, terms = self._step(z, targets, z_optimizer)
-                better = (loss < lowest) | (self.settings.keep == "last")
-                # Chosen on the device, so that no step waits for the host.
-                lowest, kept = torch.where(better, loss, lowest), torch.where(better, images, kept)
-                of_kept = {name: torch.where(better | lowest.isinf(), term.detach(), of_kept.get(name, term.detach()))
-                           for name, term in terms.items()}
-                self.tick()
-        self._end_round(start)
-        self._store(kept, targets)
-        return of_kept
-
-    def _step(self, z, targets, z_optimizer):
-        """One update of generator and noise -> the images before it, their loss and terms."""
-        with autocast(z.device, self.precision):
-            images = self.generator(z)
-            loss, terms = self.objective(images, self.augment(images), targets, self.with_student)
-        self.optimizer.zero_grad()
-        z_optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.step(z_optimizer)
-        self.scaler.update()
-        return images.detach().float(), loss.detach(), terms
-
-    def _begin_round(self):
-        """Set the weights that a round starts from; a copy of them is returned where they are learned."""
-        if self.settings.generator_init == "random":
+    def _begin_round(self, targets):
+        settings = self.settings
+        z = torch.randn(len(targets), settings.nz, device=self.device) + self.centres[targets]
+        if settings.generator_init == "random":
             self.generator.reset()
+        elif self.epoch >= settings.reset_epoch and not self.reset_done:
+            self.generator.reset_first_layer()
+            self.reset_done = True
+        if settings.generator_init != "reptile":
             self.optimizer = self._new_optimizer()
-            return None
-        return [p.detach().clone() for p in self.generator.parameters()] if self.settings.meta_rate < 1 else None
+        if settings.generator_init != "random":
+            self.start = [p.detach().clone() for p in self.generator.parameters()]
+        if settings.generator_init == "maml":
+            self.meta_gradient = [torch.zeros_like(p) for p in self.generator.parameters()]
+        lr_z = settings.lr_g if settings.lr_z is None else settings.lr_z
+        z_optimizer = torch.optim.Adam([z.requires_grad_()], lr_z, ADAM_BETAS)
+        return partial(self.generator, z), [self.optimizer, z_optimizer]
+
+    def _between(self):
+        if self.settings.generator_init == "maml":
+            for total, parameter in zip(self.meta_gradient, self.generator.parameters()):
+                total += parameter.grad
 
     @torch.no_grad()
-    def _end_round(self, start):
-        """Reptile: start <- start + meta_rate * (end - start)."""
-        if start is not None:
-            for parameter, before in zip(self.generator.parameters(), start):
-                parameter.copy_(before.lerp(parameter, self.settings.meta_rate))
-
-    def _store(self, images, targets):
-        self.pool.add(images, targets)
-        if self.objective.contrast:
-            self.objective.contrast.remember(images)
+    def _end_round(self):
+        """Move the learned start, from which the generator goes on."""
+        if self.settings.generator_init == "reptile":
+            for parameter, start in zip(self.generator.parameters(), self.start):
+                parameter.copy_(start.lerp(parameter, self.settings.meta_rate))
+        elif self.settings.generator_init == "maml":
+            for parameter, start, gradient in zip(self.generator.parameters(), self.start, self.meta_gradient):
+                parameter.copy_(start)
+                parameter.grad = gradient.nan_to_num(0, 0, 0)  # of a step in fp16 that overflowed
+            self.meta_optimizer.step()
 
     def _new_optimizer(self):
-        head = self.objective.contrast.head.parameters() if self.objective.contrast else ()
-        return torch.optim.Adam(chain(self.generator.parameters(), head), self.settings.lr_g, ADAM_BETAS)
+        return torch.optim.Adam(self.generator.parameters(), self.settings.lr_g, ADAM_BETAS)
 
-    def sample(self, n):
-        return self.pool.sample(n, self.balanced)
-
-    def latest(self):
-        return self.pool.newest(self.settings.synthesis_batch_size)
+    def _parts(self):
+        parts = {"generator": self.generator, "optimizer": self.optimizer}
+        return {**parts, "meta_optimizer": self.meta_optimizer} if self.meta_optimizer else parts
 
     def state_dict(self):
-        state = {"generator": self.generator.state_dict(), "optimizer": self.optimizer.state_dict(),
-                 "scaler": self.scaler.state_dict(), "pool": self.pool.state_dict(), "centres": self.centres}
-        if self.objective.contrast:
-            state["contrast"] = self.objective.contrast.state_dict()
-        return state
+        return {**super().state_dict(), **{name: part.state_dict() for name, part in self._parts().items()},
+                "centres": self.centres, "reset_done": self.reset_done}
 
     def load_state_dict(self, state):
-        self.generator.load_state_dict(state["generator"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.scaler.load_state_dict(state["scaler"])
-        self.pool.load_state_dict(state["pool"])
-        self.centres = state["centres"].to(self.pool.device)
-        if self.objective.contrast:
-            self.objective.contrast.load_state_dict(state["contrast"])
+        super().load_state_dict(state)
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
+        self.centres, self.reset_done = state["centres"].to(self.device), state["reset_done"]
+
+
+class PixelSynthesis(RoundSynthesis):
+    """DeepInversion (Yin et al., CVPR 2020): per round, Adam on the pixels of one batch, from Gaussian noise.
+
+    They move in the teacher's normalised units, in which ``lr_g`` is, and are cut to [0, 1] after each step.
+    """
+
+    def _begin_round(self, targets):
+        teacher = self.objective.teacher
+        self.pixels = torch.randn(len(targets), *self.pool.shape, device=self.device)
+        self._cut()
+        optimizer = torch.optim.Adam([self.pixels.requires_grad_()], self.settings.lr_g, ADAM_BETAS)
+        optimizer.register_step_post_hook(lambda *_: self._cut())
+        return lambda: self.pixels * teacher.std + teacher.mean, [optimizer]
+
+    @torch.no_grad()
+    def _cut(self):
+        teacher = self.objective.teacher
+        self.pixels.copy_(self.pixels.clamp(-teacher.mean / teacher.std, (1 - teacher.mean) / teacher.std))

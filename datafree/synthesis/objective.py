@@ -1,11 +1,14 @@
 """The loss that images are synthesised under: a weighted sum of terms, each computed only if it is wanted."""
 from contextlib import nullcontext
 
+import torch
+
 from datafree import criterions, relation
 from datafree.errors import InputError
 from datafree.hooks import BatchNormTap
 from datafree.synthesis.contrast import InstanceContrast
 
+ADAM_BETAS = (0.5, 0.999)
 TERMS = ("bn", "oh", "adv", "act", "balance", "cr", "tv", "l2")
 DIRECTIONS = {"paper": relation.CONFUSE, "release": relation.SEPARATE}
 
@@ -27,13 +30,11 @@ class SynthesisObjective:
         if self.weights["bn"] and not self.bn_tap.layers:
             raise InputError(f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
                              "(and lean on --oh, --adv, --tv, --l2 instead)")
-        self.contrast = InstanceContrast(teacher, settings.cr_T) if self.weights["cr"] else None
-
-    def to(self, device):
-        """Move what the objective itself learns and remembers."""
-        if self.contrast:
-            self.contrast.to(device)
-        return self
+        self.bn_average = []  # (mean, variance) of each layer, over the rounds so far
+        self.contrast, self.optimizers = None, []  # what the objective itself learns, and how
+        if self.weights["cr"]:
+            self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.mean.device)
+            self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g, ADAM_BETAS)]
 
     def __call__(self, images, views, targets, with_student=True):
         """Loss and unweighted terms of a batch.
@@ -60,14 +61,33 @@ class SynthesisObjective:
                              + "; give one, such as --bn 1 and --oh 1")
         return wanted
 
+    @torch.no_grad()
+    def end_round(self, images):
+        """Remember a round: its images (N, C, H, W) for the contrast, its last statistics for the running average."""
+        if self.contrast:
+            self.contrast.remember(images)
+        if self.settings.bn_momentum:
+            self.bn_average = [(mean.detach(), var.detach()) for mean, var, *_ in self._bn_statistics()]
+
+    def _bn_statistics(self):
+        """The batch's statistics per layer, as moved by ``bn_momentum`` from those of the rounds before."""
+        if not self.bn_average:
+            return self.bn_tap.statistics
+        share = 1 - self.settings.bn_momentum
+        return [(old_mean.lerp(mean, share), old_var.lerp(var, share), *running)
+                for (old_mean, old_var), (mean, var, *running) in zip(self.bn_average, self.bn_tap.statistics)]
+
     def _bn(self, images, teacher, student, targets):
-        return criterions.bn_distance(self.bn_tap.statistics, self.settings.bn_reduction)
+        return criterions.bn_distance(self._bn_statistics(), self.settings.bn_reduction)
 
     def _oh(self, images, teacher, student, targets):
-        return criterions.one_hot(teacher.logits, targets)
+        asked = self.settings.oh_target == "asked"
+        return criterions.one_hot(teacher.logits, targets if asked else teacher.logits.argmax(1))
 
     def _adv(self, images, teacher, student, targets):
-        return criterions.adversarial(student.logits, teacher.logits)
+        settings = self.settings
+        return criterions.adversarial(student.logits, teacher.logits, settings.adv_distance, settings.adv_T,
+                                      settings.adv_where)
 
     def _act(self, images, teacher, student, targets):
         return criterions.activation(teacher.embed)
@@ -90,3 +110,16 @@ class SynthesisObjective:
         return relation.relation_loss(
             relation.triplet_layers(scored, self.triplets), teacher.logits.argmax(1), space.detach(),
             self.triplets.margin, self.triplets.sampling, DIRECTIONS[self.triplets.relation])
+
+    def state_dict(self):
+        contrast = {"contrast": self.contrast.state_dict()} if self.contrast else {}
+        return {**contrast, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                "bn_average": list(self.bn_average)}
+
+    def load_state_dict(self, state):
+        if self.contrast:
+            self.contrast.load_state_dict(state["contrast"])
+        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
+            optimizer.load_state_dict(saved)
+        device = self.teacher.mean.device
+        self.bn_average = [tuple(part.to(device) for part in layer) for layer in state["bn_average"]]

@@ -1,0 +1,64 @@
+"""The source of images that the options name."""
+from datafree.errors import InputError
+from datafree.models.custom import load_object
+from datafree.models.generator import Generator
+from datafree.pool import ImagePool
+from datafree.synthesis.base import BaseSynthesis, checked
+from datafree.synthesis.inversion import InversionSynthesis, PixelSynthesis
+from datafree.synthesis.objective import SynthesisObjective
+from datafree.synthesis.sources import NoiseSource, RealSource
+from datafree.synthesis.stream import StreamSynthesis
+
+
+def build_source(session, teacher, student, schedule):
+    """Where the images come from, by ``synthesis.source`` -> a BaseSynthesis."""
+    options = session.config.synthesis
+    if ":" in options.source:
+        return _own(options.source, teacher, student, session)
+    if options.source == "noise":
+        return NoiseSource(session.card, session.device)
+    if options.source == "real":
+        return RealSource(session.split("train"))
+    return _optimised(session, teacher, student, schedule)
+
+
+def _optimised(session, teacher, student, schedule):
+    config = session.config
+    options, precision = config.synthesis, config.run.precision
+    if options.cr and config.run.deterministic and session.device.type == "cuda":
+        raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
+    objective = SynthesisObjective(options, config.relation, teacher, student)
+    if options.source == "generator":
+        return StreamSynthesis(objective, _generator(session), session.augment, options, schedule.g_steps, precision)
+    rounds = (session.augment, _pool(session, schedule), options, schedule.g_steps)
+    more = {"balanced": config.distill.balanced_sampling, "precision": precision}
+    if options.source == "pixels":
+        return PixelSynthesis(objective, *rounds, **more)
+    return InversionSynthesis(objective, _generator(session), *rounds, **more)
+
+
+def _generator(session):
+    options = session.config.synthesis
+    return Generator(options.nz, options.ngf, session.card.shape).to(session.device)
+
+
+def _pool(session, schedule):
+    options, card = session.config.synthesis, session.card
+    if 0 < options.pool_size < options.synthesis_batch_size:
+        raise InputError(f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
+                         f"--synthesis_batch_size {options.synthesis_batch_size} or more, or give 0 to hold all")
+    images = schedule.epochs * schedule.rounds * options.synthesis_batch_size
+    return ImagePool(min(options.pool_size or images, images), card.shape, card.num_classes, session.device)
+
+
+def _own(name, teacher, student, session):
+    """The source of images that a class of the user's makes (see BaseSynthesis)."""
+    make = load_object(name)
+    try:
+        source = make(teacher=teacher, student=student, augment=session.augment, card=session.card,
+                      config=session.config, device=session.device)
+    except Exception as error:
+        raise InputError(f"the source {name} failed when it was made: {type(error).__name__}: {error}") from error
+    if not isinstance(source, BaseSynthesis):
+        raise InputError(f"the source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
+    return checked(source)
