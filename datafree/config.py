@@ -26,7 +26,7 @@ def option(default, help, **metadata):
 # Options that say where and how a run happens, or name a file of which the contents matter and not the name.
 SURROUNDINGS = {"save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq",
                 "eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights",
-                "student_weights", "weights", "teacher_acc", "view_cache"}
+                "student_weights", "weights", "teacher_acc", "view_cache", "compile"}
 # Sources that make no images; those that keep none in a pool; those without a generator, or without one for a round.
 CONTROL = {"source": ("noise", "real")}
 NO_POOL = {"source": ("generator", "noise", "real")}
@@ -45,6 +45,8 @@ class Run:
     seed: int = option(0, "Seed of python, numpy and torch.", low=0)
     device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.")
     precision: Literal["none", "bf16", "fp16"] = option("none", "Number format of the forward passes; none is fp32.")
+    compile: Literal["off", "default", "reduce-overhead"] = option(
+        "off", "torch.compile of the networks, by its mode: minutes once, then faster steps; the last is for a GPU.")
     threads: int = option(0, "CPU threads; 0 leaves torch's own choice.", low=0)
     deterministic: bool = option(False, "Only deterministic kernels on the GPU; the CPU always repeats exactly.")
     resume: str = option("none", "none, auto (this run's last checkpoint if there is one) or a checkpoint's path.",

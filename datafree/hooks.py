@@ -181,12 +181,13 @@ class BatchNormTap:
     def __init__(self, model):
         self.layers = [m for m in model.modules() if isinstance(m, BATCH_NORMS) and m.running_mean is not None]
         self.statistics = []
+        self._normalisers = {layer: partial(self._normalise, layer) for layer in self.layers}
 
     def __enter__(self):
         self.statistics, self._hooks, self._taken = [], [], []
         for layer in self.layers:
             if _is_plain_and_frozen(layer):
-                layer.forward = partial(self._normalise, layer)
+                layer.forward = self._normalisers[layer]  # the same each time, or a compiled network is compiled anew
                 self._taken.append(layer)
             else:
                 self._hooks.append(layer.register_forward_pre_hook(self._look))

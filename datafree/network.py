@@ -40,6 +40,13 @@ class Network(nn.Module):
         """Views (N, C, H, W) in [0, 1] -> :class:`datafree.hooks.Features`."""
         return self.tap(self.normalise(views))
 
+    def compiled(self, mode):
+        """Run by torch.compile from now on: ``default`` fuses, ``reduce-overhead`` replays CUDA graphs too."""
+        torch._dynamo.config.recompile_limit = 32  # both roles, modes and phases of all networks share one code
+        self.compile(mode=mode)
+        self.features = torch.compile(self.features, mode=mode)
+        return self
+
     def freeze(self):
         """Eval mode for good and no weight gradients: what a teacher is."""
         self.eval().requires_grad_(False)

@@ -59,7 +59,8 @@ class Session:
         if network.num_classes != card.num_classes:
             raise InputError(f"the {role} {model} answers {network.num_classes} classes but {card.name} has "
                              f"{card.num_classes}; build it with the right head, or name the right data set")
-        return network.to(self.device)
+        network.to(self.device)
+        return network if self.run.compile == "off" else network.compiled(self.run.compile)
 
     def _load(self, module, role, weights):
         stored = checkpoint.load_weights(module, weights)

@@ -36,6 +36,7 @@ class Learner:
     def step(self, images, targets, numbers=None, *, progress=0.0):
         """One update of the student -> detached terms, name -> scalar tensor."""
         self.network.train()
+        torch.compiler.cudagraph_mark_step_begin()  # what the step before made may be overwritten
         with autocast(self.device, self.precision):
             loss, terms = self.loss(images, targets, numbers, progress)
         self.optimizer.zero_grad()

@@ -67,7 +67,7 @@ class SynthesisObjective:
         if self.contrast:
             self.contrast.remember(images)
         if self.settings.bn_momentum:
-            self.bn_average = [(mean.detach(), var.detach()) for mean, var, *_ in self._bn_statistics()]
+            self.bn_average = [(mean.clone(), var.clone()) for mean, var, *_ in self._bn_statistics()]
 
     def _bn_statistics(self):
         """The batch's statistics per layer, as moved by ``bn_momentum`` from those of the rounds before."""

@@ -28,6 +28,7 @@ class OptimisedSynthesis(BaseSynthesis):
         make: () -> images in [0, 1], differentiable. between: called when all gradients are known.
         """
         optimizers = [*optimizers, *self.objective.optimizers]
+        torch.compiler.cudagraph_mark_step_begin()  # what the step before made may be overwritten
         with autocast(self.device, self.precision):
             images = make()
             loss, terms = self.objective(images, self.augment(images), targets, self.with_student)
