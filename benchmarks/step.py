@@ -156,6 +156,11 @@ def compare(pair, n, args, device):
                              lambda: ours.cached_step(known=False), lambda: ours.cached_step(known=True))))
     ours.synthesis_round(1)  # the pool needs images
     flop = {case: count_flop(call) for case, call in calls.items()}
+    if args.compile != "off":
+        ours.teacher.compiled(args.compile), ours.student.compiled(args.compile)
+        for _ in range(2):
+            for call in calls.values():
+                call()
     clock, turns, peaks = Clock(device), defaultdict(list), defaultdict(list)
     with clock.timed(timed_methods(ours, theirs)):
         for _ in tqdm(range(args.turns), desc=f"{pair}, batch {n}", leave=False):
@@ -257,6 +262,7 @@ def main():
     parser.add_argument("--data-steps", type=int, default=400, help="student steps that are fed")
     parser.add_argument("--data-turns", type=int, default=3, help="turns of that")
     parser.add_argument("--precision", choices=["none", "bf16", "fp16"], default="none", help="of ours")
+    parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], default="off", help="of ours")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=1, help="more than one tells little on a shared machine")
     parser.add_argument("--json", default="", help="file for the same numbers")

@@ -23,7 +23,7 @@ from datafree.models.custom import build_model
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
 CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml")
-                 if path.parent.name != "methods" and path.stem != "base")
+                 if path.parent.name != "methods" and path.stem not in ("base", "students"))
 PROGRAMS = {"datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
             "train_scratch.py": (train_scratch, ScratchConfig, None)}
 TINY = {"datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
