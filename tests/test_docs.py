@@ -126,7 +126,8 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
             call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher,
                  *TINY["train_scratch.py"], *own)
         own += ["--teacher_weights", weights]
-        own += ["--g_steps", 1] if config.synthesis.source == "inversion" else []
+        own += ["--g_steps", 1] if config.synthesis.source in ("inversion", "pixels") else []
+        own += ["--warmup", 0] if config.schedule.warmup else []
     call(PROGRAMS[program][0], *words, *TINY[program], *own)
     assert list(tmp_path.rglob("summary.json"))
 
