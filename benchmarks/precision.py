@@ -24,7 +24,7 @@ from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.runtime import autocast, choose_device, load_rng_state, rng_state, seed_everything
 from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective
+from datafree.synthesis.objective import ADAM_BETAS, SynthesisObjective
 
 LOOKS = (0, 1, 5, 20, 50, 100)
 RELATION = Relation(triplet=0.1, striplet=0.1)
@@ -50,10 +50,10 @@ def compare(make_loss, parameters, device, precision):
 
 
 def synthesis_rows(source, z, targets, device, precision):
-    z_optimizer = torch.optim.Adam([z], 1e-3, (0.5, 0.999))
+    make, optimizers = partial(source.generator, z), [source.optimizer, torch.optim.Adam([z], 1e-3, ADAM_BETAS)]
 
     def loss():
-        images = source.generator(z)
+        images = make()
         return source.objective(images, source.augment(images), targets)[0]
 
     rows = []
@@ -62,7 +62,7 @@ def synthesis_rows(source, z, targets, device, precision):
             if step in LOOKS:
                 parameters = [z, *source.generator.parameters()]
                 rows.append({"phase": "synthesis", "step": step, **compare(loss, parameters, device, precision)})
-            images, *_ = source._step(z, targets, z_optimizer)
+            images, *_ = source._update(make, targets, optimizers)
     source.pool.add(images, targets)
     return rows
 

@@ -3,8 +3,8 @@ python -m datafree.report FOLDER... [--of NAME] [--against OPTION=VALUE...] [--e
 
 Every summary.json below the folders is read. Runs of one name and one set of options share a row, whatever their
 seed; where the options of a name differ, the column ``options`` says in what.
---against  names one row by its options. The others are compared with it: gain is the mean difference over the seeds
-           that both have, ci95 half the width of its 95 % confidence interval.
+--against  names a row by its options, or one of each name. The others (of its name) are compared with it: gain is the
+           mean difference over the seeds that both have, ci95 half the width of its 95 % confidence interval.
 --effect   one more table, for each option: what changing it alone gains. Two runs are a pair if they have one seed
            and agree in all other options that both of them read; gains are averaged within a seed, then over seeds.
 --of       a number of metrics.jsonl that takes the place of acc1, such as images/distance_within_class.
@@ -92,17 +92,17 @@ def _options(summary, apart=()):
 def report(rows, against=()):
     """A line (dict) per row of :func:`group`: n seeds, mean accuracies (%), standard deviation, images, seconds.
 
-    against: "option=value" words that one row fits; the others then say how much better (+) they are on the seeds
-    that both have, and the half width of the 95 % confidence interval of that (Student's t). Raises InputError if
-    ``against`` fits no row, or several.
+    against: "option=value" words that one row fits, or one of each name; the others (of its name) then say how much
+    better (+) they are on the seeds that both have, and the half width of the 95 % confidence interval of that
+    (Student's t). Raises InputError if ``against`` fits no row, or several of a name.
     """
     differing = {name: _differing([options for other, options in rows if other == name]) for name, _ in rows}
-    base = _baseline(rows, against) if against else None
+    bases = _baselines(rows, against) if against else None
     lines = []
     for (name, options), seeds in rows.items():
         told = " ".join(f"{option}={value}" for option, value in options if option in differing[name])
         lines.append({"run": name, **({"options": told} if any(differing.values()) else {}),
-                      **_numbers(list(seeds.values())), **(_gain(seeds, base) if base else {})})
+                      **_numbers(list(seeds.values())), **(_gain(seeds, bases.get(name, {})) if bases else {})})
     return lines
 
 
@@ -115,13 +115,14 @@ def _differing(groups):
     return {name for name, _ in set().union(*groups) - set.intersection(*map(set, groups))}
 
 
-def _baseline(rows, against):
+def _baselines(rows, against):
+    """Name -> the runs by seed that its rows are compared with."""
     wanted = {tuple(word.split("=", 1)) for word in against}
-    found = [seeds for (_, options), seeds in rows.items() if wanted <= set(options)]
-    if len(found) != 1:
-        raise InputError(f"--against {' '.join(against)} fits {len(found)} rows, not one; "
+    found = [(name, seeds) for (name, options), seeds in rows.items() if wanted <= set(options)]
+    if not found or len(dict(found)) < len(found):
+        raise InputError(f"--against {' '.join(against)} fits {len(found)} rows, not one or one of each name; "
                          "name options as the table does")
-    return found[0]
+    return dict(found) if len(found) > 1 else {name: found[0][1] for name, _ in rows}
 
 
 def _gain(seeds, base):

@@ -45,7 +45,8 @@ def tiny_run(method, *words):
     given = {method, *words}
     return (*TINY_RUN, *(() if given & {"noise", "real"} else TINY_SYNTHESIS),
             *(() if given & {"noise", "real", "deepinv", "pixels"} else TINY_GENERATOR),
-            *(("--warmup", 0, "--reset_epoch", 2) if "fast" in given else ()))
+            *(("--warmup", 0) if given & {"fast", "rgal_fast"} else ()),
+            *(("--reset_epoch", 2) if "fast" in given else ()))
 
 
 @pytest.fixture(scope="session")

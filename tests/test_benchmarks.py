@@ -6,9 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmarks import memory, plain, precision, step
+from benchmarks import budget, memory, plain, precision, step
 from datafree.augment import CropFlip
 from datafree.config import Distill, Relation, Synthesis
+from datafree.errors import OptionError
 from datafree.learners.distill import DistillLearner
 from datafree.models.generator import Generator
 from datafree.network import Network
@@ -141,3 +142,18 @@ def test_half_precision_gradients_are_compared_on_a_teacher(teacher, monkeypatch
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
     assert [row[:2] for row in rows] == [["synthesis", "0"], ["synthesis", "2"], ["student", "0"], ["student", "2"]]
     assert all(0.9 < float(row[2]) <= 1 for row in rows)
+
+
+def test_a_budget_of_seconds_is_told_in_epochs(tmp_path, monkeypatch, capsys):
+    for seed, seconds in ((0, 9.0), (1, 11.0)):
+        (tmp_path / f"{seed}").mkdir()
+        (tmp_path / f"{seed}" / "summary.json").write_text(json.dumps(
+            {"run": "x", "seed": seed, "synthesis_s": seconds, "student_s": 10.0, "evaluation_s": 99.0,
+             "settings": {"epochs": 10}}))
+    for seconds, epochs in (("30", "15"), ("0.1", "1")):
+        monkeypatch.setattr("sys.argv", ["budget", seconds, str(tmp_path)])
+        budget.main()
+        assert capsys.readouterr().out.strip() == epochs  # 2 s each
+    monkeypatch.setattr("sys.argv", ["budget", "long", str(tmp_path)])
+    with pytest.raises(OptionError, match="'long'"):
+        budget.main()

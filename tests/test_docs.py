@@ -98,7 +98,7 @@ def test_a_script_is_valid_bash_and_stops_at_the_first_error(path):
 def checkout(tmp_path_factory):
     """A folder in which commands run as in the project's root, but what they write stays here."""
     folder = tmp_path_factory.mktemp("checkout")
-    for name in ("configs", "datafree", "registry.py", *PROGRAMS):
+    for name in ("benchmarks", "configs", "datafree", "registry.py", *PROGRAMS):
         (folder / name).symlink_to(ROOT / name)
     (folder / "scripts").mkdir()
     for path in SCRIPTS:
@@ -137,6 +137,7 @@ def script(checkout, tmp_path):
     """Run a script of the checkout on tiny budgets -> what it printed."""
     cases = "".join(f"{name}) set -- \"$@\" {' '.join(flags)};;\n" for name, flags in TINY.items())
     cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
+    cases += '"datafree_kd.py "*fast_*) set -- "$@" --warmup 0;;\n'
     (tmp_path / "python").write_text(f"#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} \"$@\"\n")
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
@@ -185,6 +186,31 @@ def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, t
                      SEEDS="0", CELLS="none|^synthesis-release", STUDY="runs/study10")
     rows = [line for line in printed.split("\nrun ")[-1].splitlines() if line.startswith("cifar10_rgal")]
     assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=0.1 " in rows[1]
+
+
+def test_the_comparison_of_methods_makes_two_tables_and_goes_on_where_it_stopped(script, checkout):
+    options = {"SEEDS": "0", "METHODS": "noise fast", "BUDGET": "1", "COMPARISON": "runs/methods"}
+    printed = script("compare_methods.sh", **options)
+    tables = printed[printed.index("Equal steps:"):].split("Equal seconds:")
+    for table in tables:
+        rows = [line.split() for line in table.splitlines() if line.startswith("digits_")]
+        names = [row[0].split("_")[1] for row in rows]
+        assert names == ["noise", "noise", "fast", "fast"]
+        weights = [dict(word.split("=") for word in row if "=" in word) for row in rows]
+        assert weights == [{"striplet": "0"}, {"striplet": "0.1"}, {"striplet": "0", "triplet": "0"},
+                           {"striplet": "0.1", "triplet": "0.1"}]
+        assert [row[-2] == "-" for row in rows] == [True, False, True, False]  # the gain over the row above
+    assert (checkout / "runs" / "methods" / "seconds" / "fast-alone-epochs").read_text().strip().isdigit()
+    again = script("compare_methods.sh", **options)
+    assert "Plan" not in again and again.strip() == printed[printed.index("Equal steps:"):].strip()
+
+
+def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_path):
+    weights = tmp_path / "teacher.th"
+    torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
+    printed = script("compare_methods.sh", *"--eval none --ngf 8".split(), WEIGHTS=str(weights), TABLES="steps",
+                     METHODS="dafl", SEEDS="0", CELLS="alone", COMPARISON="runs/methods10", BUDGET="1")
+    assert "cifar10_dafl_cifar_resnet20_wrn16_1" in printed[printed.index("Equal steps:"):]
 
 
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])

@@ -102,8 +102,8 @@ def test_a_run_that_was_repeated_counts_once(tmp_path):
     assert row["n"] == 1 and row["last"] == 94 and "options" not in row
 
 
-def write_settings(root, seed, settings, last, clock="12:00"):
-    path = write_run(root, "rgal", seed, last, clock=clock) / "summary.json"
+def write_settings(root, seed, settings, last, clock="12:00", run="rgal"):
+    path = write_run(root, run, seed, last, clock=clock) / "summary.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
 
 
@@ -120,6 +120,18 @@ def test_gains_are_paired_by_seed(tmp_path, monkeypatch, capsys):
     assert other["gain"] == "2.00" and float(other["ci95"]) == pytest.approx(4.3027 / 3**0.5, abs=0.01)
     with pytest.raises(InputError, match="fits 0 rows"):
         table_of(report.read_summaries([tmp_path]), ["triplet=9"])
+
+
+def test_rows_are_compared_with_the_one_of_their_name_where_each_has_one(tmp_path):
+    for run, seed, weight, last in (("dafl", 0, 0.0, 50.0), ("dafl", 0, 0.1, 53.0), ("fast", 0, 0.0, 90.0),
+                                    ("fast", 0, 0.1, 91.0), ("real", 0, 0.3, 99.0)):
+        write_settings(tmp_path / f"{weight}", seed, {"striplet": weight, "seed": seed}, last, run=run)
+    rows = table_of(report.read_summaries([tmp_path]), ["striplet=0"])
+    assert {(row["run"], row["last"]): row["gain"] for row in rows} == {
+        ("dafl", 50): None, ("dafl", 53): 3, ("fast", 90): None, ("fast", 91): 1, ("real", 99): None}
+    write_settings(tmp_path / "more", 0, {"striplet": 0.0, "ngf": 8, "seed": 0}, 10.0, run="dafl")
+    with pytest.raises(InputError, match="fits 3 rows, not one or one of each name"):
+        table_of(report.read_summaries([tmp_path]), ["striplet=0"])
 
 
 def write_effects(root):

@@ -1,0 +1,29 @@
+"""The epochs of a run that would take so long: python -m benchmarks.budget SECONDS FOLDER...
+
+By the seconds that an epoch of the finished runs below the folders took for synthesis and student, on average.
+"""
+import statistics
+import sys
+
+from datafree.errors import OptionError, exit_on_input_error, usage
+from datafree.report import read_summaries
+
+
+def epochs_within(seconds, summaries):
+    """At least one; rounded to the nearest."""
+    epoch = statistics.fmean((run.get("synthesis_s", 0) + run["student_s"]) / run["settings"]["epochs"]
+                             for run in summaries)
+    return max(1, round(seconds / epoch))
+
+
+def main():
+    usage(__doc__, at_least=2)
+    try:
+        seconds = float(sys.argv[1])
+    except ValueError:
+        raise OptionError(f"SECONDS cannot be {sys.argv[1]!r}; give a number") from None
+    print(epochs_within(seconds, read_summaries(sys.argv[2:])))
+
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

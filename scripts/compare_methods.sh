@@ -1,0 +1,65 @@
+#!/usr/bin/env bash
+# Every method alone and with RGAL inside it, in two tables: with equal student steps, and with the epochs that take
+# BUDGET seconds by the clock of the first table. On the digits that ship here, from a teacher of its own for each seed:
+#     bash scripts/compare_methods.sh [OPTIONS]
+# or on CIFAR-10 without its training images, from the file of He et al.'s ResNet-20:
+#     WEIGHTS=resnet20-12fca82f.th bash scripts/compare_methods.sh [OPTIONS]
+# A finished run is not repeated, so a stopped comparison goes on. SEEDS, METHODS, CELLS, TABLES, BUDGET and COMPARISON
+# (the folder) may be set, and options go to every distillation.
+set -euo pipefail
+shopt -s inherit_errexit
+weights=${WEIGHTS:+$(realpath "$WEIGHTS")}
+. "$(dirname "$0")/env.sh"
+
+methods=${METHODS:-noise zskt dafl dfad dfq deepinv cmi fast rgal rgal_fast real}
+if [ -n "$weights" ]; then
+    data=cifar10 configs=configs/cifar10_short pair=cifar_resnet20_wrn16_1 budget=${BUDGET:-1200}
+else
+    data=digits configs=configs/digits pair=resnet20_resnet8 budget=${BUDGET:-30}
+fi
+comparison=${COMPARISON:-runs/compare_methods_$data}
+
+triplets() {  # of a METHOD CELL
+    case $1-$2 in
+        rgal*-alone) echo "--triplet 0 --striplet 0";;
+        rgal*-rgal | *-alone) ;;
+        noise-rgal | real-rgal) echo "--striplet 0.1";;  # nothing is synthesised
+        *-rgal) echo "--triplet 0.1 --striplet 0.1";;
+    esac
+}
+
+teacher() {  # of this seed
+    [ -z "$weights" ] || { echo "$weights"; return; }
+    local folder=$comparison/digits_scratch_resnet20/seed$seed
+    [ -f "$folder/summary.json" ] ||
+        python train_scratch.py --config configs/digits/teacher_resnet20.yaml --seed "$seed" --save_dir "$comparison" \
+            --resume auto >&2
+    echo "$folder/checkpoints/student_last.pth"
+}
+
+epochs() {  # of a METHOD CELL that take the budget, worked out once
+    local kept=$comparison/seconds/$1-$2-epochs
+    mkdir -p "$comparison/seconds"
+    [ -s "$kept" ] || python -m benchmarks.budget "$budget" "$comparison/steps/${data}_$1_$pair/$2"-seed* >"$kept"
+    cat "$kept"
+}
+
+for table in ${TABLES:-steps seconds}; do
+    for seed in ${SEEDS:-0 1 2}; do
+        teacher_weights=$(teacher)
+        for method in $methods; do
+            for cell in ${CELLS:-alone rgal}; do
+                [ ! -f "$comparison/$table/${data}_${method}_$pair/$cell-seed$seed/summary.json" ] || continue
+                options="--config $configs/${method}_$pair.yaml $(triplets "$method" "$cell")"
+                [ "$table" = steps ] || options+=" --epochs $(epochs "$method" "$cell")"
+                python datafree_kd.py $options "$@" --seed "$seed" --teacher_weights "$teacher_weights" \
+                    --save_dir "$comparison/$table" --log_tag "$cell-seed$seed" --resume auto
+            done
+        done
+    done
+done
+
+for table in ${TABLES:-steps seconds}; do
+    echo "Equal $table:"
+    python -m datafree.report "$comparison/$table" --against striplet=0
+done
