@@ -37,7 +37,7 @@ def main():
         session.evaluate_only(student, "--student_weights", config.student.student_weights)
         return
     teacher = load_teacher(session)
-    source = build_source(session, teacher, student, schedule)
+    source = build_source(session, teacher, student, schedule.epochs * schedule.rounds)
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
                              (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
                              config.run.precision, build_cache(session, teacher, source))
@@ -85,9 +85,8 @@ def plan_schedule(config):
     if 0 < end <= start:
         raise OptionError(f"start_layer {start} is not before end_layer {end}, so no stage is looked at; "
                           "lower --start_layer")
-    g_steps = s.g_steps if config.synthesis.source in ("inversion", "pixels", "generator") else 0
-    return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, g_steps=g_steps,
-                           warmup=s.warmup, batch_size=config.distill.batch_size)
+    return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
+                           batch_size=config.distill.batch_size)
 
 
 def build_cache(session, teacher, source):
@@ -122,13 +121,13 @@ def describe_plan(session, schedule, teacher, source, cache):
     lines = [f"Plan: {config.teacher.teacher} is the frozen teacher; {config.student.student} learns its answers on "
              f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
              f"{session.device}.", describe_teacher(teacher)]
-    if schedule.g_steps:
-        lines.append(f"The images are made from noise by inverting {teacher.name}; no training image is opened.")
+    kind = {"noise": "plain noise", "real": "the real training images: not data-free"}.get(name)
+    made = f"by {name}" if ":" in name else f"from noise by inverting {teacher.name}"
+    lines.append(f"The images are {kind or f'made {made}; no training image is opened'}.")
+    if hasattr(source, "objective"):
         lines += describe_triplets(source.objective)
-        cost = f"{schedule.epochs * schedule.rounds:,} rounds of {schedule.g_steps} synthesis steps, and {cost}"
-    else:
-        kind = {"noise": "plain noise", "real": "the real training images: not data-free"}
-        lines.append(f"The images are {kind.get(name, f'those of {name}')}.")
+    if source.g_steps:
+        cost = f"{schedule.epochs * schedule.rounds:,} rounds of {source.g_steps} synthesis steps, and {cost}"
     pool = getattr(source, "pool", None)
     if isinstance(pool, ImagePool):
         images = schedule.epochs * schedule.rounds * config.synthesis.synthesis_batch_size

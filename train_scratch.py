@@ -30,8 +30,8 @@ def main():
         return
     split = session.split("train")
     batch = min(options.batch_size, len(split))
-    schedule = SimpleNamespace(epochs=options.epochs, rounds=1, kd_steps=max(len(split) // batch, 1), g_steps=0,
-                               warmup=0, batch_size=batch)
+    schedule = SimpleNamespace(epochs=options.epochs, rounds=1, kd_steps=max(len(split) // batch, 1), warmup=0,
+                               batch_size=batch)
     plan = (f"Plan: {options.model} is trained on {len(split):,} images of {session.card.name}, "
             f"{'x'.join(map(str, session.card.shape))} in {session.card.num_classes} classes, on {session.device}: "
             f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {batch} images.")

@@ -29,7 +29,7 @@ from datafree.runtime import StopSignal, load_rng_state, rng_state
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
-    schedule: epochs, rounds (per epoch), kd_steps, g_steps, warmup, batch_size.
+    schedule: epochs, rounds (per epoch), kd_steps, warmup, batch_size.
     evaluate: () -> {acc1, acc5, loss} in %, or None where there is nothing to evaluate on.
     describe: () -> (numbers of the latest images, alarms), or None.
     facts: plain values saved beside the student's weights; its ``settings`` (option -> value) must be the same
@@ -65,7 +65,7 @@ class Engine:
     def _steps_until(self, epoch):
         """Steps of both phases in the epochs before ``epoch``."""
         s = self.schedule
-        return s.rounds * (epoch * s.g_steps + max(epoch - s.warmup, 0) * s.kd_steps)
+        return s.rounds * (epoch * self.source.g_steps + max(epoch - s.warmup, 0) * s.kd_steps)
 
     def _epoch(self, stop):
         at, s = self.position, self.schedule

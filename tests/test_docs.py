@@ -1,5 +1,6 @@
 """Every command that the project shows can be typed as it stands; every config says only what it has to."""
 import importlib.util
+import json
 import os
 import pkgutil
 import re
@@ -211,6 +212,20 @@ def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_pa
     printed = script("compare_methods.sh", *"--eval none --ngf 8".split(), WEIGHTS=str(weights), TABLES="steps",
                      METHODS="dafl", SEEDS="0", CELLS="alone", COMPARISON="runs/methods10", BUDGET="1")
     assert "cifar10_dafl_cifar_resnet20_wrn16_1" in printed[printed.index("Equal steps:"):]
+
+
+@pytest.mark.parametrize("name, terms", [("Pyramid", ("bn", "oh", "adv", "triplet")), ("Leaves", ())])
+def test_the_methods_of_ones_own_on_their_page_run(name, terms, distil, tmp_path):
+    page = (ROOT / "docs" / "own_method.md").read_text()
+    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
+    [code] = [block for block in blocks if f"class {name}(" in block]
+    assert len(code.splitlines()) < 60
+    (tmp_path / "file.py").write_text(code)
+    weights = "--oh 1 --bn 0.1 --adv 1 --triplet 0.1 --lr_g 0.05".split() if terms else ()
+    folder = distil("--epochs", 2, *weights, "--striplet", 0.1, method=f"{tmp_path / 'file.py'}:{name}")
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {key.removeprefix("synthesis/") for key in row if key.startswith("synthesis/")} == set(terms)
+    assert row["images"] == (64 if terms else 2 * 6 * 16) and list((folder / "grids").glob("*.png"))
 
 
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])

@@ -306,7 +306,7 @@ def make_engine(tmp_path):
     folders = []
 
     def make(events, synthesis_term=1.0, student_term=1.0, run=None, **counts):
-        schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "g_steps": 1, "warmup": 0,
+        schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "warmup": 0,
                                       "batch_size": 4, **counts})
         folders.append(RunFolder(tmp_path / "run", "run"))
         learner, source = Pupil(events, student_term), Recorder(events, synthesis_term)

@@ -13,6 +13,7 @@ class BaseSynthesis:
 
     control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
+    g_steps: steps of a round, after each of which it calls ``tick``; 0 if it does not.
     epoch: set by the engine before each round, counted from 0.
     with_student: set by the engine; False during warm-up, when terms that look at the student rest.
     tick: set by the engine; called after each synthesis step, for the progress bar.
@@ -20,6 +21,7 @@ class BaseSynthesis:
 
     control = False
     images_made = 0
+    g_steps = 0
     epoch = 0
     with_student = True
     device = torch.device("cpu")
@@ -61,8 +63,11 @@ class BaseSynthesis:
         self.images_made = state["images_made"]
 
 
-def checked(source):
-    """A source of one's own whose mistakes raise an InputError, those of the range of its images at the first draw."""
+def checked(source, shape):
+    """A source of one's own whose mistakes raise an InputError, those of the range of its images at the first draw.
+
+    shape: (C, H, W) of the images that it has to give.
+    """
     sample, synthesize, name, first = source.sample, source.synthesize, type(source).__name__, True
 
     def checked_sample(n):
@@ -72,9 +77,9 @@ def checked(source):
             raise InputError(f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
                              "(images, targets) or (images, targets, numbers), targets None where there are none")
         images = batch[0]
-        if tuple(images.shape[1:]) != source.card.shape or not images.is_floating_point():
+        if tuple(images.shape[1:]) != shape or not images.is_floating_point():
             raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype}; they have "
-                             f"to be floats of shape (n, {', '.join(map(str, source.card.shape))})")
+                             f"to be floats of shape (n, {', '.join(map(str, shape))})")
         if first and not ((images >= 0) & (images <= 1)).all():
             raise InputError(f"{name}.sample({n}) returned images from {images.min():.4g} to {images.max():.4g}; they "
                              "have to be in [0, 1]")

@@ -10,8 +10,8 @@ from datafree.synthesis.sources import NoiseSource, RealSource
 from datafree.synthesis.stream import StreamSynthesis
 
 
-def build_source(session, teacher, student, schedule):
-    """Where the images come from, by ``synthesis.source`` -> a BaseSynthesis."""
+def build_source(session, teacher, student, rounds):
+    """Where the images come from, by ``synthesis.source`` -> a BaseSynthesis. rounds: of the whole run."""
     options = session.config.synthesis
     if ":" in options.source:
         return _own(options.source, teacher, student, session)
@@ -19,22 +19,22 @@ def build_source(session, teacher, student, schedule):
         return NoiseSource(session.card, session.device)
     if options.source == "real":
         return RealSource(session.split("train"))
-    return _optimised(session, teacher, student, schedule)
+    return _optimised(session, teacher, student, rounds)
 
 
-def _optimised(session, teacher, student, schedule):
+def _optimised(session, teacher, student, rounds):
     config = session.config
-    options, precision = config.synthesis, config.run.precision
+    options, g_steps, precision = config.synthesis, config.schedule.g_steps, config.run.precision
     if options.cr and config.run.deterministic and session.device.type == "cuda":
         raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
     objective = SynthesisObjective(options, config.relation, teacher, student)
     if options.source == "generator":
-        return StreamSynthesis(objective, _generator(session), session.augment, options, schedule.g_steps, precision)
-    rounds = (session.augment, _pool(session, schedule), options, schedule.g_steps)
+        return StreamSynthesis(objective, _generator(session), session.augment, options, g_steps, precision)
+    given = (session.augment, _pool(session, rounds), options, g_steps)
     more = {"balanced": config.distill.balanced_sampling, "precision": precision}
     if options.source == "pixels":
-        return PixelSynthesis(objective, *rounds, **more)
-    return InversionSynthesis(objective, _generator(session), *rounds, **more)
+        return PixelSynthesis(objective, *given, **more)
+    return InversionSynthesis(objective, _generator(session), *given, **more)
 
 
 def _generator(session):
@@ -42,12 +42,12 @@ def _generator(session):
     return Generator(options.nz, options.ngf, session.card.shape).to(session.device)
 
 
-def _pool(session, schedule):
+def _pool(session, rounds):
     options, card = session.config.synthesis, session.card
     if 0 < options.pool_size < options.synthesis_batch_size:
         raise InputError(f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
                          f"--synthesis_batch_size {options.synthesis_batch_size} or more, or give 0 to hold all")
-    images = schedule.epochs * schedule.rounds * options.synthesis_batch_size
+    images = rounds * options.synthesis_batch_size
     return ImagePool(min(options.pool_size or images, images), card.shape, card.num_classes, session.device)
 
 
@@ -61,4 +61,4 @@ def _own(name, teacher, student, session):
         raise InputError(f"the source {name} failed when it was made: {type(error).__name__}: {error}") from error
     if not isinstance(source, BaseSynthesis):
         raise InputError(f"the source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
-    return checked(source)
+    return checked(source, session.card.shape)
