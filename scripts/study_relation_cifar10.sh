@@ -23,11 +23,11 @@ cells() {
 for seed in ${SEEDS:-0 1}; do
     cells | while read -r name options; do
         [[ $name =~ ${CELLS:-} ]] || continue
-        [ -f "$study/cifar10_rgal_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
-            python datafree_kd.py --config configs/cifar10/rgal_cifar_resnet20_wrn16_1_cpu.yaml --epochs 5 --warmup 1 \
+        [ -f "$study/cifar10_rgal_fast_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
+            python datafree_kd.py --config configs/cifar10/rgal_fast_cifar_resnet20_wrn16_1_cpu.yaml --epochs 5 --warmup 1 \
                 --ep_steps 640 "$@" $options --seed "$seed" --teacher_weights "$weights" --save_dir "$study" \
                 --log_tag "$name-seed$seed" --resume auto </dev/null
     done
 done
 
-python -m datafree.report "$study"/cifar10_rgal_* --against triplet=0 striplet=0
+python -m datafree.report "$study"/cifar10_rgal_fast_* --against triplet=0 striplet=0
