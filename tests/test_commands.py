@@ -105,6 +105,17 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
     assert accuracy(capsys.readouterr().out) == pytest.approx(summary["last_acc1"], abs=1e-3)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_rgal_goes_into_every_method(method, distil, refused):
+    triplets = ("--triplet", 0.2, "--striplet", 0.3)
+    if method in ("noise", "real"):  # nothing is synthesised there
+        told = refused(partial(distil, method=method), *triplets, code=2)
+        assert "--triplet would change nothing" in told and f"source is {method}" in told
+        triplets = triplets[2:]
+    [row] = rows(distil("--epochs", 1, *triplets, method=method))
+    assert ("synthesis/triplet" in row) == ("--triplet" in triplets) and "student/striplet" in row
+
+
 def test_the_configuration_left_repeats_the_run(distil):
     folder = distil("--epochs", 2, "--seed", 3)
     call(datafree_kd, "--config", folder / "config.yaml", "--log_tag", "again")

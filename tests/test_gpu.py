@@ -102,3 +102,11 @@ def test_a_run_on_the_gpu_goes_on_where_it_stopped(precision, distil):
 def test_a_deterministic_run_repeats_exactly(distil):
     first, second = (distil("--device", "cuda", "--deterministic", tag=tag) for tag in "ab")
     assert rows(first) == rows(second)
+
+
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
+def test_a_compiled_run_is_the_plain_one(mode, distil):
+    plain, compiled = (rows(distil("--device", "cuda", "--epochs", 1, "--compile", mode, tag=mode))
+                       for mode in ("off", mode))
+    for name in ("synthesis/bn", "synthesis/oh", "student/kd"):
+        assert compiled[0][name] == pytest.approx(plain[0][name], rel=0.2)
