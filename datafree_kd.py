@@ -15,6 +15,7 @@ from datafree.relation import triplet_stages
 from datafree.runtime import free_memory
 from datafree.session import Session, teacher_place
 from datafree.synthesis.build import build_source
+from datafree.synthesis.optimised import OptimisedSynthesis
 from datafree.view_cache import ViewCache
 
 EXAMPLES = """
@@ -37,7 +38,7 @@ def main():
         session.evaluate_only(student, "--student_weights", config.student.student_weights)
         return
     teacher = load_teacher(session)
-    source = build_source(session, teacher, student, schedule.epochs * schedule.rounds)
+    source = build_source(session, teacher, student)
     learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
                              (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
                              config.run.precision, build_cache(session, teacher, source))
@@ -122,9 +123,9 @@ def describe_plan(session, schedule, teacher, source, cache):
              f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
              f"{session.device}.", describe_teacher(teacher)]
     kind = {"noise": "plain noise", "real": "the real training images: not data-free"}.get(name)
-    made = f"by {name}" if ":" in name else f"from noise by inverting {teacher.name}"
+    made = f"by {name}" if ":" in name else f"from noise, guided by the {teacher.name}"
     lines.append(f"The images are {kind or f'made {made}; no training image is opened'}.")
-    if hasattr(source, "objective"):
+    if isinstance(source, OptimisedSynthesis):
         lines += describe_triplets(source.objective)
     if source.g_steps:
         cost = f"{schedule.epochs * schedule.rounds:,} rounds of {source.g_steps} synthesis steps, and {cost}"

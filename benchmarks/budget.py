@@ -10,10 +10,10 @@ from datafree.report import read_summaries
 
 
 def epochs_within(seconds, summaries):
-    """At least one; rounded to the nearest."""
+    """At least one with student steps; rounded to the nearest."""
     epoch = statistics.fmean((run.get("synthesis_s", 0) + run["student_s"]) / run["settings"]["epochs"]
                              for run in summaries)
-    return max(1, round(seconds / epoch))
+    return max(1 + summaries[0]["settings"].get("warmup", 0), round(seconds / epoch))
 
 
 def main():

@@ -87,11 +87,11 @@ def alarms(now, first):
                      "the synthesis is too short or overruled; raise --g_steps or --oh, or lower --adv")
     if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
         found.append("the images are half as different as in the beginning (pixel distance "
-                     f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; use "
-                     "--generator_init random or raise --adv")
+                     f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; "
+                     "raise --triplet or --adv")
     if now["near_duplicates"] > 0.2:
         found.append(f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; "
-                     "raise --lr_z or --triplet")
+                     "raise --triplet")
     chance = 1 / now["classes_hit"]
     if now["student_agreement"] < min(1.5 * chance, chance + 0.05) and now["classes_hit"] > 1:
         found.append(f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about "

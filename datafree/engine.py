@@ -83,7 +83,7 @@ class Engine:
 
     def _synthesize(self, with_student):
         self.source.epoch, self.source.with_student = self.position["epoch"], with_student
-        with self._clock("synthesis"), out_of_memory_in("synthesis", "--synthesis_batch_size or --ngf"):
+        with self._clock("synthesis"), out_of_memory_in("synthesis", "--synthesis_batch_size"):
             terms = self.source.synthesize()
         require_finite(terms, "synthesis term")
         self.means.add("synthesis", terms)

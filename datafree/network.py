@@ -42,7 +42,7 @@ class Network(nn.Module):
 
     def compiled(self, mode):
         """Run by torch.compile from now on: ``default`` fuses, ``reduce-overhead`` replays CUDA graphs too."""
-        torch._dynamo.config.recompile_limit = 32  # both roles, modes and phases of all networks share one code
+        torch._dynamo.config.cache_size_limit = 32  # both roles, modes and phases of all networks share one code
         self.compile(mode=mode)
         self.features = torch.compile(self.features, mode=mode)
         return self

@@ -4,6 +4,7 @@ import platform
 import random
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -36,6 +37,12 @@ def choose_device(name):
     if index >= count:
         raise InputError(f"--device {name}: no such GPU, torch finds {count}; --device cpu runs without one")
     return torch.device("cuda", index)
+
+
+def require_compiler(device):
+    """InputError where torch.compile could build nothing for ``device``."""
+    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+        raise InputError("--compile builds C++ for the CPU and finds no compiler; install g++, or leave --compile off")
 
 
 def set_threads(n):

@@ -1,5 +1,6 @@
 """What every program does around its loop: device, networks, run folder, resume, summary."""
 import hashlib
+import inspect
 from pathlib import Path
 
 import torch
@@ -14,7 +15,15 @@ from datafree.evaluators import evaluate
 from datafree.logger import RunFolder, table
 from datafree.models.custom import build_model
 from datafree.network import Network
-from datafree.runtime import autocast, choose_device, environment, peak_memory, seed_everything, set_threads
+from datafree.runtime import (
+    autocast,
+    choose_device,
+    environment,
+    peak_memory,
+    require_compiler,
+    seed_everything,
+    set_threads,
+)
 
 
 class Session:
@@ -30,6 +39,8 @@ class Session:
         self.inputs = {}  # option -> digest of what its file holds
         self.device = choose_device(self.run.device)
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
+        if self.run.compile != "off":
+            require_compiler(self.device)
         if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
         set_threads(self.run.threads)
@@ -67,6 +78,12 @@ class Session:
         tensors = (tensor.contiguous().numpy().tobytes() for tensor in module.state_dict().values())
         self.inputs["weights" if role == "model" else f"{role}_weights"] = digest(*tensors)
         return stored
+
+    def count_code(self, name, made):
+        """Let a source of one's own, called ``name``, count by what its file holds, not by where it is."""
+        told = f"{short(name)}:{digest(Path(inspect.getsourcefile(made)).read_bytes())}"
+        values = {"method": self.config.method, "source": self.config.synthesis.source}
+        self.inputs.update({option: told for option, value in values.items() if value == name})
 
     def _normalisation(self, role, key, values, low):
         """``values``, one per channel, or the card's where there are none."""

@@ -17,7 +17,8 @@ if [ -n "$weights" ]; then
 else
     data=digits configs=configs/digits pair=resnet20_resnet8 budget=${BUDGET:-30}
 fi
-comparison=${COMPARISON:-runs/compare_methods_$data}
+options=$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')
+comparison=${COMPARISON:-runs/compare_methods_$data$options} seconds=seconds-$budget
 
 triplets() {  # of a METHOD CELL
     case $1-$2 in
@@ -38,28 +39,30 @@ teacher() {  # of this seed
 }
 
 epochs() {  # of a METHOD CELL that take the budget, worked out once
-    local kept=$comparison/seconds/$1-$2-epochs
-    mkdir -p "$comparison/seconds"
+    local kept=$comparison/$seconds/$1-$2-epochs
+    mkdir -p "$comparison/$seconds"
     [ -s "$kept" ] || python -m benchmarks.budget "$budget" "$comparison/steps/${data}_$1_$pair/$2"-seed* >"$kept"
     cat "$kept"
 }
 
-for table in ${TABLES:-steps seconds}; do
+tables=${TABLES:-steps seconds}
+tables=${tables/seconds/$seconds}
+for table in $tables; do
     for seed in ${SEEDS:-0 1 2}; do
         teacher_weights=$(teacher)
         for method in $methods; do
             for cell in ${CELLS:-alone rgal}; do
                 [ ! -f "$comparison/$table/${data}_${method}_$pair/$cell-seed$seed/summary.json" ] || continue
-                options="--config $configs/${method}_$pair.yaml $(triplets "$method" "$cell")"
-                [ "$table" = steps ] || options+=" --epochs $(epochs "$method" "$cell")"
-                python datafree_kd.py $options "$@" --seed "$seed" --teacher_weights "$teacher_weights" \
+                cell_options="--config $configs/${method}_$pair.yaml $(triplets "$method" "$cell")"
+                [ "$table" = steps ] || cell_options+=" --epochs $(epochs "$method" "$cell")"
+                python datafree_kd.py $cell_options "$@" --seed "$seed" --teacher_weights "$teacher_weights" \
                     --save_dir "$comparison/$table" --log_tag "$cell-seed$seed" --resume auto
             done
         done
     done
 done
 
-for table in ${TABLES:-steps seconds}; do
+for table in $tables; do
     echo "Equal $table:"
     python -m datafree.report "$comparison/$table" --against striplet=0
 done

@@ -66,6 +66,8 @@ class Poisoned(nn.Module):
 class Stripes(BaseSynthesis):
     """A source of one's own: images of one grey level each, an option of the run's."""
 
+    objective = "what one's own attributes are called is one's own affair"
+
     def sample(self, n):
         self.images_made += n
         return torch.full((n, *self.card.shape), self.config.synthesis.tv, device=self.device), None

@@ -273,6 +273,30 @@ def test_a_source_of_ones_own(distil, refused):
     assert "inversion, pixels" in refused(distil, "--source", "dreams", code=2)
 
 
+def test_a_source_of_ones_own_counts_by_its_code_and_not_by_its_place(distil, refused, tmp_path):
+    code = Path(nets.__file__).read_text()
+    for name in ("a.py", "b.py"):
+        (tmp_path / name).write_text(code)
+    words = ("--epochs", 1, "--tv", 0.25, "--source")
+    folder = distil(*words, f"{tmp_path / 'a.py'}:Stripes")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "a.py").rename(tmp_path / "sub" / "a.py")
+    resumed = ("--epochs", 2, *words[2:], f"{tmp_path / 'sub' / 'a.py'}:Stripes", "--resume", "auto")
+    assert distil(*resumed) == folder and len(rows(folder)) == 2
+    (tmp_path / "sub" / "a.py").write_text(code + "\n# another state of it\n")
+    assert "--source" in refused(distil, "--epochs", 3, *resumed[2:])
+
+
+def test_a_warm_up_that_has_nothing_to_do_is_refused_before_anything_is_written(distil, refused, tmp_path):
+    line = refused(partial(distil, method="zskt"), "--warmup", 1, "--dry_run")
+    assert "no synthesis term has a weight during --warmup" in line and files(tmp_path) == []
+
+
+def test_compiling_without_a_compiler(distil, refused, monkeypatch, tmp_path):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert "g++" in refused(distil, "--compile", "default") and files(tmp_path) == []
+
+
 def test_the_stages_of_the_triplets_are_named_and_must_be_some(distil, refused, capsys):
     distil("--dry_run", "--start_layer", 0, "--end_layer", 2)
     assert "stages 0 (6x8x8), 1 (12x4x4) of the student nets-small" in capsys.readouterr().out

@@ -137,8 +137,8 @@ def test_a_healthy_run_raises_no_alarm(now):
 @pytest.mark.parametrize("now, seen, option", [
     ({"label_entropy": 0.3}, "entropy 0.30 of 1", "--oh"),
     ({"target_agreement": 0.12}, "12% of the classes asked for", "--g_steps"),
-    ({"pixel_distance": 0.1}, "0.100 after 0.250", "--generator_init"),
-    ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--lr_z"),
+    ({"pixel_distance": 0.1}, "0.100 after 0.250", "--triplet"),
+    ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--triplet"),
     ({"student_agreement": 0.11}, "11% of the new images", "--lr"),
     ({"classes_hit": 2, "student_agreement": 0.52}, "52% of the new images", "--adv"),
 ], ids=lambda value: str(value) if isinstance(value, dict) else "")

@@ -61,6 +61,11 @@ def test_images_have_the_shape_asked_for_and_lie_within_0_and_1(shape):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.parameters())
 
 
+def test_images_do_not_depend_on_the_mode_for_all_statistics_are_the_batchs():
+    generator, z = Generator(nz=10, ngf=4, shape=(3, 16, 16)), torch.randn(6, 10)
+    assert not list(generator.buffers()) and torch.equal(generator.train()(z), generator.eval()(z))
+
+
 def test_at_32_pixels_it_is_the_papers_network_of_plain_layers():
     generator = Generator(nz=10, ngf=4, shape=(3, 32, 32))
     up = {"scale_factor": 2, "mode": "nearest"}

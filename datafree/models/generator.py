@@ -40,10 +40,10 @@ class Generator(nn.Module):
         scale = 2**doublings
         self.base = (2 * ngf, math.ceil(self.height / scale), math.ceil(self.width / scale))
         self.project = nn.Linear(nz, math.prod(self.base))
-        layers = [nn.BatchNorm2d(2 * ngf)]
+        layers = [_batch_norm(2 * ngf)]
         for i in range(doublings):
             width = ngf if i == doublings - 1 else 2 * ngf
-            layers += [UpsampleConv(2 * ngf, width), nn.BatchNorm2d(width), nn.LeakyReLU(0.2, inplace=True)]
+            layers += [UpsampleConv(2 * ngf, width), _batch_norm(width), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1))
         self.reset()
 
@@ -60,6 +60,11 @@ class Generator(nn.Module):
         images = torch.sigmoid(self.layers(x))
         top, left = (images.shape[2] - self.height) // 2, (images.shape[3] - self.width) // 2
         return images[:, :, top:top + self.height, left:left + self.width]
+
+
+def _batch_norm(channels):
+    """By the batch alone: averages over steps would lag behind a generator of so few."""
+    return nn.BatchNorm2d(channels, track_running_stats=False)
 
 
 @torch.no_grad()

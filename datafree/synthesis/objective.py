@@ -25,7 +25,7 @@ class SynthesisObjective:
         self.weights = {name: getattr(settings, name) for name in TERMS}
         self.weights["triplet"] = 0.0 if triplets.relation == "off" else triplets.triplet
         self.scored = teacher if triplets.triplet_target == "teacher" else student  # by the triplets
-        self._wanted()
+        self.wanted()
         self.bn_tap = BatchNormTap(teacher)
         if self.weights["bn"] and not self.bn_tap.layers:
             raise InputError(f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
@@ -42,7 +42,7 @@ class SynthesisObjective:
         images, views: (N, C, H, W) in [0, 1]; targets: (N,), the classes asked for.
         with_student: whether terms that look at the student take part.
         """
-        wanted = self._wanted(with_student)
+        wanted = self.wanted(with_student)
         with self.bn_tap if "bn" in wanted else nullcontext():
             teacher = self.teacher.features(views)
         looks_at_student = "adv" in wanted or ("triplet" in wanted and self.scored is self.student)
@@ -51,7 +51,7 @@ class SynthesisObjective:
                  for name in self.weights if name in wanted}
         return sum(self.weights[name] * term for name, term in terms.items()), terms
 
-    def _wanted(self, with_student=True):
+    def wanted(self, with_student=True):
         """Names of the terms to compute; InputError where there is none."""
         wanted = {name for name, weight in self.weights.items() if weight}
         if not with_student:

@@ -8,8 +8,6 @@ from datafree.synthesis.optimised import OptimisedSynthesis
 class StreamSynthesis(OptimisedSynthesis):
     """A round is ``g_steps`` steps of one generator, each on new noise; every sample is new, and none is kept."""
 
-    images_made = 0
-
     def __init__(self, objective, generator, *arguments, **options):
         super().__init__(objective, *arguments, **options)
         self.generator = generator
@@ -17,7 +15,6 @@ class StreamSynthesis(OptimisedSynthesis):
 
     def synthesize(self):
         sums = {}
-        self.generator.train()
         with self.objective.student.frozen():
             for _ in range(self.g_steps):
                 images, _, terms = self._update(self._make, self._targets(), [self.optimizer])
@@ -32,7 +29,6 @@ class StreamSynthesis(OptimisedSynthesis):
 
     @torch.no_grad()
     def sample(self, n):
-        self.generator.eval()
         self.images_made += n
         return self._make(n), None
 
