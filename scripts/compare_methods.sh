@@ -8,7 +8,7 @@
 # (the folder) may be set, and options go to every distillation.
 set -euo pipefail
 shopt -s inherit_errexit
-weights=${WEIGHTS:+$(realpath "$WEIGHTS")}
+weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
 . "$(dirname "$0")/env.sh"
 
 methods=${METHODS:-noise zskt dafl dfad dfq deepinv cmi fast rgal rgal_fast real}

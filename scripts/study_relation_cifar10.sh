@@ -4,7 +4,7 @@
 # WEIGHTS is the teacher's file; options go to every run. A finished run is not repeated. SEEDS, STUDY
 # and CELLS as for study_relation.sh.
 set -euo pipefail
-weights=$(realpath "${1:?"name the file of the ResNet-20 teacher's weights"}")
+weights=$(realpath -e "${1:?"name the file of the ResNet-20 teacher's weights"}")
 shift
 . "$(dirname "$0")/env.sh"
 

@@ -83,6 +83,17 @@ class Bare(BaseSynthesis):
         return torch.rand(n, *self.card.shape)
 
 
+class Mute(BaseSynthesis):
+    """A source that hands nothing out."""
+
+
+class Wordy(Stripes):
+    """A source whose terms are no tensors."""
+
+    def synthesize(self):
+        return {"certainty": 3.0}
+
+
 class Nothing:
     """No source at all."""
 

@@ -269,6 +269,8 @@ def test_a_source_of_ones_own(distil, refused):
     again = partial(distil, tag="again")  # a run that failed at once does not hold its folder
     assert "(images, targets)" in refused(again, "--source", nets.name("Bare"), doors_only=False)
     assert "in [0, 1]" in refused(again, "--source", nets.name("Stripes"), "--tv", 2, doors_only=False)
+    assert "has no method sample" in refused(distil, "--source", nets.name("Mute"))
+    assert "scalar tensor" in refused(again, "--source", nets.name("Wordy"), doors_only=False)
     assert "tiny() got an unexpected" in refused(distil, "--source", nets.name("tiny"))
     assert "inversion, pixels" in refused(distil, "--source", "dreams", code=2)
 

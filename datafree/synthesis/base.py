@@ -86,5 +86,14 @@ def checked(source, shape):
         first = False
         return batch
 
-    source.sample, source.synthesize = checked_sample, lambda: synthesize() or {}
+    def checked_synthesize():
+        terms = synthesize() or {}
+        if not isinstance(terms, dict) or not all(torch.is_tensor(t) and t.numel() == 1 for t in terms.values()):
+            raise InputError(f"{name}.synthesize() returned {terms!r}; it has to return the terms to log, name -> "
+                             "scalar tensor, or nothing")
+        return terms
+
+    if type(source).sample is BaseSynthesis.sample:
+        raise InputError(f"{name} has no method sample(n); it has to return n images and their classes or None")
+    source.sample, source.synthesize = checked_sample, checked_synthesize
     return source
