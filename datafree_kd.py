@@ -76,6 +76,9 @@ def plan_schedule(config):
     if s.kd_steps > s.ep_steps:
         raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
                          "lower --kd_steps or raise --ep_steps")
+    if left := s.ep_steps % s.kd_steps:
+        raise InputError(f"ep_steps {s.ep_steps} is no whole number of rounds of kd_steps {s.kd_steps}; "
+                         f"give --ep_steps {s.ep_steps - left} or {s.ep_steps - left + s.kd_steps}")
     if config.distill.view_cache and not config.distill.views_recur:
         raise OptionError("--view_cache has no use with --mixup, whose views hardly occur twice, nor with --gram_loss "
                           "and --at_loss, which need whole maps; leave it out, or those")

@@ -51,8 +51,8 @@ def load(path):
         if code:
             raise InputError(f"{path} asks to run or build {code[1]}; refused, nothing was executed: "
                              "save it again as a dict of tensors, numbers and strings") from error
-        reason = str(error).partition("\n")[0]
-        raise InputError(f"{path} is truncated or no torch checkpoint ({reason}); copy or download it again") from error
+        size = f"{os.path.getsize(path):,} bytes"
+        raise InputError(f"{path} is truncated or no torch checkpoint ({size}); copy or download it again") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}; a checkpoint or state_dict is a dict")
     return state

@@ -102,7 +102,7 @@ class Schedule:
 
     epochs: int = option(200, "Epochs; the student's learning rate follows a cosine to 0 over them.",
                          flags=("--epoch",), low=1)
-    ep_steps: int = option(400, "Student steps of an epoch: ep_steps // kd_steps rounds.", low=1)
+    ep_steps: int = option(400, "Student steps of an epoch; a multiple of kd_steps.", low=1)
     kd_steps: int = option(400, "Student steps of a round.", low=1)
     g_steps: int = option(400, "Synthesis steps of a round.", low=1, idle=CONTROL)
     warmup: int = option(0, "First epochs that only make images, without the terms that look at the student.", low=0,
@@ -219,7 +219,6 @@ class Distill:
     custom_steps: float = option(1.0, "Share of the run in which the channel, gram, attention and triplet terms act.",
                                  low=0, high=1,
                                  idle={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)})
-
 
     @property
     def views_recur(self):

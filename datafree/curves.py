@@ -24,6 +24,7 @@ PANELS = {
     "images/target_agreement": "teacher agrees with the class asked for",
 }
 COLUMNS = 3
+STYLES = ("-", "--", ":", "-.")  # by turns, once matplotlib's ten colours are used up
 
 
 def read_curves(folders):
@@ -62,9 +63,10 @@ def draw(curves, picture):
     lines = -(-len(panels) // COLUMNS)
     figure = Figure((4 * COLUMNS, 2.8 * lines + 0.3 * len(curves)), layout="constrained")
     for axes, key in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, panels):
-        for name, rows in curves.items():
+        for number, (name, rows) in enumerate(curves.items()):
             points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
-            axes.plot(*zip(*points) if points else ([], []), label=name, marker="." if len(points) < 2 else None)
+            axes.plot(*zip(*points) if points else ([], []), STYLES[number // 10 % len(STYLES)], label=name,
+                      marker="." if len(points) < 2 else None)
         axes.set_title(PANELS[key], fontsize=10)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)

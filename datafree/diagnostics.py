@@ -32,7 +32,7 @@ def describe(images, targets, teacher, student, space="embedding"):
         answer, student_labels = teacher.features(images), student(images).argmax(1)
     labels, count = answer.logits.argmax(1), len(images)
     share = torch.bincount(labels, minlength=teacher.num_classes) / count
-    entropy = -(share * share.clamp_min(1e-12).log()).sum()
+    entropy = torch.special.entr(share).sum()
     highest = math.log(min(teacher.num_classes, count))
     numbers = {
         "label_entropy": entropy / highest if highest else torch.ones(()),  # one image cannot spread

@@ -493,6 +493,7 @@ def test_a_gpu_that_is_not_there(distil, refused, monkeypatch):
 @pytest.mark.parametrize("words, code, parts", [
     (("--precision", "fp16"), 1, ("fp16", "bf16")),
     (("--kd_steps", 60), 1, ("kd_steps 60", "ep_steps 6", "lower --kd_steps")),
+    (("--kd_steps", 4), 1, ("ep_steps 6", "kd_steps 4", "--ep_steps 4 or 8")),
     (("--pool_size", 8), 1, ("--pool_size 8", "--synthesis_batch_size 16")),
     (("--bn", 0, "--oh", 0, "--adv", 0, "--triplet", 0), 1, ("no synthesis term", "--bn 1")),
     (("--kd", 0, "--cd_loss", 0, "--striplet", 0), 1, ("--kd",)),

@@ -18,11 +18,16 @@ def runs(tmp_path):
     return tmp_path / "runs"
 
 
-def test_a_panel_for_every_number_that_the_runs_have(runs, tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def drawn(monkeypatch):
     from matplotlib.figure import Figure
-    drawn = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, save=Figure.savefig, **k: drawn.append(figure)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, save=Figure.savefig, **k: figures.append(figure)
                         or save(figure, *a, **k))
+    return figures
+
+
+def test_a_panel_for_every_number_that_the_runs_have(runs, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "c.png"), str(runs)])
     curves.main()
     assert Image.open(tmp_path / "c.png").width > 500 and "c.png" in capsys.readouterr().out
@@ -30,6 +35,12 @@ def test_a_panel_for_every_number_that_the_runs_have(runs, tmp_path, monkeypatch
     assert [list(line.get_xdata()) for line in accuracy.lines] == [[1, 3], [1]]
     assert [list(line.get_ydata()) for line in accuracy.lines] == [[50, 80], [55]]
     assert [line.get_label() for line in duplicates.lines] == ["some_run/seed0", "some_run/seed1"]
+
+
+def test_forty_runs_are_told_apart(drawn, tmp_path):
+    curves.draw({f"run{i}": [{"epoch": 0, "acc1": i}, {"epoch": 1, "acc1": i}] for i in range(40)}, tmp_path / "c.png")
+    lines = drawn[0].axes[0].lines
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 40
 
 
 def test_what_cannot_be_drawn_is_named(runs, tmp_path):

@@ -143,9 +143,10 @@ def test_digits_are_enlarged_bilinearly(tmp_path):
 # Folders
 
 @pytest.mark.parametrize("test_folder", ["test", "val"])
-def test_folder_keeps_every_byte(tmp_path, test_folder):
+def test_folder_keeps_every_byte(tmp_path, test_folder, capsys):
     written = write_folder(tmp_path / "own", classes=("dog", "cat"), splits=("train", test_folder))
     split = load_split(CARD, tmp_path, "test")
+    assert "resized" not in capsys.readouterr().out
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
     for index, (name, number) in enumerate((c, n) for c in ("cat", "dog") for n in range(3)):
         image = split.images[index].permute(1, 2, 0).numpy()
@@ -163,7 +164,7 @@ def test_folder_wins_over_torchvision(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "JPEG", "webp", "bmp"])
-def test_every_format_is_read_and_fitted_to_the_card(tmp_path, suffix):
+def test_every_format_is_read_and_fitted_to_the_card(tmp_path, suffix, capsys):
     grey = np.full((9, 9), 100, np.uint8)
     for name in ("a", "b"):
         write_image(tmp_path / "own" / "test" / name / f"1.{suffix}", grey)
@@ -172,6 +173,7 @@ def test_every_format_is_read_and_fitted_to_the_card(tmp_path, suffix):
     split = load_split(CARD, tmp_path, "test")
     assert split.images.shape == (2, 3, 6, 5)
     assert (split.images.int() - 100).abs().max() <= 2
+    assert f"2 of 2 images in {tmp_path / 'own' / 'test'} are not of 5x6 pixels" in capsys.readouterr().out
 
 
 def test_colour_becomes_grey_for_a_grey_card(tmp_path):

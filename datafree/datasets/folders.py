@@ -100,7 +100,7 @@ def open_image(path, channels):
 def decode(paths, shape):
     """uint8 tensor (N, C, H, W) of the files' images; those of another size are resized to ``shape``.
 
-    Resizing is bilinear with antialiasing. Raises InputError naming the file that cannot be decoded.
+    Resizing is bilinear with antialiasing, and told. Raises InputError naming the file that cannot be decoded.
     """
     channels, height, width = shape
     if channels not in MODES:
@@ -108,18 +108,22 @@ def decode(paths, shape):
     images = np.empty((len(paths), *shape), np.uint8)
 
     def fill(start):
+        resized = 0
         for index in range(start, min(start + CHUNK, len(paths))):
             image = open_image(paths[index], channels)
             if image.size != (width, height):
-                image = image.resize((width, height), Image.Resampling.BILINEAR)
+                image, resized = image.resize((width, height), Image.Resampling.BILINEAR), resized + 1
             images[index] = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-        return index + 1 - start
+        return index + 1 - start, resized
 
-    place = os.path.commonpath([paths[0], paths[-1]])
+    place, total = os.path.commonpath([paths[0], paths[-1]]), 0
     with (ThreadPoolExecutor(_threads(paths[0])) as pool,
           tqdm(total=len(paths), desc=f"reading {place}", unit="image", disable=None) as bar):
-        for count in pool.map(fill, range(0, len(paths), CHUNK)):
+        for count, resized in pool.map(fill, range(0, len(paths), CHUNK)):
             bar.update(count)
+            total += resized
+    if total:
+        print(f"{total} of {len(paths)} images in {place} are not of {width}x{height} pixels and were resized")
     return torch.from_numpy(images)
 
 
