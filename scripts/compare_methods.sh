@@ -22,8 +22,8 @@ comparison=${COMPARISON:-runs/compare_methods_$data$options} seconds=seconds-$bu
 
 triplets() {  # of a METHOD CELL
     case $1-$2 in
-        rgal*-alone) echo "--triplet 0 --striplet 0";;
-        rgal*-rgal | *-alone) ;;
+        rgal-alone) echo "--triplet 0 --striplet 0";;
+        rgal-rgal | *-alone) ;;
         noise-rgal | real-rgal) echo "--striplet 0.1";;  # nothing is synthesised
         *-rgal) echo "--triplet 0.1 --striplet 0.1";;
     esac
