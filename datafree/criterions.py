@@ -173,12 +173,11 @@ def gram_weights(stage):
 
 
 def info_nce(local, anchor, bank, T):
-    """L_cr: every local view finds its own global view among the bank's earlier instances (CMI).
+    """L_cr: every local view finds its own global view among those of the batch and the bank's earlier instances (CMI).
 
     local, anchor: (N, D); bank: (K, D). All L2-normalised here. T: temperature.
     """
     local, anchor, bank = (F.normalize(x.float(), dim=1) for x in (local, anchor, bank))
-    positive = (local * anchor).sum(1, keepdim=True)
     with autocast(local.device, "none"):
-        similarity = torch.cat([positive, local @ bank.T], 1) / T
-    return F.cross_entropy(similarity, torch.zeros(len(local), dtype=torch.long, device=local.device))
+        similarity = local @ torch.cat([anchor, bank]).T / T
+    return F.cross_entropy(similarity, torch.arange(len(local), device=local.device))

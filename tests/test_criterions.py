@@ -279,8 +279,8 @@ def test_info_nce_equals_numpy():
     local, anchor, bank = torch.randn(5, 6), torch.randn(5, 6), torch.randn(11, 6)
     u, v, w = (x.double().numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
                for x in (local, anchor, bank))
-    logits = np.concatenate([(u * v).sum(1, keepdims=True), u @ w.T], 1) / 0.2
-    oracle = -np.log(softmax(logits)[:, 0]).mean()
+    logits = u @ np.concatenate([v, w]).T / 0.2
+    oracle = -np.log(softmax(logits)[np.arange(5), np.arange(5)]).mean()
     assert criterions.info_nce(local, anchor, bank, 0.2).item() == pytest.approx(oracle, rel=1e-5)
 
 
@@ -301,11 +301,17 @@ def small_bank(monkeypatch):
     return InstanceContrast(PixelTeacher(), T=0.5)
 
 
-def test_contrast_is_zero_before_the_first_round(small_bank):
-    images = torch.rand(4, 3, 4, 4, requires_grad=True)
-    loss = small_bank(images, PixelTeacher().features(images))
+def test_contrast_is_within_the_batch_before_the_first_round(small_bank, monkeypatch):
+    monkeypatch.setattr(contrast, "random_resized_crop", lambda images: images.flip(3))
+    images, views = torch.rand(4, 3, 4, 4, requires_grad=True), torch.rand(4, 3, 4, 4, requires_grad=True)
+    loss = small_bank(images, PixelTeacher().features(views))
+    similarity = F.cosine_similarity(
+        *(small_bank.head(contrast.instance(PixelTeacher().features(x)))[place]
+          for x, place in ((images.flip(3), np.s_[:, None]), (views, np.s_[None, :]))), dim=2) / 0.5
+    assert loss.item() == pytest.approx(-similarity.log_softmax(1).diagonal().mean().item(), rel=1e-5)
     loss.backward()
-    assert loss == 0 and images.grad.abs().max() == 0
+    assert images.grad.abs().max() > 0 and views.grad is None
+    assert all(p.grad.abs().max() > 0 for p in small_bank.head.parameters())
 
 
 def test_contrast_is_info_nce_of_the_heads_output(small_bank, monkeypatch):

@@ -138,7 +138,7 @@ def test_statistics_are_taken_of_the_teacher_in_synthesis_alone():
     assert len(taken) == 2
     teacher.features(torch.rand(2, *SHAPE)), student.features(torch.rand(2, *SHAPE))
     assert len(tap.statistics) == len(taken) and all(a is b for a, b in zip(tap.statistics, taken))
-    assert not any(layer._forward_pre_hooks for layer in tap.layers)
+    assert not any(layer._forward_pre_hooks or "forward" in layer.__dict__ for layer in tap.layers)
 
 
 # What is computed.
@@ -433,7 +433,7 @@ def test_a_stream_carries_on_with_one_generator_and_keeps_no_image():
     assert source.images_made == 10 and equal(learned, snapshot(source.generator))
 
 
-def test_a_stream_gets_worse_for_the_student_and_no_worse_for_itself():
+def test_a_stream_gets_worse_for_the_student():
     """DFAD: its generator raises the L1 distance that its student lowers."""
     torch.manual_seed(1)
     source = streams(settings(adv=1.0, adv_distance="l1", adv_where="all", lr_g=0.01), g_steps=1)
@@ -493,9 +493,9 @@ def test_statistics_are_averaged_over_rounds():
 
 # Contrast, precision, shapes.
 
-def test_contrast_is_0_before_the_first_round_and_remembers_the_kept_batches():
+def test_contrast_remembers_the_kept_batches():
     source = make(settings(cr=1.0), triplets(relation="off"))
-    assert source.synthesize()["cr"] == 0
+    assert source.synthesize()["cr"] > 0
     contrast = source.objective.contrast
     assert contrast.added == BATCH
     assert contrast.bank[:BATCH].any(1).all() and not contrast.bank[BATCH:].any()

@@ -6,15 +6,17 @@ from datafree import criterions
 from datafree.augment import random_resized_crop
 from datafree.hooks import pooled
 
-BANK_SIZE, NEGATIVES, HEAD_DIM = 40960, 4096, 128
+BANK_SIZE, NEGATIVES, HEAD_DIM = 40960, 4096, 256
 
 
 class InstanceContrast(nn.Module):
-    """InfoNCE between a local view and the global view of the same image, against a bank of earlier instances.
+    """InfoNCE between a local view and the global view of the same image, against other images of now and earlier.
 
-    An instance is the concatenation of the teacher's pooled stages and embedding, mapped by a
-    two-layer head that is trained along. The bank takes the kept batch of every round; before
-    the first one it is empty and the term is 0.
+    An instance is the concatenation of the teacher's pooled stages and embedding, mapped by a two-layer head that is
+    trained along. Negatives are the global views of the rest of the batch and of a bank, which takes the kept batch of
+    every round; as in the authors' code they and the positive gather no gradient. Unlike there, an instance has no
+    mean of each BatchNorm layer's input, the bank is of images without augmentation, local views are not mirrored,
+    and the bank's instances are not paired among themselves to train the head.
     """
 
     def __init__(self, teacher, T):
@@ -22,16 +24,17 @@ class InstanceContrast(nn.Module):
         self.T, self.added = T, 0
         self._teacher_features = teacher.features  # a method, so that the teacher is no submodule of this
         dim = sum(teacher.tap.stage_channels) + teacher.tap.embed_dim
-        self.head = nn.Sequential(nn.Linear(dim, HEAD_DIM), nn.ReLU(), nn.Linear(HEAD_DIM, HEAD_DIM))
+        self.head = nn.Sequential(nn.Linear(dim, dim), nn.ReLU(), nn.Linear(dim, HEAD_DIM))
         self.register_buffer("bank", torch.zeros(BANK_SIZE, dim))
 
     def forward(self, images, global_features):
         """images (N, C, H, W) in [0, 1]; global_features: the teacher's Features of their global views."""
         local = self.head(instance(self._teacher_features(random_resized_crop(images))))
-        anchor = self.head(instance(global_features))
         size = min(self.added, BANK_SIZE)
         drawn = torch.randint(max(size, 1), (min(NEGATIVES, size),), device=self.bank.device)
-        return criterions.info_nce(local, anchor, self.head(self.bank[drawn]), self.T)
+        with torch.no_grad():
+            anchor, earlier = self.head(instance(global_features)), self.head(self.bank[drawn])
+        return criterions.info_nce(local, anchor, earlier, self.T)
 
     @torch.no_grad()
     def remember(self, images):

@@ -50,7 +50,8 @@ class InversionSynthesis(RoundSynthesis):
     def _between(self):
         if self.settings.generator_init == "maml":
             for total, parameter in zip(self.meta_gradient, self.generator.parameters()):
-                total += parameter.grad
+                # A step in fp16 that overflowed counts as none, as it does for the inner optimiser.
+                total += parameter.grad.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else parameter.grad
 
     @torch.no_grad()
     def _end_round(self):
@@ -61,15 +62,16 @@ class InversionSynthesis(RoundSynthesis):
         elif self.settings.generator_init == "maml":
             for parameter, start, gradient in zip(self.generator.parameters(), self.start, self.meta_gradient):
                 parameter.copy_(start)
-                parameter.grad = gradient.nan_to_num(0, 0, 0)  # of a step in fp16 that overflowed
+                parameter.grad = gradient
             self.meta_optimizer.step()
 
     def _new_optimizer(self):
         return torch.optim.Adam(self.generator.parameters(), self.settings.lr_g, ADAM_BETAS)
 
     def _parts(self):
-        parts = {"generator": self.generator, "optimizer": self.optimizer}
-        return {**parts, "meta_optimizer": self.meta_optimizer} if self.meta_optimizer else parts
+        """What a round takes over from the one before, and the generator."""
+        kept = {"random": {}, "reptile": {"optimizer": self.optimizer}, "maml": {"meta_optimizer": self.meta_optimizer}}
+        return {"generator": self.generator, **kept[self.settings.generator_init]}
 
     def state_dict(self):
         return {**super().state_dict(), **{name: part.state_dict() for name, part in self._parts().items()},

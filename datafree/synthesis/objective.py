@@ -34,7 +34,7 @@ class SynthesisObjective:
         self.contrast, self.optimizers = None, []  # what the objective itself learns, and how
         if self.weights["cr"]:
             self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.mean.device)
-            self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g, ADAM_BETAS)]
+            self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g)]
 
     def __call__(self, images, views, targets, with_student=True):
         """Loss and unweighted terms of a batch.

@@ -6,7 +6,11 @@ from datafree.synthesis.optimised import OptimisedSynthesis
 
 
 class StreamSynthesis(OptimisedSynthesis):
-    """A round is ``g_steps`` steps of one generator, each on new noise; every sample is new, and none is kept."""
+    """A round is ``g_steps`` steps of one generator, each on new noise; every sample is new, and none is kept.
+
+    The adversary looks at the student in evaluation mode, as in CMI's code. In training mode, as ZSKT's and DFAD's own
+    codes have it, both made far worse students (docs/results/methods.md).
+    """
 
     def __init__(self, objective, generator, *arguments, **options):
         super().__init__(objective, *arguments, **options)
