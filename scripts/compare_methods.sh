@@ -62,7 +62,9 @@ for table in $tables; do
     done
 done
 
+against="--against striplet=0"
+[[ " ${CELLS:-alone} " = *" alone "* ]] || against=
 for table in $tables; do
     echo "Equal $table:"
-    python -m datafree.report "$comparison/$table" --against striplet=0
+    python -m datafree.report "$comparison/$table" $against
 done

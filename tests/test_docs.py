@@ -203,6 +203,8 @@ def test_the_comparison_of_methods_makes_two_tables_and_goes_on_where_it_stopped
     assert (checkout / "runs" / "methods" / "seconds-1" / "fast-alone-epochs").read_text().strip().isdigit()
     again = script("compare_methods.sh", **options)
     assert "Plan" not in again and again.strip() == printed[printed.index("Equal steps:"):].strip()
+    alone = script("compare_methods.sh", **options | {"CELLS": "rgal", "TABLES": "steps", "COMPARISON": "runs/other"})
+    assert "gain" not in alone[alone.index("Equal steps:"):]
 
 
 def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_path):

@@ -206,12 +206,17 @@ def test_the_triplets_look_at_what_was_chosen(feature, shape, space, monkeypatch
     learner = make(config.Distill(), triplets)
     calls = count_calls(monkeypatch, relation, "relation_loss")
     images = torch.rand(8, *SHAPE)
+    with torch.no_grad():
+        student = learner.network.train().features(images)
     learner.step(images, torch.zeros(8))
     layers, labels, drawn, margin, sampling, direction = calls[0][0]
-    assert [layer.shape for layer in layers] == [shape]
     teacher = learner.teacher.features(images)
+    looked_at = {"global": student.embed, "logits": student.logits, "features": student.stages[1]}[feature]
+    assert looked_at.shape == shape and [torch.allclose(layer, looked_at, atol=1e-5) for layer in layers] == [True]
     assert torch.equal(labels, teacher.logits.argmax(1))
-    assert drawn.shape[1] == (16 if space == "embedding" else CLASSES) and not drawn.requires_grad
+    expected = teacher.embed if space == "embedding" else student.logits
+    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-5)
+    assert not drawn.requires_grad
     assert (margin, sampling, direction) == (0.2, "distance", relation.SEPARATE)
 
 

@@ -13,6 +13,7 @@ from datafree.hooks import BatchNormTap, Features
 from datafree.models.generator import Generator
 from datafree.network import Network
 from datafree.pool import ImagePool
+from datafree.synthesis.base import BaseSynthesis, checked
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.synthesis.inversion import InversionSynthesis, PixelSynthesis
 from datafree.synthesis.objective import SynthesisObjective
@@ -250,8 +251,6 @@ def scripted(losses, **options):
 
     source.objective = Scripted()
     return source, seen
-
-
 
 
 @pytest.mark.parametrize("losses, keep, index", [
@@ -551,3 +550,33 @@ def test_noise_follows_the_data_card_and_is_new_at_every_draw():
     before = torch.get_rng_state()
     source.latest()
     assert source.images_made == 128 and torch.equal(torch.get_rng_state(), before)
+
+
+# Sources of one's own.
+
+@pytest.mark.parametrize("batch, told", [
+    ((torch.rand(3, *SHAPE), None), r"images \(3, .*of shape \(4, 3, 16, 16\)"),
+    ((torch.zeros(4, *SHAPE, dtype=torch.uint8), None), "torch.uint8"),
+    ((torch.rand(4, *SHAPE), torch.arange(3)), r"classes \(3,\); .*shape \(4,\), or None"),
+    ((torch.rand(4, *SHAPE), [0, 1, 2, 3]), "classes"),
+    ((torch.rand(4, *SHAPE, device="meta"), None), "on meta"),
+])
+def test_a_batch_of_ones_own_source_that_does_not_fit_is_told(batch, told):
+    class Own(BaseSynthesis):
+        def sample(self, n):
+            return batch
+
+    with pytest.raises(InputError, match=told):
+        checked(Own(), SHAPE, torch.device("cpu")).sample(4)
+
+
+def test_synthesis_of_ones_own_that_returns_a_tensor_is_told():
+    class Own(BaseSynthesis):
+        def synthesize(self):
+            return torch.rand(2)
+
+        def sample(self, n):
+            return torch.rand(n, *SHAPE), None
+
+    with pytest.raises(InputError, match="name -> scalar tensor"):
+        checked(Own(), SHAPE, torch.device("cpu")).synthesize()

@@ -17,9 +17,12 @@ class DistillLearner(Learner):
     """
 
     def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none", cache=None):
-        if not settings.kd and (settings.custom_steps < 1 or not any(
-                (settings.cd_loss, settings.gram_loss, settings.at_loss, triplets.striplet))):
-            raise InputError("with --kd 0 no student term has a weight in all of the run; give --kd one")
+        others = (settings.cd_loss, settings.gram_loss, settings.at_loss, triplets.striplet)
+        if not settings.kd and (settings.custom_steps < 1 or not any(others)):
+            raise InputError("with --kd 0 the student has no loss"
+                             + (f" after custom_steps {settings.custom_steps:g} of the run" if any(others) else "")
+                             + "; give --kd a weight, or --cd_loss, --gram_loss, --at_loss or --striplet one and "
+                             "--custom_steps 1")
         projects = settings.cd_loss or settings.gram_loss
         self.projection = None
         if projects:

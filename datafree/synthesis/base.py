@@ -7,9 +7,9 @@ from datafree.errors import InputError
 class BaseSynthesis:
     """Makes images and hands them out; a source of one's own overrides ``synthesize`` and ``sample``.
 
-    ``--method path/to/file.py:Class`` makes it of these, which are then its attributes: teacher, student
-    (:class:`datafree.network.Network`), augment (images -> views), card, config (all options), device. It counts
-    what it makes in ``images_made``.
+    ``--method path/to/file.py:Class`` makes it of these, which this class's constructor keeps as its attributes:
+    teacher, student (:class:`datafree.network.Network`), augment (images -> views), card, config (all options),
+    device. It counts what it makes in ``images_made``.
 
     control: whether the images are no attempt to be good, so that no alarm is raised about them.
     images_made: how many images were synthesised so far.
@@ -63,10 +63,10 @@ class BaseSynthesis:
         self.images_made = state["images_made"]
 
 
-def checked(source, shape):
+def checked(source, shape, device):
     """A source of one's own whose mistakes raise an InputError, those of the range of its images at the first draw.
 
-    shape: (C, H, W) of the images that it has to give.
+    shape: (C, H, W) of the images that it has to give. device: where it has to give them.
     """
     sample, synthesize, name, first = source.sample, source.synthesize, type(source).__name__, True
 
@@ -76,10 +76,13 @@ def checked(source, shape):
         if not isinstance(batch, tuple) or len(batch) not in (2, 3) or not torch.is_tensor(batch[0]):
             raise InputError(f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
                              "(images, targets) or (images, targets, numbers), targets None where there are none")
-        images = batch[0]
-        if tuple(images.shape[1:]) != shape or not images.is_floating_point():
-            raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype}; they have "
-                             f"to be floats of shape (n, {', '.join(map(str, shape))})")
+        images, targets = batch[:2]
+        if images.shape != (n, *shape) or not images.is_floating_point() or images.device.type != device.type:
+            raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype} on "
+                             f"{images.device.type}; they have to be floats of shape {(n, *shape)} on {device.type}")
+        if targets is not None and not (torch.is_tensor(targets) and targets.shape == (n,)):
+            raise InputError(f"{name}.sample({n}) returned classes {tuple(getattr(targets, 'shape', ()))}; they have "
+                             f"to be a tensor of shape ({n},), or None")
         if first and not ((images >= 0) & (images <= 1)).all():
             raise InputError(f"{name}.sample({n}) returned images from {images.min():.4g} to {images.max():.4g}; they "
                              "have to be in [0, 1]")
@@ -87,7 +90,8 @@ def checked(source, shape):
         return batch
 
     def checked_synthesize():
-        terms = synthesize() or {}
+        terms = synthesize()
+        terms = {} if terms is None else terms
         if not isinstance(terms, dict) or not all(torch.is_tensor(t) and t.numel() == 1 for t in terms.values()):
             raise InputError(f"{name}.synthesize() returned {terms!r}; it has to return the terms to log, name -> "
                              "scalar tensor, or nothing")

@@ -12,7 +12,9 @@ from datafree.synthesis.stream import StreamSynthesis
 
 def build_source(session, teacher, student):
     """Where the images come from, by ``synthesis.source`` -> a BaseSynthesis."""
-    options = session.config.synthesis
+    options, run = session.config.synthesis, session.config.run
+    if options.cr and run.deterministic and session.device.type == "cuda":
+        raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
     if ":" in options.source:
         return _own(options.source, teacher, student, session)
     if options.source == "noise":
@@ -25,8 +27,6 @@ def build_source(session, teacher, student):
 def _optimised(session, teacher, student):
     config = session.config
     options, g_steps, precision = config.synthesis, config.schedule.g_steps, config.run.precision
-    if options.cr and config.run.deterministic and session.device.type == "cuda":
-        raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
     objective = SynthesisObjective(options, config.relation, teacher, student)
     if config.schedule.warmup:
         objective.wanted(with_student=False)
@@ -67,4 +67,4 @@ def _own(name, teacher, student, session):
         raise InputError(f"the source {name} failed when it was made: {type(error).__name__}: {error}") from error
     if not isinstance(source, BaseSynthesis):
         raise InputError(f"the source {name} made a {type(source).__name__}; its class has to be a BaseSynthesis")
-    return checked(source, session.card.shape)
+    return checked(source, session.card.shape, session.device)
