@@ -1,4 +1,5 @@
 """Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
+
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,8 +27,9 @@ python datafree_kd.py --dataset digits --teacher resnet20 --student resnet8 --ep
 
 
 def main():
-    config, call = cli.parse(DistillConfig, sys.argv[1:], description=__doc__, method_files=registry.METHODS,
-                             examples=EXAMPLES)
+    config, call = cli.parse(
+        DistillConfig, sys.argv[1:], description=__doc__, method_files=registry.METHODS, examples=EXAMPLES
+    )
     if call.print_config:
         print(cli.to_yaml(config), end="")
         return
@@ -39,9 +41,16 @@ def main():
         return
     teacher = load_teacher(session)
     source = build_source(session, teacher, student)
-    learner = DistillLearner(student, teacher, session.augment, config.distill, config.relation,
-                             (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
-                             config.run.precision, build_cache(session, teacher, source))
+    learner = DistillLearner(
+        student,
+        teacher,
+        session.augment,
+        config.distill,
+        config.relation,
+        (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps,
+        config.run.precision,
+        build_cache(session, teacher, source),
+    )
     plan = describe_plan(session, schedule, teacher, source, learner.cache)
     if call.dry_run:
         print("\n".join(plan))
@@ -51,9 +60,16 @@ def main():
             folder.log(line)
         columns = check_teacher(session, teacher, folder)
         facts = session.facts(student, config.student.student)
-        engine = Engine(learner, source, schedule, folder, config.run, facts=facts,
-                        evaluate=(lambda: session.score(student)) if session.test else None,
-                        describe=diagnostics.Watch(source, teacher, student, drawing_space(config.relation)))
+        engine = Engine(
+            learner,
+            source,
+            schedule,
+            folder,
+            config.run,
+            facts=facts,
+            evaluate=(lambda: session.score(student)) if session.test else None,
+            describe=diagnostics.Watch(source, teacher, student, drawing_space(config.relation)),
+        )
         session.train(engine, **columns)
 
 
@@ -66,31 +82,46 @@ def load_teacher(session):
     except InputError as error:
         if options.teacher_weights or Path(weights).exists() or isinstance(error, OptionError):
             raise
-        raise InputError(f"{error} (train it by: python train_scratch.py --dataset {session.card.name} "
-                         f"--model {options.teacher}; or give --teacher_weights)") from None
+        raise InputError(
+            f"{error} (train it by: python train_scratch.py --dataset {session.card.name} "
+            f"--model {options.teacher}; or give --teacher_weights)"
+        ) from None
 
 
 def plan_schedule(config):
     """The counts that the engine runs by; options that do not go together raise an InputError."""
     s = config.schedule
     if s.kd_steps > s.ep_steps:
-        raise InputError(f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
-                         "lower --kd_steps or raise --ep_steps")
+        raise InputError(
+            f"kd_steps {s.kd_steps} is more than ep_steps {s.ep_steps}, so an epoch would have no round; "
+            "lower --kd_steps or raise --ep_steps"
+        )
     if left := s.ep_steps % s.kd_steps:
-        raise InputError(f"ep_steps {s.ep_steps} is no whole number of rounds of kd_steps {s.kd_steps}; "
-                         f"give --ep_steps {s.ep_steps - left} or {s.ep_steps - left + s.kd_steps}")
+        raise InputError(
+            f"ep_steps {s.ep_steps} is no whole number of rounds of kd_steps {s.kd_steps}; "
+            f"give --ep_steps {s.ep_steps - left} or {s.ep_steps - left + s.kd_steps}"
+        )
     if config.distill.view_cache and not config.distill.views_recur:
-        raise OptionError("--view_cache has no use with --mixup, whose views hardly occur twice, nor with --gram_loss "
-                          "and --at_loss, which need whole maps; leave it out, or those")
+        raise OptionError(
+            "--view_cache has no use with --mixup, whose views hardly occur twice, nor with --gram_loss "
+            "and --at_loss, which need whole maps; leave it out, or those"
+        )
     if s.warmup >= s.epochs:
-        raise InputError(f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or "
-                         "raise --epochs")
+        raise InputError(
+            f"warmup {s.warmup} leaves none of {s.epochs} epochs for the student; lower --warmup or raise --epochs"
+        )
     start, end = config.relation.start_layer, config.relation.end_layer
     if 0 < end <= start:
-        raise OptionError(f"start_layer {start} is not before end_layer {end}, so no stage is looked at; "
-                          "lower --start_layer")
-    return SimpleNamespace(epochs=s.epochs, rounds=s.ep_steps // s.kd_steps, kd_steps=s.kd_steps, warmup=s.warmup,
-                           batch_size=config.distill.batch_size)
+        raise OptionError(
+            f"start_layer {start} is not before end_layer {end}, so no stage is looked at; lower --start_layer"
+        )
+    return SimpleNamespace(
+        epochs=s.epochs,
+        rounds=s.ep_steps // s.kd_steps,
+        kd_steps=s.kd_steps,
+        warmup=s.warmup,
+        batch_size=config.distill.batch_size,
+    )
 
 
 def build_cache(session, teacher, source):
@@ -106,8 +137,9 @@ def build_cache(session, teacher, source):
     possible = pool.capacity * session.augment.count
     cache = ViewCache(teacher, wanted, possible, free // 4 if megabytes is None else min(megabytes, free))
     if megabytes and megabytes > free and len(cache) < possible:
-        raise InputError(f"--view_cache {megabytes} does not fit beside the pool into the {free} MB that are free; "
-                         "lower it")
+        raise InputError(
+            f"--view_cache {megabytes} does not fit beside the pool into the {free} MB that are free; lower it"
+        )
     return cache
 
 
@@ -122,9 +154,12 @@ def describe_plan(session, schedule, teacher, source, cache):
     steps = (schedule.epochs - schedule.warmup) * schedule.rounds * schedule.kd_steps
     views = config.distill.batch_size * (2 if config.distill.pair_sample else 1)
     cost = f"{steps:,} student steps of {views} views"
-    lines = [f"Plan: {config.teacher.teacher} is the frozen teacher; {config.student.student} learns its answers on "
-             f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
-             f"{session.device}.", describe_teacher(teacher)]
+    lines = [
+        f"Plan: {config.teacher.teacher} is the frozen teacher; {config.student.student} learns its answers on "
+        f"{card.name}-shaped images {'x'.join(map(str, card.shape))} in {card.num_classes} classes, on "
+        f"{session.device}.",
+        describe_teacher(teacher),
+    ]
     kind = {"noise": "plain noise", "real": "the real training images: not data-free"}.get(name)
     made = f"by {name}" if ":" in name else f"from noise, guided by the {teacher.name}"
     lines.append(f"The images are {kind or f'made {made}; no training image is opened'}.")
@@ -137,8 +172,10 @@ def describe_plan(session, schedule, teacher, source, cache):
         images = schedule.epochs * schedule.rounds * config.synthesis.synthesis_batch_size
         cost += f"; {images:,} images, of which the pool keeps {pool.capacity:,} ({pool.images.nbytes / 1e6:.0f} MB)"
     if cache:
-        lines.append(f"The teacher's answers are kept for {len(cache):,} of {cache.possible:,} views "
-                     f"({len(cache) * cache.bytes_per_view / 1e6:.0f} MB at most).")
+        lines.append(
+            f"The teacher's answers are kept for {len(cache):,} of {cache.possible:,} views "
+            f"({len(cache) * cache.bytes_per_view / 1e6:.0f} MB at most)."
+        )
     return [*lines, f"Cost: {cost}."]
 
 
@@ -156,8 +193,10 @@ def describe_triplets(objective):
     channels, sizes = objective.scored.tap.stage_channels, objective.scored.tap.stage_sizes
     stages = triplet_stages(len(sizes), objective.triplets)
     chosen = [f"{i} ({channels[i]}x{'x'.join(map(str, sizes[i]))})" for i in stages]
-    return [f"The synthesis triplets look at {'stages ' + ', '.join(chosen) if chosen else 'the embedding'} of the "
-            f"{objective.scored.name}, counted from 0 to {len(sizes) - 1}."]
+    return [
+        f"The synthesis triplets look at {'stages ' + ', '.join(chosen) if chosen else 'the embedding'} of the "
+        f"{objective.scored.name}, counted from 0 to {len(sizes) - 1}."
+    ]
 
 
 def check_teacher(session, teacher, folder):
@@ -169,8 +208,10 @@ def check_teacher(session, teacher, folder):
     folder.log(f"[Eval] teacher Acc@1={scores['acc1']:.4f} Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}")
     if scores["acc1"] < max(expected - 1, 200 / session.card.num_classes):
         wanted = f"{expected:g} % was expected" if expected else "that is little more than chance"
-        folder.log(f"[Alarm] the teacher reaches only {scores['acc1']:.2f} % ({wanted}); check --teacher_weights, "
-                   "--teacher_mean and --teacher_std, for a student is no better than its teacher")
+        folder.log(
+            f"[Alarm] the teacher reaches only {scores['acc1']:.2f} % ({wanted}); check --teacher_weights, "
+            "--teacher_mean and --teacher_std, for a student is no better than its teacher"
+        )
     return {"teacher_acc1": scores["acc1"]}
 
 

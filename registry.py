@@ -4,6 +4,7 @@ A name of yours is one line here, as ``MODELS["mynet"] = mynet`` with a factory
 ``mynet(num_classes, in_channels=3)``, or ``DATASETS["mine"] = DatasetCard("mine", 3, 32, 32, 10, mean, std)``.
 A method is a YAML file in ``configs/methods/``: its name is the file's.
 """
+
 from pathlib import Path
 
 from datafree.datasets.cards import CARDS as DATASETS

@@ -1,4 +1,5 @@
 """Trains a network on real images: a teacher, or a student as the upper bound."""
+
 import sys
 from types import SimpleNamespace
 
@@ -30,21 +31,32 @@ def main():
         return
     split = session.split("train")
     batch = min(options.batch_size, len(split))
-    schedule = SimpleNamespace(epochs=options.epochs, rounds=1, kd_steps=max(len(split) // batch, 1), warmup=0,
-                               batch_size=batch)
-    plan = (f"Plan: {options.model} is trained on {len(split):,} images of {session.card.name}, "
-            f"{'x'.join(map(str, session.card.shape))} in {session.card.num_classes} classes, on {session.device}: "
-            f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {batch} images.")
+    schedule = SimpleNamespace(
+        epochs=options.epochs, rounds=1, kd_steps=max(len(split) // batch, 1), warmup=0, batch_size=batch
+    )
+    plan = (
+        f"Plan: {options.model} is trained on {len(split):,} images of {session.card.name}, "
+        f"{'x'.join(map(str, session.card.shape))} in {session.card.num_classes} classes, on {session.device}: "
+        f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {batch} images."
+    )
     if call.dry_run:
         print(plan)
         return
     with session.open_folder("scratch", options.model) as folder:
         folder.log(plan)
-        learner = SupervisedLearner(network, session.augment, options, schedule.epochs * schedule.kd_steps,
-                                    config.run.precision)
+        learner = SupervisedLearner(
+            network, session.augment, options, schedule.epochs * schedule.kd_steps, config.run.precision
+        )
         facts = session.facts(network, options.model)
-        engine = Engine(learner, RealSource(split), schedule, folder, config.run, facts=facts,
-                        evaluate=(lambda: session.score(network)) if session.test else None)
+        engine = Engine(
+            learner,
+            RealSource(split),
+            schedule,
+            folder,
+            config.run,
+            facts=facts,
+            evaluate=(lambda: session.score(network)) if session.test else None,
+        )
         session.train(engine)
         publish(session, folder)
 

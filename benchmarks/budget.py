@@ -2,6 +2,7 @@
 
 By the seconds that an epoch of the finished runs below the folders took for synthesis and student, on average.
 """
+
 import statistics
 import sys
 
@@ -11,8 +12,9 @@ from datafree.report import read_summaries
 
 def epochs_within(seconds, summaries):
     """At least one with student steps; rounded to the nearest."""
-    epoch = statistics.fmean((run.get("synthesis_s", 0) + run["student_s"]) / run["settings"]["epochs"]
-                             for run in summaries)
+    epoch = statistics.fmean(
+        (run.get("synthesis_s", 0) + run["student_s"]) / run["settings"]["epochs"] for run in summaries
+    )
     return max(1 + summaries[0]["settings"].get("warmup", 0), round(seconds / epoch))
 
 

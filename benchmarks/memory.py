@@ -5,6 +5,7 @@ images (synthesis) or of as many views of half of them (student), and its peak i
 networks and generator built. Pool and view cache are told as what they take: 51,200 images, a million views. The peak
 of the CPU is known on Linux alone.
 """
+
 import subprocess
 import sys
 from pathlib import Path
@@ -17,9 +18,14 @@ from datafree.logger import table
 from datafree.runtime import choose_device, peak_memory
 from datafree.view_cache import ViewCache
 
-SETTINGS = ("resnet20>resnet8,16,10,16,64", "wrn40_2>wrn16_1,32,10,64,64", "wrn40_2>wrn16_1,32,10,64,256",
-            "resnet34>resnet18,32,10,64,64", "resnet34>resnet18,32,10,64,256",
-            "torchvision.models:resnet50>torchvision.models:resnet18,224,1000,64,16")
+SETTINGS = (
+    "resnet20>resnet8,16,10,16,64",
+    "wrn40_2>wrn16_1,32,10,64,64",
+    "wrn40_2>wrn16_1,32,10,64,256",
+    "resnet34>resnet18,32,10,64,64",
+    "resnet34>resnet18,32,10,64,256",
+    "torchvision.models:resnet50>torchvision.models:resnet18,224,1000,64,16",
+)
 PHASES = ("synthesis", "student")
 
 
@@ -56,12 +62,28 @@ def row(setting):
     """A row (dict) of the table."""
     ours = build(setting)
     cache = ViewCache(ours.teacher, ("logits", "embed", "stages"), 1, 1)
-    peaks = {phase: int(subprocess.run([sys.executable, "-m", "benchmarks.memory", "--one", setting, phase], text=True,
-                                       stdout=subprocess.PIPE, check=True).stdout) for phase in PHASES}
+    peaks = {
+        phase: int(
+            subprocess.run(
+                [sys.executable, "-m", "benchmarks.memory", "--one", setting, phase],
+                text=True,
+                stdout=subprocess.PIPE,
+                check=True,
+            ).stdout
+        )
+        for phase in PHASES
+    }
     pair, pixels, classes, ngf, n = setting.split(",")
-    return {"networks": pair, "pixels": int(pixels), "classes": int(classes), "ngf": int(ngf), "batch": int(n),
-            **{f"{phase} MB": peak for phase, peak in peaks.items()},
-            "pool MB": round(51200 * 3 * int(pixels)**2 / 1e6), "view cache MB": cache.bytes_per_view}
+    return {
+        "networks": pair,
+        "pixels": int(pixels),
+        "classes": int(classes),
+        "ngf": int(ngf),
+        "batch": int(n),
+        **{f"{phase} MB": peak for phase, peak in peaks.items()},
+        "pool MB": round(51200 * 3 * int(pixels) ** 2 / 1e6),
+        "view cache MB": cache.bytes_per_view,
+    }
 
 
 def main():

@@ -5,6 +5,7 @@ still gather gradients; hooks on the teacher's BatchNorm that work in both phase
 channel term on whole maps; a folder of PNG files that worker processes decode at every pass. The triplets' labels are
 given, for a teacher of random weights names one class.
 """
+
 import math
 from pathlib import Path
 
@@ -25,11 +26,20 @@ def generator(nz, ngf, shape):
     channels, height, width = shape
     base = (2 * ngf, height // 4, width // 4)
     return nn.Sequential(
-        nn.Linear(nz, math.prod(base)), nn.Unflatten(1, base), nn.BatchNorm2d(2 * ngf),
-        nn.Upsample(scale_factor=2), nn.Conv2d(2 * ngf, 2 * ngf, 3, padding=1, bias=False), nn.BatchNorm2d(2 * ngf),
+        nn.Linear(nz, math.prod(base)),
+        nn.Unflatten(1, base),
+        nn.BatchNorm2d(2 * ngf),
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * ngf, 2 * ngf, 3, padding=1, bias=False),
+        nn.BatchNorm2d(2 * ngf),
         nn.LeakyReLU(0.2, inplace=True),
-        nn.Upsample(scale_factor=2), nn.Conv2d(2 * ngf, ngf, 3, padding=1, bias=False), nn.BatchNorm2d(ngf),
-        nn.LeakyReLU(0.2, inplace=True), nn.Conv2d(ngf, channels, 3, padding=1), nn.Sigmoid())
+        nn.Upsample(scale_factor=2),
+        nn.Conv2d(2 * ngf, ngf, 3, padding=1, bias=False),
+        nn.BatchNorm2d(ngf),
+        nn.LeakyReLU(0.2, inplace=True),
+        nn.Conv2d(ngf, channels, 3, padding=1),
+        nn.Sigmoid(),
+    )
 
 
 class Statistics:
@@ -101,8 +111,10 @@ class Plain:
             teacher = self.ask_teacher(views)
         student = self.ask_student(views)
         T = TEMPERATURE
-        loss = F.kl_div(F.log_softmax(student.logits / T, 1), F.softmax(teacher.logits / T, 1),
-                        reduction="batchmean") * T**2
+        loss = (
+            F.kl_div(F.log_softmax(student.logits / T, 1), F.softmax(teacher.logits / T, 1), reduction="batchmean")
+            * T**2
+        )
         for project, ours, theirs in zip(self.project, student.stages, teacher.stages):
             loss = loss + 0.1 * F.mse_loss(pooled(project(ours)), pooled(theirs))
         triplets = draw_triplets(student.logits.detach(), labels)
@@ -142,8 +154,15 @@ class Folder(Dataset):
 
     def __init__(self, root, size):
         self.paths = sorted(Path(root).glob("*.png"))
-        self.transform = v2.Compose([v2.RandomCrop(size, padding=4), v2.RandomHorizontalFlip(), v2.ToImage(),
-                                     v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5] * 3, [0.25] * 3)])
+        self.transform = v2.Compose(
+            [
+                v2.RandomCrop(size, padding=4),
+                v2.RandomHorizontalFlip(),
+                v2.ToImage(),
+                v2.ToDtype(torch.float32, scale=True),
+                v2.Normalize([0.5] * 3, [0.25] * 3),
+            ]
+        )
 
     def __len__(self):
         return len(self.paths)

@@ -6,6 +6,7 @@ A generator and a student are trained in fp32 with RGAL's weights, 128 images a 
 gradient of the same views is taken in fp32 and in PRECISION (bf16, or fp16 on a GPU, whose loss is scaled as in
 training): their cosine, and the ratio of their norms.
 """
+
 import sys
 from functools import partial
 
@@ -45,8 +46,10 @@ def compare(make_loss, parameters, device, precision):
             loss = make_loss() * scale
         found.append(flat_gradient(loss, parameters) / scale)
     exact, rounded = found
-    return {"cosine": torch.cosine_similarity(exact, rounded, dim=0).item(),
-            "norm ratio": (rounded.norm() / exact.norm()).item()}
+    return {
+        "cosine": torch.cosine_similarity(exact, rounded, dim=0).item(),
+        "norm ratio": (rounded.norm() / exact.norm()).item(),
+    }
 
 
 def synthesis_rows(source, z, targets, device, precision):
@@ -78,8 +81,15 @@ def student_rows(learner, pool, n, device, precision):
         if step in LOOKS:
             learner.network.train()
             statistics = {name: buffer.clone() for name, buffer in learner.network.named_buffers()}
-            rows.append({"phase": "student", "step": step, **compare(
-                partial(student_loss, learner, batch), list(learner.network.parameters()), device, precision)})
+            rows.append(
+                {
+                    "phase": "student",
+                    "step": step,
+                    **compare(
+                        partial(student_loss, learner, batch), list(learner.network.parameters()), device, precision
+                    ),
+                }
+            )
             for name, buffer in learner.network.named_buffers():
                 buffer.copy_(statistics[name])
         learner.step(*batch)

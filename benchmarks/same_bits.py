@@ -95,7 +95,9 @@ def train(quickstart):
 def weights_of(folder):
     """Name of the run -> its last weights."""
     files = sorted(Path(folder, "runs").rglob("checkpoints/*_last.pth"))
-    return {str(path.relative_to(folder).parents[1]): torch.load(path, weights_only=True)["state_dict"] for path in files}
+    return {
+        str(path.relative_to(folder).parents[1]): torch.load(path, weights_only=True)["state_dict"] for path in files
+    }
 
 
 def equal(first, second):
@@ -113,8 +115,13 @@ def main():
             work = Path(folder, f"work-{tree.name}")
             work.mkdir()
             print(f"training with {revision if tree == old else 'the working tree'} ...", flush=True)
-            done = subprocess.run([sys.executable, __file__, "--train", *flags], cwd=work, text=True,
-                                  env={**os.environ, "TREE": str(tree)}, capture_output=True)
+            done = subprocess.run(
+                [sys.executable, __file__, "--train", *flags],
+                cwd=work,
+                text=True,
+                env={**os.environ, "TREE": str(tree)},
+                capture_output=True,
+            )
             if done.returncode:
                 sys.exit(f"{done.stdout[-2000:]}\n{done.stderr[-2000:]}")
             found[tree] = weights_of(work)

@@ -6,6 +6,7 @@ and the host waits after every part, so that the parts add up but the whole is s
 by torch as two a multiplication; the peak is the best of a few convolutions, taken in turns with the steps. Weights are
 random. Everything is written to --json, too.
 """
+
 import argparse
 import json
 import os
@@ -42,8 +43,14 @@ from datafree.synthesis.objective import SynthesisObjective
 from datafree.view_cache import ViewCache
 
 PAIRS = {"wrn40_2>wrn16_1": (32, 64), "resnet34>resnet18": (32, 64), "resnet20>resnet8": (16, 16)}  # pixels, ngf
-CASES = ("plain synthesis", "synthesis", "plain student", "student", "student, all views new",
-         "student, all views known")
+CASES = (
+    "plain synthesis",
+    "synthesis",
+    "plain student",
+    "student",
+    "student, all views new",
+    "student, all views known",
+)
 PARTS = ("generator", "augmentation", "teacher", "student", "backward", "optimiser", "rest")
 RELATION = Relation(triplet=0.1, striplet=0.1)
 
@@ -89,16 +96,24 @@ class Ours:
     """The two phases as the programs run them, with n images a step of synthesis and n views a step of the student."""
 
     def __init__(self, pair, shape, ngf, n, device, precision, classes=10):
-        teacher, student = (Network(build_model(name, classes), shape, (0.5,) * 3, (0.25,) * 3).to(device)
-                            for name in pair.split(">"))
+        teacher, student = (
+            Network(build_model(name, classes), shape, (0.5,) * 3, (0.25,) * 3).to(device) for name in pair.split(">")
+        )
         self.teacher, self.student, self.crop, self.n = teacher.freeze(), student, CropFlip(4, True), n
         settings = Synthesis(synthesis_batch_size=n, ngf=ngf, bn=1, oh=1, adv=1)
         self.pool = ImagePool(4 * n, shape, classes, device)
-        self.source = InversionSynthesis(SynthesisObjective(settings, RELATION, teacher, student),
-                                         Generator(256, ngf, shape).to(device), self.crop, self.pool, settings, 1,
-                                         precision=precision)
-        self.learner = DistillLearner(student, teacher, self.crop, Distill(pair_sample=True, cd_loss=0.1),
-                                      RELATION, 10**6, precision)
+        self.source = InversionSynthesis(
+            SynthesisObjective(settings, RELATION, teacher, student),
+            Generator(256, ngf, shape).to(device),
+            self.crop,
+            self.pool,
+            settings,
+            1,
+            precision=precision,
+        )
+        self.learner = DistillLearner(
+            student, teacher, self.crop, Distill(pair_sample=True, cd_loss=0.1), RELATION, 10**6, precision
+        )
         self.cache = None
 
     def synthesis_round(self, steps):
@@ -151,9 +166,19 @@ def compare(pair, n, args, device):
     ours = Ours(pair, (3, size, size), ngf, n, device, args.precision)
     theirs = plain.Plain(*(build_model(name, 10, 3) for name in pair.split(">")), (3, size, size), ngf, n, device)
     views, labels = torch.rand(n, 3, size, size, device=device), torch.randint(10, (n,), device=device)
-    calls = dict(zip(CASES, (lambda: theirs.synthesis_round(1), lambda: ours.synthesis_round(1),
-                             lambda: theirs.student_step(views, labels), ours.student_step,
-                             lambda: ours.cached_step(known=False), lambda: ours.cached_step(known=True))))
+    calls = dict(
+        zip(
+            CASES,
+            (
+                lambda: theirs.synthesis_round(1),
+                lambda: ours.synthesis_round(1),
+                lambda: theirs.student_step(views, labels),
+                ours.student_step,
+                lambda: ours.cached_step(known=False),
+                lambda: ours.cached_step(known=True),
+            ),
+        )
+    )
     ours.synthesis_round(1)  # the pool needs images
     flop = {case: count_flop(call) for case, call in calls.items()}
     if args.compile != "off":
@@ -169,8 +194,9 @@ def compare(pair, n, args, device):
             for case, call in calls.items():
                 clock.run("rest", call)
                 turns[case].append(clock.take())
-    floors = {case: flop[case] / statistics.median(peaks["none" if "plain" in case else args.precision])
-              for case in CASES}
+    floors = {
+        case: flop[case] / statistics.median(peaks["none" if "plain" in case else args.precision]) for case in CASES
+    }
     steps = [summarise(pair, n, case, turns, floors[case]) for case in CASES]
     caches = [average(turns, megabytes, ours.cache.bytes_per_view, n // 2) for megabytes in args.cache]
     return steps, [{"networks": pair, "batch": n, **row} for row in caches]
@@ -178,14 +204,21 @@ def compare(pair, n, args, device):
 
 def timed_methods(ours, theirs):
     """(owner, name, part) of what is timed apart from the rest."""
-    return [(ours.source.generator, "forward", "generator"), (theirs, "generate", "generator"),
-            (ours.source, "augment", "augmentation"), (ours.learner, "_show", "augmentation"),
-            (theirs, "augment", "augmentation"),
-            (ours.teacher, "features", "teacher"), (theirs, "ask_teacher", "teacher"),
-            (ours.student, "features", "student"), (theirs, "ask_student", "student"),
-            (torch.Tensor, "backward", "backward"),
-            (ours.learner.optimizer, "step", "optimiser"), (theirs.sgd, "step", "optimiser"),
-            (torch.optim.Adam, "step", "optimiser")]
+    return [
+        (ours.source.generator, "forward", "generator"),
+        (theirs, "generate", "generator"),
+        (ours.source, "augment", "augmentation"),
+        (ours.learner, "_show", "augmentation"),
+        (theirs, "augment", "augmentation"),
+        (ours.teacher, "features", "teacher"),
+        (theirs, "ask_teacher", "teacher"),
+        (ours.student, "features", "student"),
+        (theirs, "ask_student", "student"),
+        (torch.Tensor, "backward", "backward"),
+        (ours.learner.optimizer, "step", "optimiser"),
+        (theirs.sgd, "step", "optimiser"),
+        (torch.optim.Adam, "step", "optimiser"),
+    ]
 
 
 def summarise(pair, n, case, turns, floor):
@@ -194,9 +227,17 @@ def summarise(pair, n, case, turns, floor):
     plainly = [sum(turn.values()) for turn in turns["plain " + case.partition(",")[0].removeprefix("plain ")]]
     low, ratio, high = quartiles([theirs / ours for theirs, ours in zip(plainly, seconds)])
     median = statistics.median(seconds)
-    return {"networks": pair, "batch": n, "step": case, "ms": 1000 * median, "faster": ratio, "from": low, "to": high,
-            "% of peak": 100 * floor / median,
-            **{f"{part} ms": 1000 * statistics.median(turn[part] for turn in turns[case]) for part in PARTS}}
+    return {
+        "networks": pair,
+        "batch": n,
+        "step": case,
+        "ms": 1000 * median,
+        "faster": ratio,
+        "from": low,
+        "to": high,
+        "% of peak": 100 * floor / median,
+        **{f"{part} ms": 1000 * statistics.median(turn[part] for turn in turns[case]) for part in PARTS},
+    }
 
 
 def quartiles(values):
@@ -222,8 +263,15 @@ def compare_data(images, args, size=32, n=128):
                 shift_flip(pool.sample(n)[0], *crop.draw(2 * n, pool.device))
             ours.append(time.process_time() - start)
     low, ratio, high = quartiles([a / b for a, b in zip(plainly, ours)])
-    return {"pool": images, "steps": args.data_steps, "plain s": statistics.median(plainly),
-            "s": statistics.median(ours), "faster": ratio, "from": low, "to": high}
+    return {
+        "pool": images,
+        "steps": args.data_steps,
+        "plain s": statistics.median(plainly),
+        "s": statistics.median(ours),
+        "faster": ratio,
+        "from": low,
+        "to": high,
+    }
 
 
 def average(turns, megabytes, bytes_per_view, images):
@@ -232,9 +280,14 @@ def average(turns, megabytes, bytes_per_view, images):
     plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CASES[2:])
     mean = [share * k + (1 - share) * n for n, k in zip(new, known)]
     low, ratio, high = quartiles([a / b for a, b in zip(plainly, mean)])
-    return {"cache MB": megabytes, "known %": 100 * share,
-            "than without": statistics.median(a / b for a, b in zip(without, mean)), "than plain": ratio,
-            "from": low, "to": high}
+    return {
+        "cache MB": megabytes,
+        "known %": 100 * share,
+        "than without": statistics.median(a / b for a, b in zip(without, mean)),
+        "than plain": ratio,
+        "from": low,
+        "to": high,
+    }
 
 
 @cache
@@ -252,8 +305,9 @@ def known_share(places, epochs=200, steps=400, images=256, views=162, n=128):
 
 
 def main():
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.step", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=list(PAIRS), help="teacher>student")
     parser.add_argument("--batch", nargs="*", type=int, default=[64, 256], help="images of a step (and views)")
     parser.add_argument("--turns", type=int, default=5, help="turns of each pair and batch")
@@ -279,8 +333,9 @@ def main():
     for rows in found.values():
         print(table(rows), "", sep="\n")
     if args.json:
-        Path(args.json).write_text(json.dumps({"options": vars(args), "environment": environment(device),
-                                               **found}, indent=2) + "\n")
+        Path(args.json).write_text(
+            json.dumps({"options": vars(args), "environment": environment(device), **found}, indent=2) + "\n"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """Batched augmentation on the device, as functions of tensors."""
+
 import torch
 from torch.nn import functional as F
 

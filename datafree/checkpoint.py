@@ -1,4 +1,5 @@
 """Checkpoints: written whole or not at all, read without running code, weights in any usual wrapping."""
+
 import argparse
 import codecs
 import os
@@ -18,9 +19,16 @@ PLAIN = (int, float, str, list, tuple)
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
 # runs no code of the file's. numpy 1 and 2 name the same function differently.
 _NUMBER = np.float64(0).__reduce__()[0]
-HARMLESS = [argparse.Namespace, codecs.encode, np.dtype, *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
-            *{type(np.dtype(code)) for code in np.typecodes["AllInteger"]}, np.dtypes.BoolDType,
-            (_NUMBER, "numpy.core.multiarray.scalar"), (_NUMBER, "numpy._core.multiarray.scalar")]
+HARMLESS = [
+    argparse.Namespace,
+    codecs.encode,
+    np.dtype,
+    *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
+    *{type(np.dtype(code)) for code in np.typecodes["AllInteger"]},
+    np.dtypes.BoolDType,
+    (_NUMBER, "numpy.core.multiarray.scalar"),
+    (_NUMBER, "numpy._core.multiarray.scalar"),
+]
 
 
 def save(path, state):
@@ -49,8 +57,10 @@ def load(path):
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
-            raise InputError(f"{path} asks to run or build {code[1]}; refused, nothing was executed: "
-                             "save it again as a dict of tensors, numbers and strings") from error
+            raise InputError(
+                f"{path} asks to run or build {code[1]}; refused, nothing was executed: "
+                "save it again as a dict of tensors, numbers and strings"
+            ) from error
         size = f"{os.path.getsize(path):,} bytes"
         raise InputError(f"{path} is truncated or no torch checkpoint ({size}); copy or download it again") from error
     if not isinstance(state, dict):
@@ -62,8 +72,10 @@ def require(state, *keys, path):
     """Raise an InputError that names the first of ``keys`` which the checkpoint from ``path`` lacks."""
     for key in keys:
         if key not in state:
-            raise InputError(f"checkpoint {path} has no '{key}' (found: {_few(state)}); "
-                             "it was not written by this program, or by another version")
+            raise InputError(
+                f"checkpoint {path} has no '{key}' (found: {_few(state)}); "
+                "it was not written by this program, or by another version"
+            )
 
 
 def load_weights(model, path):
@@ -100,8 +112,10 @@ def _replacing(path):
         # torch's own zip writer reports a write that fell short as a RuntimeError from inline_container.cc
         if isinstance(error, RuntimeError) and "inline_container" not in str(error):
             raise
-        raise InputError(f"could not write {path} ({getattr(error, 'strerror', None) or 'short write'}; "
-                         "disk full?); the previous checkpoint is untouched") from error
+        raise InputError(
+            f"could not write {path} ({getattr(error, 'strerror', None) or 'short write'}; "
+            "disk full?); the previous checkpoint is untouched"
+        ) from error
     finally:
         if beside.is_file():
             beside.unlink()
@@ -133,13 +147,18 @@ def _split(contents, path):
     for key in WEIGHT_KEYS:
         if _is_state_dict(contents.get(key)):
             return contents[key], {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
-    raise InputError(f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "
-                     f"{', '.join(WEIGHT_KEYS)}, such as a run's student_last.pth")
+    raise InputError(
+        f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "
+        f"{', '.join(WEIGHT_KEYS)}, such as a run's student_last.pth"
+    )
 
 
 def _is_state_dict(value):
-    return isinstance(value, dict) and len(value) > 0 and all(
-        isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in value.items())
+    return (
+        isinstance(value, dict)
+        and len(value) > 0
+        and all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in value.items())
+    )
 
 
 def _check_names(weights, own, path):
@@ -147,8 +166,10 @@ def _check_names(weights, own, path):
     missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in weights if n not in own]
     if missing or unexpected:
-        raise InputError(f"{path} does not fit the model: {len(missing)} tensors missing ({_few(missing)}), "
-                         f"{len(unexpected)} unexpected ({_few(unexpected)}); weights of another model?")
+        raise InputError(
+            f"{path} does not fit the model: {len(missing)} tensors missing ({_few(missing)}), "
+            f"{len(unexpected)} unexpected ({_few(unexpected)}); weights of another model?"
+        )
 
 
 def _check_shapes(weights, own, path):
@@ -159,10 +180,14 @@ def _check_shapes(weights, own, path):
     # If one module alone differs, and in its outputs alone, nothing follows it: it is the classifier.
     one_module = len({n.rpartition(".")[0] for n in wrong}) == 1
     if one_module and all(len(a) == len(b) > 0 and a[1:] == b[1:] for a, b in wrong.values()):
-        raise InputError(f"{path} answers {theirs[0]} classes ({name}), the model {ours[0]}; "
-                         "give the data set of these weights, or other weights")
-    raise InputError(f"{path}: {name} is {theirs}, the model's is {ours} ({len(wrong)} tensors differ); "
-                     "weights of another architecture?")
+        raise InputError(
+            f"{path} answers {theirs[0]} classes ({name}), the model {ours[0]}; "
+            "give the data set of these weights, or other weights"
+        )
+    raise InputError(
+        f"{path}: {name} is {theirs}, the model's is {ours} ({len(wrong)} tensors differ); "
+        "weights of another architecture?"
+    )
 
 
 def _few(names):

@@ -5,6 +5,7 @@ order given. YAML is composed but not constructed: a value arrives as the text t
 stands in the file, as from a flag, and is converted by its declared type. So ``1e-3``
 is a number, ``off`` is a word, and nothing in a file is ever executed.
 """
+
 import difflib
 import re
 import shutil
@@ -58,9 +59,13 @@ class Option:
         """What may be given, in words."""
         if self.choices:
             return f"one of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.own
-        words = {bool: "true or false", int: "a whole number", float: "a number",
-                 tuple: "numbers with commas between",
-                 str: "a text that is not empty" if self.default else "a text"}[self.kind]
+        words = {
+            bool: "true or false",
+            int: "a whole number",
+            float: "a number",
+            tuple: "numbers with commas between",
+            str: "a text that is not empty" if self.default else "a text",
+        }[self.kind]
         if self.high < inf:
             words += f" from {self.low:g} to {self.high:g}"
         elif self.low > -inf:
@@ -107,8 +112,11 @@ def to_yaml(config):
 def active(config_class, values):
     """``values`` (option -> value) without those of options that nothing reads beside the others."""
     options = {o.name: o for o in list_options(config_class)}
-    return {name: value for name, value in values.items()
-            if name not in options or not _idle_for(options[name], values, options)}
+    return {
+        name: value
+        for name, value in values.items()
+        if name not in options or not _idle_for(options[name], values, options)
+    }
 
 
 def list_options(config_class, method_files=None):
@@ -140,8 +148,11 @@ def _method_settings(settings, options, method_files):
     named = [s for s in settings if s.option is method] or [Setting(method, method.default, "--method")]
     others = {name: o for name, o in options.items() if o is not method}
     name = _convert(named[-1])
-    return _read_yaml(method_files[name], others) if name in method_files else [
-        Setting(options["source"], name, named[-1].place)]
+    return (
+        _read_yaml(method_files[name], others)
+        if name in method_files
+        else [Setting(options["source"], name, named[-1].place)]
+    )
 
 
 def _refuse_idle(settings, preset, values, options):
@@ -334,8 +345,9 @@ class _Dumper(yaml.SafeDumper):
         return True
 
 
-_Dumper.add_representer(tuple, lambda dumper, value: dumper.represent_sequence(
-    "tag:yaml.org,2002:seq", value, flow_style=True))
+_Dumper.add_representer(
+    tuple, lambda dumper, value: dumper.represent_sequence("tag:yaml.org,2002:seq", value, flow_style=True)
+)
 
 
 def _error(message):
@@ -352,8 +364,10 @@ def _nearest(word, spellings, otherwise="; --help lists them"):
 def _help(options, config_class, description, method_files, examples):
     width = min(shutil.get_terminal_size().columns, 100)
     from_method = {s.option: _convert(s) for s in _method_settings([], options, method_files)}
-    blocks = [f"usage: {Path(sys.argv[0]).name} [--option value ...]",
-              *(textwrap.fill(textwrap.dedent(text).strip(), width) for text in (description, INTRO))]
+    blocks = [
+        f"usage: {Path(sys.argv[0]).name} [--option value ...]",
+        *(textwrap.fill(textwrap.dedent(text).strip(), width) for text in (description, INTRO)),
+    ]
     for name, section in {"call": Invocation, "": None, **sections(config_class)}.items():
         title = f"{name}: {section.__doc__}" if section else "Outside the sections:"
         entries = [_help_entry(o, from_method, width) for o in options.values() if o.section == name]
@@ -369,8 +383,14 @@ def _help_entry(opt, from_method, width):
     if from_method.get(opt, opt.default) != opt.default:
         facts.append(f"the default method sets {_shown(from_method[opt])}")
     left = f"  {', '.join([f'--{opt.name}', *opt.flags])} {value}"
-    return textwrap.fill(f"{opt.help} ({'; '.join(facts)})", width, initial_indent=f"{left:27} ",
-                         subsequent_indent=" " * 28, break_long_words=False, break_on_hyphens=False)
+    return textwrap.fill(
+        f"{opt.help} ({'; '.join(facts)})",
+        width,
+        initial_indent=f"{left:27} ",
+        subsequent_indent=" " * 28,
+        break_long_words=False,
+        break_on_hyphens=False,
+    )
 
 
 def _shown(value):

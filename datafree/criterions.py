@@ -1,4 +1,5 @@
 """Every loss term but the triplets, as a function of tensors. All reduce to an unweighted scalar in fp32."""
+
 import math
 
 import torch
@@ -112,13 +113,16 @@ class StageProjection(nn.Module):
         super().__init__()
         self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes)
         self.project = nn.ModuleList(
-            nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs)
+            nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs
+        )
 
     def channel(self, student_stages, teacher_stages):
         """L_cd: sum over stages of mse(GAP(conv1x1(S)), GAP(T)); averaging commutes with the projection."""
         with autocast(teacher_stages[-1].device, "none"):
-            return sum(F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
-                       for project, (s, t) in zip(self.project, self.pairs))
+            return sum(
+                F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
+                for project, (s, t) in zip(self.project, self.pairs)
+            )
 
     def gram(self, student_stages, teacher_stages):
         """L_gram: per-pixel mse, each channel weighted by how little it correlates with the others.
@@ -126,8 +130,10 @@ class StageProjection(nn.Module):
         weight_c = 1 - minmax_c(sum over columns of T's channel Gram matrix) + 1e-3, per image.
         """
         with autocast(teacher_stages[-1].device, "none"):
-            return sum(self._gram(project, student_stages[s].float(), teacher_stages[t].float())
-                       for project, (s, t) in zip(self.project, self.pairs))
+            return sum(
+                self._gram(project, student_stages[s].float(), teacher_stages[t].float())
+                for project, (s, t) in zip(self.project, self.pairs)
+            )
 
     def _gram(self, project, stage, target):
         mapped = F.conv2d(stage, project.weight[:, :, None, None], project.bias)
@@ -141,8 +147,13 @@ def attention(student_stages, teacher_stages, pairs):
 
     An attention map is a stage's mean square over channels, (N, C, H, W) -> (N, H W), of norm 1.
     """
-    return sum(F.mse_loss(_attention_map(student_stages[s], teacher_stages[t].shape[2:]),
-                          _attention_map(teacher_stages[t], teacher_stages[t].shape[2:])) for s, t in pairs)
+    return sum(
+        F.mse_loss(
+            _attention_map(student_stages[s], teacher_stages[t].shape[2:]),
+            _attention_map(teacher_stages[t], teacher_stages[t].shape[2:]),
+        )
+        for s, t in pairs
+    )
 
 
 def _attention_map(stage, size):
@@ -156,8 +167,9 @@ def pair_stages(student_sizes, teacher_sizes):
     """Index pairs (student stage, teacher stage): those of equal size, else from the last one backwards."""
     for role, sizes in (("student", student_sizes), ("teacher", teacher_sizes)):
         if not sizes:
-            raise InputError(f"the {role} has no stages of feature maps to compare; "
-                             "set --cd_loss 0, --gram_loss 0 and --at_loss 0")
+            raise InputError(
+                f"the {role} has no stages of feature maps to compare; set --cd_loss 0, --gram_loss 0 and --at_loss 0"
+            )
     equal = [(s, teacher_sizes.index(size)) for s, size in enumerate(student_sizes) if size in teacher_sizes]
     count = min(len(student_sizes), len(teacher_sizes))
     return equal or [(len(student_sizes) - i, len(teacher_sizes) - i) for i in range(count, 0, -1)]

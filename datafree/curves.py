@@ -4,6 +4,7 @@ A panel each for accuracy, for what the paper claims of the images (a class spre
 other, samples are found in the band), and for signs of a collapse; a line for every metrics.jsonl below the folders.
 Needs matplotlib.
 """
+
 import json
 import os
 import sys
@@ -65,15 +66,19 @@ def draw(curves, picture):
     for axes, key in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, panels):
         for number, (name, rows) in enumerate(curves.items()):
             points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
-            axes.plot(*zip(*points) if points else ([], []), STYLES[number // 10 % len(STYLES)], label=name,
-                      marker="." if len(points) < 2 else None)
+            axes.plot(
+                *zip(*points) if points else ([], []),
+                STYLES[number // 10 % len(STYLES)],
+                label=name,
+                marker="." if len(points) < 2 else None,
+            )
         axes.set_title(PANELS[key], fontsize=10)
         axes.set_xlabel("epoch", fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if key.startswith(("images/anchors", "images/near")):  # shares that often stay at an end
             axes.set_ylim(-0.03, 1.03)
-    for axes in figure.axes[len(panels):]:
+    for axes in figure.axes[len(panels) :]:
         axes.remove()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
     try:

@@ -1,4 +1,5 @@
 """What the synthetic images look like to teacher and student, once an epoch, and when to worry."""
+
 import math
 
 import torch
@@ -68,8 +69,10 @@ def _pixels(images):
     flat = images.float().flatten(1)
     rms = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
     apart = rms + torch.eye(len(flat), device=flat.device) * 1e9
-    return {"pixel_distance": rms.sum() / max(len(flat) * (len(flat) - 1), 1),
-            "near_duplicates": (apart.amin(1) < NEAR_DUPLICATE).float().mean()}
+    return {
+        "pixel_distance": rms.sum() / max(len(flat) * (len(flat) - 1), 1),
+        "near_duplicates": (apart.amin(1) < NEAR_DUPLICATE).float().mean(),
+    }
 
 
 def alarms(now, first):
@@ -79,21 +82,30 @@ def alarms(now, first):
     """
     found = []
     if now["label_entropy"] < 0.5:
-        found.append(f"the teacher sees few classes in the images (label entropy {now['label_entropy']:.2f} of 1): "
-                     "generator collapse is likely; raise --oh or --balance, or lower --adv")
+        found.append(
+            f"the teacher sees few classes in the images (label entropy {now['label_entropy']:.2f} of 1): "
+            "generator collapse is likely; raise --oh or --balance, or lower --adv"
+        )
     agreement = now.get("target_agreement", 1.0)
     if agreement < 0.3 and agreement <= first.get("target_agreement", 1.0):
-        found.append(f"the teacher agrees with only {agreement:.0%} of the classes asked for: "
-                     "the synthesis is too short or overruled; raise --g_steps or --oh, or lower --adv")
+        found.append(
+            f"the teacher agrees with only {agreement:.0%} of the classes asked for: "
+            "the synthesis is too short or overruled; raise --g_steps or --oh, or lower --adv"
+        )
     if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
-        found.append("the images are half as different as in the beginning (pixel distance "
-                     f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; "
-                     "raise --triplet or --adv")
+        found.append(
+            "the images are half as different as in the beginning (pixel distance "
+            f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; "
+            "raise --triplet or --adv"
+        )
     if now["near_duplicates"] > 0.2:
-        found.append(f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; "
-                     "raise --triplet")
+        found.append(
+            f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; raise --triplet"
+        )
     chance = 1 / now["classes_hit"]
     if now["student_agreement"] < min(1.5 * chance, chance + 0.05) and now["classes_hit"] > 1:
-        found.append(f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about "
-                     "chance: it is not learning or --adv is too strong; check --lr and --adv")
+        found.append(
+            f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about "
+            "chance: it is not learning or --adv is too strong; check --lr and --adv"
+        )
     return found

@@ -10,6 +10,7 @@
 The engine knows two things only: a source that makes images (``synthesis/``) and a learner that
 takes them (``learners/``). Distillation, its controls and teacher training are choices of the two.
 """
+
 import math
 import re
 import signal
@@ -48,9 +49,18 @@ class Engine:
     def train(self):
         """Run the remaining epochs -> the last epoch's numbers. A stop signal saves and exits with 128 + its number."""
         s, at = self.schedule, self.position
-        with StopSignal() as stop, tqdm(total=self._steps_until(s.epochs), initial=self._steps_until(at["epoch"]),
-                                        unit="step", desc="epoch", smoothing=0.05, dynamic_ncols=True,
-                                        mininterval=0.1 if sys.stderr.isatty() else 30) as self.bar:
+        with (
+            StopSignal() as stop,
+            tqdm(
+                total=self._steps_until(s.epochs),
+                initial=self._steps_until(at["epoch"]),
+                unit="step",
+                desc="epoch",
+                smoothing=0.05,
+                dynamic_ncols=True,
+                mininterval=0.1 if sys.stderr.isatty() else 30,
+            ) as self.bar,
+        ):
             self.source.tick = self.bar.update
             while at["epoch"] < s.epochs:
                 self.bar.set_description(f"epoch {at['epoch'] + 1}/{s.epochs}")
@@ -92,8 +102,9 @@ class Engine:
         at, s = self.position, self.schedule
         done = (at["epoch"] * s.rounds + at["round"]) * s.kd_steps + at["step"]
         with out_of_memory_in("a training step", "--batch_size"):
-            terms = self.learner.step(*self.source.sample(s.batch_size),
-                                      progress=done / (s.epochs * s.rounds * s.kd_steps))
+            terms = self.learner.step(
+                *self.source.sample(s.batch_size), progress=done / (s.epochs * s.rounds * s.kd_steps)
+            )
         self.means.add("student", terms)
         at["step"] += 1
         self.bar.update()
@@ -112,8 +123,12 @@ class Engine:
             for warning in warnings if epoch >= self.schedule.warmup else ():
                 self.folder.log(f"[Alarm] {warning}")
         improved = self._evaluate(epoch, numbers) if last or (epoch + 1) % self.run.eval_every == 0 else False
-        numbers.update(self.learner.numbers(), lr=self.learner.lr, images=self.source.images_made,
-                       **{f"seconds/{name}": value for name, value in self.seconds.items()})
+        numbers.update(
+            self.learner.numbers(),
+            lr=self.learner.lr,
+            images=self.source.images_made,
+            **{f"seconds/{name}": value for name, value in self.seconds.items()},
+        )
         self.result = numbers
         self.folder.metrics(epoch, numbers)
         if last or epoch % self.run.grid_every == 0:
@@ -133,8 +148,10 @@ class Engine:
         if improved:
             self.best = {"acc1": numbers["acc1"], "epoch": epoch}
         numbers["best_acc1"] = self.best["acc1"]
-        self.folder.log(f"[Eval] Epoch={epoch} Acc@1={numbers['acc1']:.4f} Acc@5={numbers['acc5']:.4f} "
-                        f"Loss={numbers['loss']:.4f} Lr={self.learner.lr:.4f}")
+        self.folder.log(
+            f"[Eval] Epoch={epoch} Acc@1={numbers['acc1']:.4f} Acc@5={numbers['acc5']:.4f} "
+            f"Loss={numbers['loss']:.4f} Lr={self.learner.lr:.4f}"
+        )
         return improved
 
     def _draw(self, epoch):
@@ -165,9 +182,17 @@ class Engine:
             checkpoint.link(folder / "student_last.pth", folder / "student_best.pth")
 
     def state_dict(self):
-        return {"learner": self.learner.state_dict(), "source": self.source.state_dict(), "rng": rng_state(),
-                "position": dict(self.position), "means": self.means.state_dict(), "best": dict(self.best),
-                "seconds": dict(self.seconds), "result": dict(self.result), "facts": dict(self.facts)}
+        return {
+            "learner": self.learner.state_dict(),
+            "source": self.source.state_dict(),
+            "rng": rng_state(),
+            "position": dict(self.position),
+            "means": self.means.state_dict(),
+            "best": dict(self.best),
+            "seconds": dict(self.seconds),
+            "result": dict(self.result),
+            "facts": dict(self.facts),
+        }
 
     def load(self, path):
         """Go on from a checkpoint of this run, or of one that differs in no more than its length."""
@@ -178,25 +203,33 @@ class Engine:
             self.learner.load_state_dict(state["learner"])
             self.source.load_state_dict(state["source"])
         except (KeyError, RuntimeError, ValueError) as error:
-            raise InputError(f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the "
-                             "options that it was written with") from error
+            raise InputError(
+                f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the "
+                "options that it was written with"
+            ) from error
         self.means.load_state_dict(state["means"], self.learner.device)
         for name in ("position", "best", "seconds", "result"):
             setattr(self, name, state[name])
         load_rng_state(state["rng"])
         self.folder.truncate_metrics(self.position["epoch"])
-        self.folder.log(f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
-                        f"student step {self.position['step']}.")
+        self.folder.log(
+            f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
+            f"student step {self.position['step']}."
+        )
 
     def _check_origin(self, state, path):
         theirs, ours = (facts.get("settings", {}) for facts in (state["facts"], self.facts))
         for name in theirs | ours:
             if name != "epochs" and theirs.get(name) != ours.get(name):
-                raise InputError(f"{path} is of a run with --{name} {theirs.get(name)}, not {ours.get(name)}; resume "
-                                 "with the options that it was written with, or begin anew under --log_tag NEW")
+                raise InputError(
+                    f"{path} is of a run with --{name} {theirs.get(name)}, not {ours.get(name)}; resume "
+                    "with the options that it was written with, or begin anew under --log_tag NEW"
+                )
         if state["position"]["epoch"] > self.schedule.epochs:
-            raise InputError(f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
-                             f"{self.schedule.epochs} to go on from it")
+            raise InputError(
+                f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
+                f"{self.schedule.epochs} to go on from it"
+            )
 
 
 class Means:
@@ -240,15 +273,17 @@ def require_finite(terms, where):
     values = dict(zip(terms, torch.stack([term.float() for term in terms.values()]).tolist()))
     for name, value in values.items():
         if not math.isfinite(value):
-            raise InputError(f"the {where} {name} became {value}; lower its weight or the learning rate, and "
-                             "check the teacher; the last epoch's checkpoint is kept")
+            raise InputError(
+                f"the {where} {name} became {value}; lower its weight or the learning rate, and "
+                "check the teacher; the last epoch's checkpoint is kept"
+            )
     return values
 
 
 def grid_rows(images, targets, per_class=8, classes=10):
     """Images, captions and columns of a grid that reads by class: one row for each of the first 10 classes."""
     if targets is None:
-        return images[:per_class * classes], None, per_class
+        return images[: per_class * classes], None, per_class
     shown = targets.unique()[:classes]
     members = [(targets == target).nonzero().flatten() for target in shown]
     columns = min(per_class, *(len(m) for m in members)) if len(members) > 1 else per_class

@@ -1,4 +1,5 @@
 """Mistakes that a person can mend: one sentence each, and a non-zero exit."""
+
 import sys
 
 

@@ -1,4 +1,5 @@
 """Accuracy of a network on a split of a data set."""
+
 import torch
 import torch.nn.functional as F
 
@@ -17,13 +18,17 @@ def evaluate(network, split, batch_size=500, name="network"):
     for images, labels in split.batches(batch_size):
         logits = network(images).float()
         if logits.shape != (len(labels), split.num_classes):
-            raise InputError(f"the {name} gave logits of shape {tuple(logits.shape)} for {len(labels)} "
-                             f"images of {split.num_classes} classes; check its class count")
+            raise InputError(
+                f"the {name} gave logits of shape {tuple(logits.shape)} for {len(labels)} "
+                f"images of {split.num_classes} classes; check its class count"
+            )
         sums = sums + _sums(logits, labels)
     top1, top5, loss, broken = sums.tolist()
     if broken:
-        raise InputError(f"the {name} gave non-finite logits for {broken:.0f} of {len(split)} images; "
-                         "check its weights and its input mean and std")
+        raise InputError(
+            f"the {name} gave non-finite logits for {broken:.0f} of {len(split)} images; "
+            "check its weights and its input mean and std"
+        )
     return {"acc1": 100 * top1 / len(split), "acc5": 100 * top5 / len(split), "loss": loss / len(split)}
 
 

@@ -3,6 +3,7 @@
 No model has to return its features, so torchvision's, timm's and a user's own networks
 are teachers and students as they are.
 """
+
 from dataclasses import dataclass
 from functools import partial
 
@@ -47,7 +48,7 @@ class FeatureTap:
         calls, logits = _trace(model, shape)
         self.num_classes = logits.shape[1]
         head = _find_head(calls, self.num_classes)
-        chosen = _choose_stages(calls[:calls.index(head)] if head else calls, _trunk(model, calls))
+        chosen = _choose_stages(calls[: calls.index(head)] if head else calls, _trunk(model, calls))
         self.stage_channels = [call.output[1] for call in chosen]
         self.stage_sizes = [call.output[2:] for call in chosen]
         for module in {id(call.module): call.module for call in chosen}.values():
@@ -56,8 +57,10 @@ class FeatureTap:
         if head:
             head.module.register_forward_pre_hook(self._embed_hook)
         elif not chosen:
-            raise InputError("the network has neither convolution maps nor a linear head, so it has no features to "
-                             "compare; use a network with a trunk of nn.Modules")
+            raise InputError(
+                "the network has neither convolution maps nor a linear head, so it has no features to "
+                "compare; use a network with a trunk of nn.Modules"
+            )
         self.embed_dim = head.input[1] if head else self.stage_channels[-1]
 
     def __call__(self, inputs):
@@ -77,6 +80,7 @@ class FeatureTap:
                 number = self._calls[id(module)] = self._calls.get(id(module), -1) + 1
                 if number in wanted:
                     self._taken[wanted[number]] = output
+
         return hook
 
     def _embed_hook(self, module, args):
@@ -111,16 +115,20 @@ def _trace(model, shape):
         logits = model.eval()(torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype))
     except Exception as error:  # a network of one's own may raise anything
         reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"the network {type(model).__name__} cannot take images of {shape[0]} channels and "
-                         f"{shape[1]}x{shape[2]} pixels ({reason}); choose another network") from error
+        raise InputError(
+            f"the network {type(model).__name__} cannot take images of {shape[0]} channels and "
+            f"{shape[1]}x{shape[2]} pixels ({reason}); choose another network"
+        ) from error
     finally:
         for hook in hooks:
             hook.remove()
         for module, training in modes.items():
             module.training = training
     if not torch.is_tensor(logits) or logits.dim() != 2:
-        raise InputError(f"the network {type(model).__name__} must return logits as one tensor (N, classes), "
-                         f"not {tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__}")
+        raise InputError(
+            f"the network {type(model).__name__} must return logits as one tensor (N, classes), "
+            f"not {tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__}"
+        )
     return calls, logits
 
 

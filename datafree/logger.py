@@ -1,4 +1,5 @@
 """What a run leaves behind: one folder with its settings, log, numbers, pictures and checkpoints."""
+
 import json
 import math
 import re
@@ -44,8 +45,10 @@ class RunFolder(AbstractContextManager):
         try:
             self._hold()
             if not resume and self._holds_results():
-                raise InputError(f"{self.root} already holds a run; give this one a name of its own by "
-                                 "--log_tag NEW, or go on with that one by --resume auto")
+                raise InputError(
+                    f"{self.root} already holds a run; give this one a name of its own by "
+                    "--log_tag NEW, or go on with that one by --resume auto"
+                )
         except BaseException:
             self.close()
             raise
@@ -116,8 +119,10 @@ class RunFolder(AbstractContextManager):
             if fcntl:
                 fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise InputError(f"{self.root} is in use by a running process; wait for it, or give this run "
-                             "a name of its own by --log_tag NEW") from error
+            raise InputError(
+                f"{self.root} is in use by a running process; wait for it, or give this run "
+                "a name of its own by --log_tag NEW"
+            ) from error
         except OSError:
             pass  # a file system without locks: as where fcntl is missing
 

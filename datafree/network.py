@@ -1,4 +1,5 @@
 """A model as the methods see it: it takes images or views in [0, 1] and normalises them itself."""
+
 from contextlib import contextmanager
 
 import torch

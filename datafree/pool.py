@@ -1,4 +1,5 @@
 """The image pool: every synthetic image of the run, as bytes in memory on the device."""
+
 import math
 
 import torch
@@ -17,8 +18,10 @@ class ImagePool:
         self.capacity, self.shape, self.num_classes, self.device = capacity, tuple(shape), num_classes, device
         size, free = capacity * math.prod(shape), free_memory(device)
         if size > free:  # else the system might grant it, and kill the run once the pool fills
-            raise InputError(f"a pool of {capacity:,} images of {tuple(shape)} takes {size / 1e9:.1f} GB but "
-                             f"{free / 1e9:.1f} are free; give a smaller --pool_size")
+            raise InputError(
+                f"a pool of {capacity:,} images of {tuple(shape)} takes {size / 1e9:.1f} GB but "
+                f"{free / 1e9:.1f} are free; give a smaller --pool_size"
+            )
         self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
         self.targets = torch.empty(capacity, dtype=torch.long, device=device)
         self.added = 0
@@ -78,8 +81,10 @@ class ImagePool:
     def load_state_dict(self, state):
         size = len(state["images"])
         if size != min(state["added"], len(self.images)):
-            raise InputError(f"the checkpoint's pool holds {size} of {state['added']} images made but this run's would "
-                             f"hold {min(state['added'], len(self.images))}; give the --pool_size it was written with")
+            raise InputError(
+                f"the checkpoint's pool holds {size} of {state['added']} images made but this run's would "
+                f"hold {min(state['added'], len(self.images))}; give the --pool_size it was written with"
+            )
         self.images[:size] = state["images"].to(self.device)
         self.targets[:size] = state["targets"].to(self.device)
         self.added = state["added"]

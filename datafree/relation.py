@@ -5,6 +5,7 @@ others away; confusing (synthesis) does the opposite, which spreads a class and 
 neighbours (Liang and Fu 2024). Everything is B x B with fixed shapes and has no host sync, and
 every batch has a defined result: without any triplet it is zero.
 """
+
 import math
 
 import torch
@@ -113,4 +114,4 @@ def triplet_layers(features, triplets):
 def triplet_stages(count, triplets):
     """Numbers of the stages start_layer:end_layer out of ``count``; of the last one where that names none."""
     stages = range(count)
-    return stages[triplets.start_layer:triplets.end_layer] or stages[-1:]
+    return stages[triplets.start_layer : triplets.end_layer] or stages[-1:]

@@ -9,6 +9,7 @@ seed; where the options of a name differ, the column ``options`` says in what.
            and agree in all other options that both of them read; gains are averaged within a seed, then over seeds.
 --of       a number of metrics.jsonl that takes the place of acc1, such as images/distance_within_class.
 """
+
 import json
 import statistics
 import sys
@@ -84,8 +85,9 @@ def _row_of(summary, rows):
 
 def _options(summary, apart=()):
     """What makes a row: (option, value as text) pairs."""
-    texts = {name: f"{value:g}" if isinstance(value, float) else str(value)
-             for name, value in summary["settings"].items()}
+    texts = {
+        name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in summary["settings"].items()
+    }
     return tuple(sorted((name, text) for name, text in texts.items() if name not in apart))
 
 
@@ -101,8 +103,14 @@ def report(rows, against=()):
     lines = []
     for (name, options), seeds in rows.items():
         told = " ".join(f"{option}={value}" for option, value in options if option in differing[name])
-        lines.append({"run": name, **({"options": told} if any(differing.values()) else {}),
-                      **_numbers(list(seeds.values())), **(_gain(seeds, bases.get(name, {})) if bases else {})})
+        lines.append(
+            {
+                "run": name,
+                **({"options": told} if any(differing.values()) else {}),
+                **_numbers(list(seeds.values())),
+                **(_gain(seeds, bases.get(name, {})) if bases else {}),
+            }
+        )
     return lines
 
 
@@ -120,8 +128,10 @@ def _baselines(rows, against):
     wanted = {tuple(word.split("=", 1)) for word in against}
     found = [(name, seeds) for (name, options), seeds in rows.items() if wanted <= set(options)]
     if not found or len(dict(found)) < len(found):
-        raise InputError(f"--against {' '.join(against)} fits {len(found)} rows, not one or one of each name; "
-                         "name options as the table does")
+        raise InputError(
+            f"--against {' '.join(against)} fits {len(found)} rows, not one or one of each name; "
+            "name options as the table does"
+        )
     return dict(found) if len(found) > 1 else {name: found[0][1] for name, _ in rows}
 
 
@@ -136,15 +146,27 @@ def effects(rows, option):
     Pairs of one seed share its teacher and more, so a seed counts once, by the mean of its pairs.
     """
     gains = {}
-    runs = [(name, seed, dict(_options(run)), run["value"]) for (name, _), seeds in rows.items()
-            for seed, run in seeds.items() if option in run["settings"] and run["value"] is not None]
+    runs = [
+        (name, seed, dict(_options(run)), run["value"])
+        for (name, _), seeds in rows.items()
+        for seed, run in seeds.items()
+        if option in run["settings"] and run["value"] is not None
+    ]
     for first, second in combinations(sorted(runs, key=lambda run: _in_order(run[2][option])), 2):
         values = first[2][option], second[2][option]
         if first[:2] == second[:2] and _differ_in(first[2], second[2]) == {option}:
             gains.setdefault(values, {}).setdefault(first[1], []).append(second[3] - first[3])
-    return [{"option": option, "from": old, "to": new, "pairs": sum(map(len, seeds.values())), "seeds": len(seeds),
-             **mean_gain([statistics.fmean(pairs) for pairs in seeds.values()])}
-            for (old, new), seeds in gains.items()]
+    return [
+        {
+            "option": option,
+            "from": old,
+            "to": new,
+            "pairs": sum(map(len, seeds.values())),
+            "seeds": len(seeds),
+            **mean_gain([statistics.fmean(pairs) for pairs in seeds.values()]),
+        }
+        for (old, new), seeds in gains.items()
+    ]
 
 
 def _in_order(text):
@@ -163,7 +185,7 @@ def mean_gain(gains):
     """Their mean, and half the width of its 95 % confidence interval (None of fewer than two)."""
     if not gains:
         return {"gain": None, "ci95": None}
-    interval = statistics.stdev(gains) / len(gains)**0.5 * t_quantile(len(gains) - 1) if len(gains) > 1 else None
+    interval = statistics.stdev(gains) / len(gains) ** 0.5 * t_quantile(len(gains) - 1) if len(gains) > 1 else None
     return {"gain": statistics.fmean(gains), "ci95": interval}
 
 
@@ -178,10 +200,15 @@ def t_quantile(freedom):
 
 def _numbers(runs):
     last, seconds = _values(runs, "value"), [_seconds(run) for run in runs]
-    return {"n": len(runs), "teacher": _mean(_values(runs, "teacher_acc1")), "last": _mean(last),
-            "std": statistics.stdev(last) if len(last) > 1 else None,
-            "best": _mean(_values(runs, "best_acc1")),
-            "images": round(_mean(_values(runs, "images")) or 0), "s": round(statistics.fmean(seconds))}
+    return {
+        "n": len(runs),
+        "teacher": _mean(_values(runs, "teacher_acc1")),
+        "last": _mean(last),
+        "std": statistics.stdev(last) if len(last) > 1 else None,
+        "best": _mean(_values(runs, "best_acc1")),
+        "images": round(_mean(_values(runs, "images")) or 0),
+        "s": round(statistics.fmean(seconds)),
+    }
 
 
 def _seconds(run):

@@ -1,4 +1,5 @@
 """The machine under a run: device, precision, seeds, signals, and a record of them."""
+
 import os
 import platform
 import random
@@ -78,7 +79,7 @@ def load_rng_state(state):
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    for index, gpu_state in enumerate(state["cuda"][:torch.cuda.device_count()]):
+    for index, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(gpu_state, index)
 
 
@@ -148,12 +149,17 @@ def environment(device=None):
     device, cpuinfo = device or choose_device("auto"), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
-        "commit": _git("rev-parse", "HEAD"), "dirty": _git("status", "--porcelain", "-uno") not in ("", None),
-        "python": platform.python_version(), "numpy": np.__version__, "torch": torch.__version__,
-        "torchvision": torchvision.__version__, "cuda": torch.version.cuda,
+        "commit": _git("rev-parse", "HEAD"),
+        "dirty": _git("status", "--porcelain", "-uno") not in ("", None),
+        "python": platform.python_version(),
+        "numpy": np.__version__,
+        "torch": torch.__version__,
+        "torchvision": torchvision.__version__,
+        "cuda": torch.version.cuda,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
-        "threads": torch.get_num_threads(), "command": shlex.join(sys.orig_argv),
+        "threads": torch.get_num_threads(),
+        "command": shlex.join(sys.orig_argv),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
 
@@ -161,7 +167,12 @@ def environment(device=None):
 def _git(*arguments):
     """Answer of git about this source tree; None without git, or if only a folder above is a repository."""
     try:
-        return subprocess.run(["git", f"--git-dir={SOURCE / '.git'}", f"--work-tree={SOURCE}", *arguments],
-                              capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+        return subprocess.run(
+            ["git", f"--git-dir={SOURCE / '.git'}", f"--work-tree={SOURCE}", *arguments],
+            capture_output=True,
+            text=True,
+            timeout=20,
+            check=True,
+        ).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return None

@@ -1,4 +1,5 @@
 """What every program does around its loop: device, networks, run folder, resume, summary."""
+
 import hashlib
 import inspect
 from pathlib import Path
@@ -53,8 +54,9 @@ class Session:
 
     def split(self, name):
         """The ``train`` or ``test`` split of the data set, on the device."""
-        return load_split(self.card, self.data.data_root, name, self.data.download and self.write, self.device,
-                          self.run.workers)
+        return load_split(
+            self.card, self.data.data_root, name, self.data.download and self.write, self.device, self.run.workers
+        )
 
     def network(self, role, model, weights="", mean=(), std=()):
         """Build ``model`` and fill it from ``weights``, if given -> :class:`Network` on the device.
@@ -68,8 +70,10 @@ class Session:
         std = self._normalisation(role, "std", std or stored.get("std"), low=1e-6)
         network = Network(module, card.shape, mean, std, f"{role} {short(model)}", stored)
         if network.num_classes != card.num_classes:
-            raise InputError(f"the {role} {model} answers {network.num_classes} classes but {card.name} has "
-                             f"{card.num_classes}; build it with the right head, or name the right data set")
+            raise InputError(
+                f"the {role} {model} answers {network.num_classes} classes but {card.name} has "
+                f"{card.num_classes}; build it with the right head, or name the right data set"
+            )
         network.to(self.device)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)
 
@@ -91,9 +95,11 @@ class Session:
             return getattr(self.card, key)
         numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
         if not numbers or len(values) != self.card.channels or not all(low <= v <= 1 for v in values):
-            raise InputError(f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the "
-                             f"{self.card.channels} channels of {self.card.name}; correct --{role}_{key}, or the file "
-                             "of its weights, that says so")
+            raise InputError(
+                f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the "
+                f"{self.card.channels} channels of {self.card.name}; correct --{role}_{key}, or the file "
+                "of its weights, that says so"
+            )
         return tuple(values)
 
     @torch.no_grad()
@@ -113,8 +119,10 @@ class Session:
         if not weights:
             raise InputError(f"--evaluate_only has nothing to evaluate; name the weights by {option}")
         scores = self.score(network)
-        print(f"[Eval] {network.name} on {self.card.name}: Acc@1={scores['acc1']:.4f} "
-              f"Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}")
+        print(
+            f"[Eval] {network.name} on {self.card.name}: Acc@1={scores['acc1']:.4f} "
+            f"Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}"
+        )
 
     def open_folder(self, *parts):
         """The run's folder ``save_dir/<dataset>_<parts>/<tag>``."""
@@ -128,10 +136,17 @@ class Session:
 
     def facts(self, network, model):
         """What is written beside the weights of ``network``: plain values, enough to build and judge it."""
-        return {"model": model, "dataset": self.card.name, "num_classes": self.card.num_classes,
-                "shape": list(self.card.shape), "mean": network.mean.flatten().tolist(),
-                "std": network.std.flatten().tolist(), "settings": self.settings(),
-                "config": to_yaml(self.config), "commit": environment(self.device)["commit"] or ""}
+        return {
+            "model": model,
+            "dataset": self.card.name,
+            "num_classes": self.card.num_classes,
+            "shape": list(self.card.shape),
+            "mean": network.mean.flatten().tolist(),
+            "std": network.std.flatten().tolist(),
+            "settings": self.settings(),
+            "config": to_yaml(self.config),
+            "commit": environment(self.device)["commit"] or "",
+        }
 
     def settings(self):
         """What a result depends on: option -> value, or the digest of the contents where the value is a path."""
@@ -150,10 +165,16 @@ class Session:
             engine.load(last if self.run.resume == "auto" else Path(self.run.resume))
         folder.record(to_yaml(self.config), self.device)
         result = engine.train()
-        summary = {"run": folder.name, "seed": self.run.seed, **columns, "last_acc1": result.get("acc1"),
-                   "best_acc1": result.get("best_acc1"), "images": engine.source.images_made,
-                   **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()},
-                   "memory_MB": peak_memory(self.device)}
+        summary = {
+            "run": folder.name,
+            "seed": self.run.seed,
+            **columns,
+            "last_acc1": result.get("acc1"),
+            "best_acc1": result.get("best_acc1"),
+            "images": engine.source.images_made,
+            **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()},
+            "memory_MB": peak_memory(self.device),
+        }
         folder.summary({**summary, "settings": self.settings(), "environment": environment(self.device)})
         if result.get("acc1") is not None:
             folder.log(f"Last: {result['acc1']:.4f}")

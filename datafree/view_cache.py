@@ -4,6 +4,7 @@ A frozen teacher in evaluation mode answers a view alike whatever else the batch
 give an image only 2 (2 padding + 1)^2 views. So the answers are right up to rounding, and to the bit on the CPU as far
 as tried, unlike one answer per image for all its views.
 """
+
 import torch
 
 from datafree.hooks import Features, pooled
@@ -61,7 +62,7 @@ class ViewCache:
         filled = new[torch.arange(-(-len(new) // PASS) * PASS, device=new.device) % len(new)]
         answer = self.teacher.features(views[filled])
         parts = {"logits": [answer.logits], "embed": [answer.embed], "stages": map(pooled, answer.stages)}
-        return torch.cat([part.float() for name in self.wanted for part in parts[name]], 1)[:len(new)]
+        return torch.cat([part.float() for name in self.wanted for part in parts[name]], 1)[: len(new)]
 
     def _keep(self, places, keys, values):
         self.keys[places] = keys

@@ -1,4 +1,5 @@
 """Draws misc/framework.png, the two phases of RGAL: python misc/framework.py"""
+
 from pathlib import Path
 
 import matplotlib
@@ -32,12 +33,24 @@ def synthesis(axes):
     box(axes, (42.5, 46), (10, 7), "augment")
     box(axes, (56, 52.5), (11, 6), "teacher", FROZEN)
     box(axes, (56, 40.5), (11, 6), "student", FROZEN)
-    terms(axes, (57.3, "BN statistics"), (54.1, "one-hot: the class asked for"),
-          (49.4, "adversarial: the student differs\nfrom the teacher"))
+    terms(
+        axes,
+        (57.3, "BN statistics"),
+        (54.1, "one-hot: the class asked for"),
+        (49.4, "adversarial: the student differs\nfrom the teacher"),
+    )
     sketch(axes, (71, 36), "relation: confuse", pull=False)
-    for start, end in (((10.5, 49.5), (14, 49.5)), ((26, 49.5), (29.5, 49.5)), ((39, 49.5), (42.5, 49.5)),
-                       ((52.5, 50.5), (56, 54.5)), ((52.5, 48.5), (56, 44.5)), ((67, 55.7), (70, 55.7)),
-                       ((67, 53.3), (70, 50.3)), ((67, 45.3), (70, 48.4)), ((67, 42), (70.6, 40.5))):
+    for start, end in (
+        ((10.5, 49.5), (14, 49.5)),
+        ((26, 49.5), (29.5, 49.5)),
+        ((39, 49.5), (42.5, 49.5)),
+        ((52.5, 50.5), (56, 54.5)),
+        ((52.5, 48.5), (56, 44.5)),
+        ((67, 55.7), (70, 55.7)),
+        ((67, 53.3), (70, 50.3)),
+        ((67, 45.3), (70, 48.4)),
+        ((67, 42), (70.6, 40.5)),
+    ):
         arrow(axes, start, end)
     arrow(axes, (71, 61), (20, 53.3), dashed=True, bend="angle,angleA=180,angleB=90,rad=6")
     axes.text(45, 61.3, "gradient", ha="center", va="bottom", size=9.5, color=INK, style="italic")
@@ -52,20 +65,24 @@ def student(axes):
     box(axes, (56, 7), (11, 6), "student", TRAINED)
     terms(axes, (23.2, "KL of the answers"), (20, "channels of the stages"))
     sketch(axes, (71, 7), "relation: separate", pull=True)
-    for start, end in (((40.5, 16), (44, 16)), ((52.5, 17), (56, 21)), ((52.5, 15), (56, 11)),
-                       ((67, 22), (70, 22)), ((67, 11.8), (70, 19.4)), ((67, 9.5), (70.6, 10.5)),
-                       ((34.25, 46), (34.25, 19.8))):
+    for start, end in (
+        ((40.5, 16), (44, 16)),
+        ((52.5, 17), (56, 21)),
+        ((52.5, 15), (56, 11)),
+        ((67, 22), (70, 22)),
+        ((67, 11.8), (70, 19.4)),
+        ((67, 9.5), (70.6, 10.5)),
+        ((34.25, 46), (34.25, 19.8)),
+    ):
         arrow(axes, start, end)
-    axes.text(33.3, 39.5, "the best batch\nof the round", ha="right", va="center", size=9.5, color=INK,
-              style="italic")
+    axes.text(33.3, 39.5, "the best batch\nof the round", ha="right", va="center", size=9.5, color=INK, style="italic")
 
 
 def legend(axes):
     for x, colour, text in ((4, FROZEN, "frozen"), (15, TRAINED, "learns")):
         box(axes, (x, 1), (3, 2.4), "", colour)
         axes.text(x + 4, 2.2, text, va="center", size=9.5, color=INK)
-    for x, (colour, marker), text in ((28, CLASSES[0], "features of one class"),
-                                      (49, CLASSES[1], "of another class")):
+    for x, (colour, marker), text in ((28, CLASSES[0], "features of one class"), (49, CLASSES[1], "of another class")):
         axes.plot(x, 2.2, marker, color=colour, ms=7)
         axes.text(x + 1.8, 2.2, text, va="center", size=9.5, color=INK)
     arrow(axes, (67, 2.2), (71, 2.2), colour=INK, width=1.6)
@@ -73,16 +90,15 @@ def legend(axes):
 
 
 def panel(axes, bottom, height, title):
-    axes.add_patch(FancyBboxPatch((0.8, bottom), 98.4, height, boxstyle="round,pad=0,rounding_size=1",
-                                  fc=PALE, ec="#c8c8c0", lw=1))
+    axes.add_patch(
+        FancyBboxPatch((0.8, bottom), 98.4, height, boxstyle="round,pad=0,rounding_size=1", fc=PALE, ec="#c8c8c0", lw=1)
+    )
     axes.text(2, bottom + height - 1, title, va="top", size=11, weight="bold", color=INK)
 
 
 def box(axes, corner, size, text, colour="white"):
-    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=0.8", fc=colour, ec=INK,
-                                  lw=1.2))
-    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", size=11,
-              color=INK)
+    axes.add_patch(FancyBboxPatch(corner, *size, boxstyle="round,pad=0,rounding_size=0.8", fc=colour, ec=INK, lw=1.2))
+    axes.text(corner[0] + size[0] / 2, corner[1] + size[1] / 2, text, ha="center", va="center", size=11, color=INK)
 
 
 def terms(axes, *lines):
@@ -91,9 +107,20 @@ def terms(axes, *lines):
 
 
 def arrow(axes, start, end, colour=INK, width=1.3, dashed=False, bend="arc3"):
-    axes.add_patch(FancyArrowPatch(start, end, arrowstyle="-|>", mutation_scale=11, lw=width, color=colour,
-                                   linestyle="--" if dashed else "-", shrinkA=0, shrinkB=0,
-                                   connectionstyle=bend))
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle="-|>",
+            mutation_scale=11,
+            lw=width,
+            color=colour,
+            linestyle="--" if dashed else "-",
+            shrinkA=0,
+            shrinkB=0,
+            connectionstyle=bend,
+        )
+    )
 
 
 def sketch(axes, corner, title, pull):

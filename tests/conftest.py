@@ -1,4 +1,5 @@
 """What the tests of whole programs share: one thread, a trained teacher, commands called in this process."""
+
 import json
 import os
 import subprocess
@@ -34,8 +35,24 @@ def scratch(*words):
     call(train_scratch, "--threads", 1, "--dataset", "digits", "--crop_padding", 1, *words)
 
 
-TINY_RUN = ("--threads", 1, "--dataset", "digits", "--crop_padding", 1,
-            "--student", nets.name("small"), "--epochs", 4, "--ep_steps", 6, "--kd_steps", 3, "--batch_size", 16)
+TINY_RUN = (
+    "--threads",
+    1,
+    "--dataset",
+    "digits",
+    "--crop_padding",
+    1,
+    "--student",
+    nets.name("small"),
+    "--epochs",
+    4,
+    "--ep_steps",
+    6,
+    "--kd_steps",
+    3,
+    "--batch_size",
+    16,
+)
 TINY_SYNTHESIS = ("--g_steps", 3, "--synthesis_batch_size", 16, "--lr_g", 0.03)
 TINY_GENERATOR = ("--nz", 16, "--ngf", 4)
 
@@ -43,10 +60,13 @@ TINY_GENERATOR = ("--nz", 16, "--ngf", 4)
 def tiny_run(method, *words):
     """Options of a tiny budget; those of synthesis only where they are read, for they are refused elsewhere."""
     given = {method, *words}
-    return (*TINY_RUN, *(() if given & {"noise", "real"} else TINY_SYNTHESIS),
-            *(() if given & {"noise", "real", "deepinv", "pixels"} else TINY_GENERATOR),
-            *(("--warmup", 0) if given & {"fast", "rgal_fast"} else ()),
-            *(("--reset_epoch", 2) if "fast" in given else ()))
+    return (
+        *TINY_RUN,
+        *(() if given & {"noise", "real"} else TINY_SYNTHESIS),
+        *(() if given & {"noise", "real", "deepinv", "pixels"} else TINY_GENERATOR),
+        *(("--warmup", 0) if given & {"fast", "rgal_fast"} else ()),
+        *(("--reset_epoch", 2) if "fast" in given else ()),
+    )
 
 
 @pytest.fixture(scope="session")
@@ -65,8 +85,21 @@ def distil(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*words, method="rgal", tag="run", save_dir="runs"):
-        call(datafree_kd, "--method", method, "--teacher", nets.name("tiny"), "--teacher_weights", teacher,
-             "--save_dir", save_dir, "--log_tag", tag, *tiny_run(method, *words), *words)
+        call(
+            datafree_kd,
+            "--method",
+            method,
+            "--teacher",
+            nets.name("tiny"),
+            "--teacher_weights",
+            teacher,
+            "--save_dir",
+            save_dir,
+            "--log_tag",
+            tag,
+            *tiny_run(method, *words),
+            *words,
+        )
         return next((tmp_path / save_dir).glob(f"*/{tag}"), None)
 
     return run
@@ -110,8 +143,9 @@ def forked(function, *arguments):
 def command(*words, **options):
     """Run ``python <words>`` from the project's root as a process of its own."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
-    return subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, env=environment,
-                          **options)
+    return subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, **options
+    )
 
 
 OF_THE_MACHINE = ("seconds/", "view_cache/")  # what a run costs; a resumed one asks the teacher again

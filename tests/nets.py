@@ -1,4 +1,5 @@
 """Small networks for the tests, named on command lines as path/to/tests/nets.py:FACTORY."""
+
 from pathlib import Path
 
 import torch
@@ -13,14 +14,20 @@ def name(factory):
 
 
 def block(in_channels, out_channels):
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1),
-                         nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
+    )
 
 
 def tiny(num_classes, in_channels=3, width=8):
     """Two stages with BatchNorm; 1,418 weights for grey digits."""
-    return nn.Sequential(block(in_channels, width), block(width, 2 * width),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2 * width, num_classes))
+    return nn.Sequential(
+        block(in_channels, width),
+        block(width, 2 * width),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(2 * width, num_classes),
+    )
 
 
 def small(num_classes, in_channels=3):
@@ -30,9 +37,15 @@ def small(num_classes, in_channels=3):
 
 def plain(num_classes, in_channels=3):
     """No BatchNorm at all."""
-    return nn.Sequential(nn.Conv2d(in_channels, 8, 3, stride=2), nn.ReLU(),
-                         nn.Conv2d(8, 16, 3, stride=2), nn.ReLU(),
-                         nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(16, num_classes))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, 8, 3, stride=2),
+        nn.ReLU(),
+        nn.Conv2d(8, 16, 3, stride=2),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(16, num_classes),
+    )
 
 
 def stubborn(in_channels=3):

@@ -1,4 +1,5 @@
 """Augmentation against numpy's pad, slice and flip, its gradients, and its distribution."""
+
 import numpy as np
 import pytest
 import torch
@@ -19,7 +20,7 @@ def view_oracle(image, shift, flip, padding=4):
     _, h, w = image.shape
     padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
     dy, dx = shift
-    window = padded[:, padding + dy:padding + dy + h, padding + dx:padding + dx + w]
+    window = padded[:, padding + dy : padding + dy + h, padding + dx : padding + dx + w]
     return window[:, :, ::-1] if flip else window
 
 
@@ -92,7 +93,7 @@ def test_crops_and_flips_cover_all_views_evenly():
     counts = torch.bincount(((dy + 4) * 18 + (dx + 4) * 2 + flip).long(), minlength=162)
     assert len(counts) == 162
     # Chi-square with 161 degrees of freedom: mean 161, standard deviation 18.
-    assert ((counts - n / 162)**2 / (n / 162)).sum() < 161 + 5 * 18
+    assert ((counts - n / 162) ** 2 / (n / 162)).sum() < 161 + 5 * 18
 
 
 @pytest.mark.parametrize("padding, flips", [(0, False), (0, True), (2, False)])
@@ -109,6 +110,7 @@ def test_every_image_has_its_own_view_and_range_is_kept():
 
 
 # ---------------------------------------------------------------- resized crops
+
 
 @pytest.mark.parametrize("shape", [(5, 3, 32, 32), (2, 1, 17, 30), (1, 3, 4, 4)], ids=str)
 def test_resized_crop_keeps_shape_and_range_and_passes_gradients(shape):
@@ -131,8 +133,8 @@ def ramp_slopes(scale=(0.25, 1.0), n=4000, h=10, w=20):
     y = ((torch.arange(h) + 0.5) / h).view(1, 1, h, 1).expand(n, 1, h, w)
     x = ((torch.arange(w) + 0.5) / w).view(1, 1, 1, w).expand(n, 1, h, w)
     views = random_resized_crop(torch.cat([y, x], 1), scale)
-    before_y, after_y = views[:, 0, h // 2 - 1:h // 2 + 1, w // 2].unbind(1)
-    before_x, after_x = views[:, 1, h // 2, w // 2 - 1:w // 2 + 1].unbind(1)
+    before_y, after_y = views[:, 0, h // 2 - 1 : h // 2 + 1, w // 2].unbind(1)
+    before_x, after_x = views[:, 1, h // 2, w // 2 - 1 : w // 2 + 1].unbind(1)
     middle = torch.stack([before_y + after_y, before_x + after_x], 1) / 2
     return (after_y - before_y) * h, (after_x - before_x) * w, middle
 

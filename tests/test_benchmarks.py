@@ -1,4 +1,5 @@
 """The benchmarks run, and their yardstick computes the same as what they measure, but for its random triplets."""
+
 import json
 
 import nets
@@ -33,8 +34,10 @@ def test_the_savings_of_synthesis_leave_its_gradient_as_it_is(make, monkeypatch)
     teacher, student = (Network(model, SHAPE, (0.5,) * 3, (0.25,) * 3) for model in models)
     objective = SynthesisObjective(Synthesis(bn=1, oh=1, adv=1), Relation(), teacher.freeze(), student)
     views, targets, gradients, losses = torch.rand(8, *SHAPE), torch.arange(8) % CLASSES, [], []
-    for loss_of in (lambda x: theirs.synthesis_loss(theirs.normalise(x), targets),
-                    lambda x: objective(x, x, targets)[0]):
+    for loss_of in (
+        lambda x: theirs.synthesis_loss(theirs.normalise(x), targets),
+        lambda x: objective(x, x, targets)[0],
+    ):
         x = views.clone().requires_grad_()
         with student.frozen():
             loss = loss_of(x)
@@ -55,8 +58,10 @@ def test_the_savings_of_the_student_leave_its_gradient_as_it_is(monkeypatch):
         torch.nn.init.ones_(project.weight)
         torch.nn.init.zeros_(project.bias)
     gradients = []
-    for step_of in (lambda: theirs.student_step(theirs.normalise(views), torch.arange(8) % CLASSES),
-                    lambda: learner.step(views, None)):
+    for step_of in (
+        lambda: theirs.student_step(theirs.normalise(views), torch.arange(8) % CLASSES),
+        lambda: learner.step(views, None),
+    ):
         for parameter in student.parameters():
             parameter.grad = None
         with monkeypatch.context() as patch:
@@ -147,9 +152,18 @@ def test_half_precision_gradients_are_compared_on_a_teacher(teacher, monkeypatch
 def test_a_budget_of_seconds_is_told_in_epochs(tmp_path, monkeypatch, capsys):
     for seed, seconds in ((0, 9.0), (1, 11.0)):
         (tmp_path / f"{seed}").mkdir()
-        (tmp_path / f"{seed}" / "summary.json").write_text(json.dumps(
-            {"run": "x", "seed": seed, "synthesis_s": seconds, "student_s": 10.0, "evaluation_s": 99.0,
-             "settings": {"epochs": 10}}))
+        (tmp_path / f"{seed}" / "summary.json").write_text(
+            json.dumps(
+                {
+                    "run": "x",
+                    "seed": seed,
+                    "synthesis_s": seconds,
+                    "student_s": 10.0,
+                    "evaluation_s": 99.0,
+                    "settings": {"epochs": 10},
+                }
+            )
+        )
     for seconds, epochs in (("30", "15"), ("0.1", "1")):
         monkeypatch.setattr("sys.argv", ["budget", seconds, str(tmp_path)])
         budget.main()

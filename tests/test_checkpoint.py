@@ -1,4 +1,5 @@
 """Checkpoints: whole or untouched, no code run, weights that fit or a sentence that says why not."""
+
 import argparse
 import builtins
 import errno
@@ -137,13 +138,21 @@ def test_truncated_file(tmp_path, zipped, share):
     path = tmp_path / "cut.pth"
     torch.save({"w": torch.zeros(5000)}, path, _use_new_zipfile_serialization=zipped)
     content = path.read_bytes()
-    path.write_bytes(content[:int(share * len(content))])
+    path.write_bytes(content[: int(share * len(content))])
     with pytest.raises(InputError, match=r"cut.pth is truncated or no torch checkpoint \([\d,]+ bytes\); copy"):
         checkpoint.load(path)
 
 
-@pytest.mark.parametrize("content", [b"hello world\n", b"<html>404</html>", bytes(range(256)),
-                                     b"PK\x03\x04" * 9, b"version https://git-lfs.github.com/spec/v1\n"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"hello world\n",
+        b"<html>404</html>",
+        bytes(range(256)),
+        b"PK\x03\x04" * 9,
+        b"version https://git-lfs.github.com/spec/v1\n",
+    ],
+)
 def test_not_a_checkpoint(tmp_path, content):
     (tmp_path / "x.pth").write_bytes(content)
     with pytest.raises(InputError, match=rf"truncated or no torch checkpoint \({len(content)} bytes\); copy"):
@@ -236,8 +245,12 @@ def refused(tmp_path, contents, model, match):
 
 def test_weights_of_another_model(tmp_path):
     weights = net().state_dict()
-    refused(tmp_path, nn.Linear(4, 3).state_dict(), net(),
-            r"8 tensors missing \(0.weight, 0.bias, 1.weight, ...\), 2 unexpected \(weight, bias\)")
+    refused(
+        tmp_path,
+        nn.Linear(4, 3).state_dict(),
+        net(),
+        r"8 tensors missing \(0.weight, 0.bias, 1.weight, ...\), 2 unexpected \(weight, bias\)",
+    )
     refused(tmp_path, {**weights, "4.bias": torch.zeros(1)}, net(), r"0 tensors missing \(none\), 1 unexp")
     del weights["3.bias"]
     refused(tmp_path, weights, net(), r"1 tensors missing \(3.bias\), 0 unexpected \(none\)")
@@ -287,7 +300,10 @@ def test_numbers_of_numpy_and_parsed_options_beside_the_weights_are_no_code(tmp_
     written = np.float64(91.5).__reduce__()[0].__module__
     path = tmp_path / "net.pth"
     # The old format, for its names are plain text that can be turned into those of the other numpy.
-    torch.save({"state_dict": net().state_dict(), "acc": np.float64(91.5), "args": argparse.Namespace(lr=0.1)}, path,
-               _use_new_zipfile_serialization=False)
+    torch.save(
+        {"state_dict": net().state_dict(), "acc": np.float64(91.5), "args": argparse.Namespace(lr=0.1)},
+        path,
+        _use_new_zipfile_serialization=False,
+    )
     path.write_bytes(path.read_bytes().replace(f"c{written}\n".encode(), f"c{module}\n".encode()))
     assert checkpoint.load_weights(net(), path)["acc"] == 91.5

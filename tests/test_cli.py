@@ -1,4 +1,5 @@
 """Options from defaults, method files, YAML files and flags, and what is said about mistakes."""
+
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Literal, get_args, get_origin, get_type_hints
 
@@ -62,17 +63,21 @@ def refused(*argv, cls=Config, **more):
 @pytest.fixture
 def file(tmp_path):
     """Writes a text or bytes to a new file and returns its path."""
+
     def write(content, name="some.yaml"):
         path = tmp_path / name
         path.write_bytes(content if isinstance(content, bytes) else content.encode())
         return str(path)
+
     return write
 
 
 @pytest.fixture
 def methods(file):
-    return {"first": file("noise: {steps: 10, level: 1e-3}\nexpect: {top1: 90}", "first.yaml"),
-            "second": file("noise: {steps: 20}", "second.yaml")}
+    return {
+        "first": file("noise: {steps: 10, level: 1e-3}\nexpect: {top1: 90}", "first.yaml"),
+        "second": file("noise: {steps: 20}", "second.yaml"),
+    }
 
 
 def other_value(hint, spec):
@@ -90,14 +95,28 @@ def other_value(hint, spec):
 
 
 def every_field(*classes):
-    return [pytest.param(cls, name, f.name, *other_value(get_type_hints(section)[f.name], f),
-                         id=f"{cls.__name__}.{name}.{f.name}")
-            for cls in classes for name, section in sections(cls).items() for f in fields(section)]
+    return [
+        pytest.param(
+            cls, name, f.name, *other_value(get_type_hints(section)[f.name], f), id=f"{cls.__name__}.{name}.{f.name}"
+        )
+        for cls in classes
+        for name, section in sections(cls).items()
+        for f in fields(section)
+    ]
 
 
 # With these no option is idle.
-BUSY = ["--generator_init=reptile", "--bn=1", "--cr=1", "--triplet=1", "--striplet=1", "--striplet_feature=features",
-        "--cd_loss=1", "--oh=1", "--adv=1"]
+BUSY = [
+    "--generator_init=reptile",
+    "--bn=1",
+    "--cr=1",
+    "--triplet=1",
+    "--striplet=1",
+    "--striplet_feature=features",
+    "--cd_loss=1",
+    "--oh=1",
+    "--adv=1",
+]
 
 
 @pytest.mark.parametrize("cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, Config))
@@ -121,29 +140,32 @@ def test_a_configuration_written_reads_back(cls, file):
     assert read("--config", file(to_yaml(cls())), cls=cls) == cls()
 
 
-@pytest.mark.parametrize("words, parts", [
-    ("--source noise --adv 1", ("--adv", "source is noise")),
-    ("--source noise --triplet 1", ("--triplet", "source is noise")),
-    ("--source real --warmup 2", ("--warmup", "source is real")),
-    ("--source noise --balanced_sampling", ("--balanced_sampling", "source is noise")),
-    ("--bn 1 --meta_rate 0.5", ("--meta_rate", "generator_init is random")),
-    ("--cr_T 0.5", ("--cr_T", "cr is 0")),
-    ("--source generator --lr_z 0.5", ("--lr_z", "source is generator")),
-    ("--source generator --pool_size 500", ("--pool_size", "source is generator")),
-    ("--source generator --view_cache 500", ("--view_cache", "source is generator")),
-    ("--source pixels --ngf 8", ("--ngf", "source is pixels")),
-    ("--source pixels --generator_init maml", ("--generator_init", "source is pixels")),
-    ("--adv 1 --adv_distance l1 --adv_T 2", ("--adv_T", "adv_distance is l1")),
-    ("--kd_distance l1 --T 4", ("--T", "kd_distance is l1")),
-    ("--bn_momentum 0.9", ("--bn_momentum", "bn is 0")),
-    ("--relation off --triplet 1", ("--triplet", "relation is off")),
-    ("--sampling uniform", ("--sampling", "triplet is 0")),
-    ("--triplet 0 --margin 1", ("--margin", "triplet is 0", "striplet is 0")),
-    ("--relation release --striplet 1", ("--relation", "triplet is 0")),
-    ("--sampling_space logits", ("--sampling_space", "triplet is 0", "striplet is 0")),
-    ("--striplet 1 --start_layer 1", ("--start_layer", "triplet is 0", "striplet_feature is global")),
-    ("--evaluate_only --resume auto", ("--resume", "evaluate_only is true")),
-])
+@pytest.mark.parametrize(
+    "words, parts",
+    [
+        ("--source noise --adv 1", ("--adv", "source is noise")),
+        ("--source noise --triplet 1", ("--triplet", "source is noise")),
+        ("--source real --warmup 2", ("--warmup", "source is real")),
+        ("--source noise --balanced_sampling", ("--balanced_sampling", "source is noise")),
+        ("--bn 1 --meta_rate 0.5", ("--meta_rate", "generator_init is random")),
+        ("--cr_T 0.5", ("--cr_T", "cr is 0")),
+        ("--source generator --lr_z 0.5", ("--lr_z", "source is generator")),
+        ("--source generator --pool_size 500", ("--pool_size", "source is generator")),
+        ("--source generator --view_cache 500", ("--view_cache", "source is generator")),
+        ("--source pixels --ngf 8", ("--ngf", "source is pixels")),
+        ("--source pixels --generator_init maml", ("--generator_init", "source is pixels")),
+        ("--adv 1 --adv_distance l1 --adv_T 2", ("--adv_T", "adv_distance is l1")),
+        ("--kd_distance l1 --T 4", ("--T", "kd_distance is l1")),
+        ("--bn_momentum 0.9", ("--bn_momentum", "bn is 0")),
+        ("--relation off --triplet 1", ("--triplet", "relation is off")),
+        ("--sampling uniform", ("--sampling", "triplet is 0")),
+        ("--triplet 0 --margin 1", ("--margin", "triplet is 0", "striplet is 0")),
+        ("--relation release --striplet 1", ("--relation", "triplet is 0")),
+        ("--sampling_space logits", ("--sampling_space", "triplet is 0", "striplet is 0")),
+        ("--striplet 1 --start_layer 1", ("--start_layer", "triplet is 0", "striplet_feature is global")),
+        ("--evaluate_only --resume auto", ("--resume", "evaluate_only is true")),
+    ],
+)
 def test_an_option_that_nothing_reads_is_refused(words, parts):
     message = refused(*words.split(), cls=DistillConfig)
     assert all(part in message for part in parts), message
@@ -193,8 +215,9 @@ def test_names_and_spellings_are_unique_in_a_program(cls):
 
 def test_published_flags_of_cmi_and_rgal():
     config = read(*PUBLISHED.split(), cls=DistillConfig)
-    given = {name: value for section in sections(DistillConfig)
-             for name, value in asdict(getattr(config, section)).items()}
+    given = {
+        name: value for section in sections(DistillConfig) for name, value in asdict(getattr(config, section)).items()
+    }
     assert (config.method, given["device"], given["workers"]) == ("rgal", "cuda:1", 3)
     assert given["pair_sample"] is given["balanced_sampling"] is True
     assert read("--evaluate_only", "--student_weights", "s.pth", cls=DistillConfig).run.evaluate_only is True
@@ -221,9 +244,13 @@ def test_each_source_overrides_the_ones_before(file, methods):
 
 def test_the_method_is_named_by_flag_or_yaml(file, methods):
     chosen, later = file("method: second\n"), file("method: first", "later.yaml")
-    for argv, method, steps in ((["--config", chosen], "second", 20), (["--method", "second"], "second", 20),
-                                (["--config", chosen, "--method=first"], "first", 10), ([], "first", 10),
-                                (["--config", chosen, "--config", later], "first", 10)):
+    for argv, method, steps in (
+        (["--config", chosen], "second", 20),
+        (["--method", "second"], "second", 20),
+        (["--config", chosen, "--method=first"], "first", 10),
+        ([], "first", 10),
+        (["--config", chosen, "--config", later], "first", 10),
+    ):
         config = read(*argv, method_files=methods)
         assert (config.method, config.noise.steps) == (method, steps)
 
@@ -247,6 +274,7 @@ def test_spellings_of_booleans_tuples_and_negative_numbers(file):
 def test_the_traps_of_yaml(file):
     def noise(text):
         return read("--config", file("noise:\n  " + text)).noise
+
     assert noise("level: 1e-3").level == 1e-3
     for off in ("off", "Off", "false", "no", '"off"'):
         assert noise(f"kind: {off}").kind == "off"
@@ -260,18 +288,32 @@ def test_the_traps_of_yaml(file):
         assert noise(f"label: {text}").label == label
 
 
-@pytest.mark.parametrize("content", [
-    "", "# nothing\n", "---\n", "noise:\n", "noise: {}\nexpect:\n", "\ufeffexpect: {a: [1]}"])
+@pytest.mark.parametrize(
+    "content", ["", "# nothing\n", "---\n", "noise:\n", "noise: {}\nexpect:\n", "\ufeffexpect: {a: [1]}"]
+)
 def test_files_that_set_nothing(content, file):
     assert read("--config", file(content)) == Config()
 
 
-VALUES = [("level", "2", "from 0 to 1"), ("level", "-0.1", "from 0 to 1"), ("level", "nan", "a number"),
-          ("shift", "4.0", "whole number"), ("shift", "1.5", "whole number"), ("steps", "on", "whole number"),
-          ("level", "true", "a number"), ("level", "half", "a number"), ("steps", "-1", "at least 0"),
-          ("clip", "1", "true or false"), ("clip", "maybe", "true or false"), ("steps", "''", "whole number"),
-          ("means", "0.1,x", "numbers"), ("means", "1,.inf", "numbers"), ("means", "1,inf", "numbers"),
-          ("kind", "plan", "one of plain, off, none; did you mean plain?"), ("kind", "1", "plain, off, none")]
+VALUES = [
+    ("level", "2", "from 0 to 1"),
+    ("level", "-0.1", "from 0 to 1"),
+    ("level", "nan", "a number"),
+    ("shift", "4.0", "whole number"),
+    ("shift", "1.5", "whole number"),
+    ("steps", "on", "whole number"),
+    ("level", "true", "a number"),
+    ("level", "half", "a number"),
+    ("steps", "-1", "at least 0"),
+    ("clip", "1", "true or false"),
+    ("clip", "maybe", "true or false"),
+    ("steps", "''", "whole number"),
+    ("means", "0.1,x", "numbers"),
+    ("means", "1,.inf", "numbers"),
+    ("means", "1,inf", "numbers"),
+    ("kind", "plan", "one of plain, off, none; did you mean plain?"),
+    ("kind", "1", "plain, off, none"),
+]
 
 
 @pytest.mark.parametrize("name, text, allowed", VALUES)
@@ -289,25 +331,28 @@ def test_infinite_and_empty_values():
     assert "at least 0" in refused("--gpu", "-1") and "whole number" in refused("--gpu", "one")
 
 
-@pytest.mark.parametrize("argv, words", [
-    (["--step", "5"], "unknown option --step; did you mean --steps?"),
-    (["--noise.step", "5"], "unknown option --noise.step; did you mean --steps?"),
-    (["--place.steps=5"], "unknown option --place.steps; did you mean --steps?"),
-    (["-gpu", "0"], "unknown option -gpu; did you mean --gpu?"),
-    (["--print-confg"], "unknown option --print-confg; did you mean --print_config?"),
-    (["--no_steps"], "unknown option --no_steps; did you mean --steps?"),
-    (["--zzzzzz"], "unknown option --zzzzzz; --help lists them"),
-    (["--a\nb"], "unknown option --a b"),
-    (["--"], "unknown option --"),
-    (["--steps"], "--steps needs a value, a whole number of at least 0"),
-    (["--label", "--clip"], "--label needs a value, a text"),
-    (["--config"], "--config needs a value"),
-    (["--no_clip=true"], "--no_clip takes no value; write --clip=true"),
-    (["--no_clip", "true"], "unexpected word 'true'"),
-    (["train"], "unexpected word 'train'"),
-    (["--steps", "5", "6"], "unexpected word '6'"),
-    (["--label=two\nlines", "--steps=two\nlines"], r"--steps cannot be 'two\nlines'"),
-])
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--step", "5"], "unknown option --step; did you mean --steps?"),
+        (["--noise.step", "5"], "unknown option --noise.step; did you mean --steps?"),
+        (["--place.steps=5"], "unknown option --place.steps; did you mean --steps?"),
+        (["-gpu", "0"], "unknown option -gpu; did you mean --gpu?"),
+        (["--print-confg"], "unknown option --print-confg; did you mean --print_config?"),
+        (["--no_steps"], "unknown option --no_steps; did you mean --steps?"),
+        (["--zzzzzz"], "unknown option --zzzzzz; --help lists them"),
+        (["--a\nb"], "unknown option --a b"),
+        (["--"], "unknown option --"),
+        (["--steps"], "--steps needs a value, a whole number of at least 0"),
+        (["--label", "--clip"], "--label needs a value, a text"),
+        (["--config"], "--config needs a value"),
+        (["--no_clip=true"], "--no_clip takes no value; write --clip=true"),
+        (["--no_clip", "true"], "unexpected word 'true'"),
+        (["train"], "unexpected word 'train'"),
+        (["--steps", "5", "6"], "unexpected word '6'"),
+        (["--label=two\nlines", "--steps=two\nlines"], r"--steps cannot be 'two\nlines'"),
+    ],
+)
 def test_mistakes_on_the_command_line(argv, words):
     assert words in refused(*argv)
 
@@ -319,32 +364,35 @@ def test_an_unknown_method_is_told_the_nearest(file, methods):
     assert refused("--config", path, method_files=methods) == f"{path}:3: method {expected}"
 
 
-@pytest.mark.parametrize("content, line, words", [
-    ("steps: 5", 1, "unknown key steps; did you mean noise: {steps: ...}?"),
-    ("noise.steps: 5", 1, "unknown key noise.steps; did you mean noise: {steps: ...}?"),
-    ("place: {steps: 5}", 1, "unknown key place.steps; did you mean noise: {steps: ...}?"),
-    ("place:\n  method: first", 2, "unknown key place.method; did you mean method?"),
-    ("noise:\n  stps: 5", 2, "unknown key noise.stps; did you mean noise: {steps: ...}?"),
-    ("\nnoisy: {steps: 5}", 2, "unknown key noisy; did you mean noise?"),
-    ("call: {dry_run: true}", 1, "unknown key call; --help lists them"),
-    ("gpu: 1", 1, "unknown key gpu"),
-    ("noise: loud", 1, "noise is a section: write noise: {NAME: VALUE}"),
-    ("noise: [1]", 1, "noise is a section"),
-    ("- 1", 1, "the file must hold names and values"),
-    ("word", 1, "the file must hold names and values"),
-    ("expect: 93", 1, "expect must hold names and values"),
-    ("noise:\n  steps: 1\n  steps: 2", 3, "steps is given twice"),
-    ("noise: {}\nnoise: {}", 2, "noise is given twice"),
-    ("{[1]: 2}", 1, "a sequence cannot be a name"),
-    ("noise: {steps: [1]}", 1, "noise.steps cannot be a sequence; it takes a whole number"),
-    ("noise: {label: {a: b}}", 1, "noise.label cannot be a mapping"),
-    ("noise: {means: [[1]]}", 1, "noise.means cannot be a sequence"),
-    ("noise: {means: [~]}", 1, "noise.means cannot be"),
-    ("noise:\n  steps: [1\nx: y: z", 3, "not valid YAML"),
-    ("noise:\n\tsteps: 1", 2, "not valid YAML"),
-    ("noise: *other", 1, "not valid YAML"),
-    ("noise: {}\n---\nnoise: {}", 2, "not valid YAML"),
-])
+@pytest.mark.parametrize(
+    "content, line, words",
+    [
+        ("steps: 5", 1, "unknown key steps; did you mean noise: {steps: ...}?"),
+        ("noise.steps: 5", 1, "unknown key noise.steps; did you mean noise: {steps: ...}?"),
+        ("place: {steps: 5}", 1, "unknown key place.steps; did you mean noise: {steps: ...}?"),
+        ("place:\n  method: first", 2, "unknown key place.method; did you mean method?"),
+        ("noise:\n  stps: 5", 2, "unknown key noise.stps; did you mean noise: {steps: ...}?"),
+        ("\nnoisy: {steps: 5}", 2, "unknown key noisy; did you mean noise?"),
+        ("call: {dry_run: true}", 1, "unknown key call; --help lists them"),
+        ("gpu: 1", 1, "unknown key gpu"),
+        ("noise: loud", 1, "noise is a section: write noise: {NAME: VALUE}"),
+        ("noise: [1]", 1, "noise is a section"),
+        ("- 1", 1, "the file must hold names and values"),
+        ("word", 1, "the file must hold names and values"),
+        ("expect: 93", 1, "expect must hold names and values"),
+        ("noise:\n  steps: 1\n  steps: 2", 3, "steps is given twice"),
+        ("noise: {}\nnoise: {}", 2, "noise is given twice"),
+        ("{[1]: 2}", 1, "a sequence cannot be a name"),
+        ("noise: {steps: [1]}", 1, "noise.steps cannot be a sequence; it takes a whole number"),
+        ("noise: {label: {a: b}}", 1, "noise.label cannot be a mapping"),
+        ("noise: {means: [[1]]}", 1, "noise.means cannot be a sequence"),
+        ("noise: {means: [~]}", 1, "noise.means cannot be"),
+        ("noise:\n  steps: [1\nx: y: z", 3, "not valid YAML"),
+        ("noise:\n\tsteps: 1", 2, "not valid YAML"),
+        ("noise: *other", 1, "not valid YAML"),
+        ("noise: {}\n---\nnoise: {}", 2, "not valid YAML"),
+    ],
+)
 def test_mistakes_in_a_file(content, line, words, file):
     path = file(content)
     assert refused("--config", path).startswith(f"{path}:{line}: {words}")
@@ -353,7 +401,8 @@ def test_mistakes_in_a_file(content, line, words, file):
 def test_a_known_name_in_the_wrong_place_is_answered_with_its_own_place_alone(file):
     path = file("g_steps: 5")
     assert refused("--config", path, cls=DistillConfig) == (
-        f"{path}:1: unknown key g_steps; did you mean schedule: {{g_steps: ...}}?")
+        f"{path}:1: unknown key g_steps; did you mean schedule: {{g_steps: ...}}?"
+    )
     assert refused("--distill.g_steps=5", cls=DistillConfig).endswith("did you mean --g_steps?")
 
 
@@ -374,11 +423,19 @@ def test_nothing_in_a_file_is_executed(file, tmp_path):
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("config", [
-    Config(), DistillConfig(), ScratchConfig(),
-    Config(noise=Noise(kind="off", level=1e-5, means=(0.5, 1e-7), clip=True), method="second"),
-    *(Config(noise=Noise(kind="none", label=text)) for text in (
-        "null", "~", "off", "1e-3", "yes", " a: b # c ", "two\nlines", "'\"", "é", "[x]", "=", "\x07"))])
+@pytest.mark.parametrize(
+    "config",
+    [
+        Config(),
+        DistillConfig(),
+        ScratchConfig(),
+        Config(noise=Noise(kind="off", level=1e-5, means=(0.5, 1e-7), clip=True), method="second"),
+        *(
+            Config(noise=Noise(kind="none", label=text))
+            for text in ("null", "~", "off", "1e-3", "yes", " a: b # c ", "two\nlines", "'\"", "é", "[x]", "=", "\x07")
+        ),
+    ],
+)
 def test_to_yaml_reads_back(config, file):
     text = to_yaml(config)
     assert read("--config", file(text), cls=type(config)) == config
@@ -405,6 +462,7 @@ def test_invocation():
     def call(*argv):
         invocation = parse(Config, argv, description="")[1]
         return invocation.print_config, invocation.dry_run
+
     assert call() == (False, False)
     assert call("--print-config") == call("--print_config") == (True, False)
     assert call("--dry-run", "--steps", "1") == call("--dry_run") == (False, True)

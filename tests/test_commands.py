@@ -1,4 +1,5 @@
 """The programs as they are typed: what a run leaves, what it reads, and what each mistake is answered."""
+
 import json
 import os
 import re
@@ -67,8 +68,17 @@ def untrained(weights, tmp_path, monkeypatch):
 
     def run(*words, classes=3, channels=3):
         path = weights("tiny", classes, channels)
-        call(datafree_kd, "--teacher", nets.name("tiny"), "--teacher_weights", path, *tiny_run(*words),
-             "--epochs", 1, *words)
+        call(
+            datafree_kd,
+            "--teacher",
+            nets.name("tiny"),
+            "--teacher_weights",
+            path,
+            *tiny_run(*words),
+            "--epochs",
+            1,
+            *words,
+        )
 
     return run
 
@@ -83,13 +93,21 @@ def shapes(tmp_path):
 
 # What a run leaves.
 
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, tmp_path):
     folder = distil("--epochs", 2, method=method)
     assert folder == tmp_path / "runs" / f"digits_{method}_nets-tiny_nets-small" / "run"
-    promised = {"config.yaml", "env.json", "log.txt", "metrics.jsonl", "summary.json", "grids/epoch_0000.png",
-                "grids/epoch_0001.png", *(f"checkpoints/{name}.pth" for name in (
-                    "last", "best", "student_last", "student_best"))}
+    promised = {
+        "config.yaml",
+        "env.json",
+        "log.txt",
+        "metrics.jsonl",
+        "summary.json",
+        "grids/epoch_0000.png",
+        "grids/epoch_0001.png",
+        *(f"checkpoints/{name}.pth" for name in ("last", "best", "student_last", "student_best")),
+    }
     left = {name for name in files(folder) if not name.startswith("tb/")}
     assert left == promised | {".lock"} and list((folder / "tb").iterdir())
     assert [row["epoch"] for row in rows(folder)] == [0, 1]
@@ -159,8 +177,16 @@ def test_a_dry_run_makes_the_checks_of_a_run(distil, refused):
 
 def test_evaluation_alone_needs_no_teacher(distil, capsys, tmp_path, monkeypatch, teacher, refused):
     monkeypatch.chdir(tmp_path)
-    call(datafree_kd, "--dataset", "digits", "--student", nets.name("tiny"), "--student_weights", teacher,
-         "--evaluate_only")
+    call(
+        datafree_kd,
+        "--dataset",
+        "digits",
+        "--student",
+        nets.name("tiny"),
+        "--student_weights",
+        teacher,
+        "--evaluate_only",
+    )
     assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
     scratch("--model", nets.name("tiny"), "--weights", teacher, "--evaluate_only")
     assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
@@ -171,6 +197,7 @@ def test_evaluation_alone_needs_no_teacher(distil, capsys, tmp_path, monkeypatch
 
 
 # A teacher, then its student.
+
 
 def test_a_teacher_is_published_and_found_by_its_name(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -185,9 +212,15 @@ def test_a_teacher_is_published_and_found_by_its_name(tmp_path, monkeypatch, cap
     assert facts["acc1"] == pytest.approx(summary["last_acc1"], abs=1e-3)
 
 
-@pytest.mark.parametrize("there, model, replaced", [
-    (0.0, nets.name("tiny"), True), (100.0, nets.name("tiny"), False), (None, nets.name("tiny"), False),
-    (0.0, "other/nets.py:tiny", False)])
+@pytest.mark.parametrize(
+    "there, model, replaced",
+    [
+        (0.0, nets.name("tiny"), True),
+        (100.0, nets.name("tiny"), False),
+        (None, nets.name("tiny"), False),
+        (0.0, "other/nets.py:tiny", False),
+    ],
+)
 def test_a_published_teacher_gives_way_to_a_better_one_only(there, model, replaced, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     published = tmp_path / "checkpoints" / "pretrained" / "digits_nets-tiny.pth"
@@ -199,8 +232,9 @@ def test_a_published_teacher_gives_way_to_a_better_one_only(there, model, replac
     assert ("stays as it is" in capsys.readouterr().out) != replaced
 
 
-def test_the_normalisation_stored_with_the_weights_is_used_unless_another_is_given(distil, teacher, tmp_path, capsys,
-                                                                                   refused):
+def test_the_normalisation_stored_with_the_weights_is_used_unless_another_is_given(
+    distil, teacher, tmp_path, capsys, refused
+):
     state = torch.load(teacher, weights_only=True)
     torch.save({**state, "mean": (0.25,), "std": [0.5]}, tmp_path / "other.pth")
     other = ("--teacher_weights", tmp_path / "other.pth", "--dry_run")
@@ -307,6 +341,7 @@ def test_the_stages_of_the_triplets_are_named_and_must_be_some(distil, refused, 
 
 # Nothing but the card.
 
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_training_images_are_asked_for_by_the_control_alone(method, distil, monkeypatch):
     asked, load = [], session.load_split
@@ -376,6 +411,7 @@ def test_half_precision_on_the_cpu(distil):
 
 
 # Mistakes: one line, a culprit, a remedy, an exit code.
+
 
 class Creates:
     """Its pickle makes a file when it is loaded without care."""
@@ -490,23 +526,26 @@ def test_a_gpu_that_is_not_there(distil, refused, monkeypatch):
     assert "cuda:0" in line and "no such GPU" in line and "--device cpu" in line
 
 
-@pytest.mark.parametrize("words, code, parts", [
-    (("--precision", "fp16"), 1, ("fp16", "bf16")),
-    (("--kd_steps", 60), 1, ("kd_steps 60", "ep_steps 6", "lower --kd_steps")),
-    (("--kd_steps", 4), 1, ("ep_steps 6", "kd_steps 4", "--ep_steps 4 or 8")),
-    (("--pool_size", 8), 1, ("--pool_size 8", "--synthesis_batch_size 16")),
-    (("--bn", 0, "--oh", 0, "--adv", 0, "--triplet", 0), 1, ("no synthesis term", "--bn 1")),
-    (("--kd", 0, "--cd_loss", 0, "--striplet", 0), 1, ("--kd",)),
-    (("--g_step", 60), 2, ("--g_step", "--g_steps")),
-    (("--bn", "much"), 2, ("--bn", "a number")),
-    (("--relation", "papre"), 2, ("papre", "paper")),
-    (("--epochs", 0), 2, ("--epochs", "at least 1")),
-    (("--method", "rgla"), 2, ("rgla", "rgal")),
-    (("--device", "tpu"), 2, ("tpu", "cpu, cuda")),
-    (("--student", "resnet9"), 2, ("resnet9", "resnet8")),
-    (("--teacher", "resnet9", "--teacher_weights", ""), 2, ("resnet9", "resnet8")),
-    (("--config", "nowhere.yaml"), 2, ("nowhere.yaml",)),
-])
+@pytest.mark.parametrize(
+    "words, code, parts",
+    [
+        (("--precision", "fp16"), 1, ("fp16", "bf16")),
+        (("--kd_steps", 60), 1, ("kd_steps 60", "ep_steps 6", "lower --kd_steps")),
+        (("--kd_steps", 4), 1, ("ep_steps 6", "kd_steps 4", "--ep_steps 4 or 8")),
+        (("--pool_size", 8), 1, ("--pool_size 8", "--synthesis_batch_size 16")),
+        (("--bn", 0, "--oh", 0, "--adv", 0, "--triplet", 0), 1, ("no synthesis term", "--bn 1")),
+        (("--kd", 0, "--cd_loss", 0, "--striplet", 0), 1, ("--kd",)),
+        (("--g_step", 60), 2, ("--g_step", "--g_steps")),
+        (("--bn", "much"), 2, ("--bn", "a number")),
+        (("--relation", "papre"), 2, ("papre", "paper")),
+        (("--epochs", 0), 2, ("--epochs", "at least 1")),
+        (("--method", "rgla"), 2, ("rgla", "rgal")),
+        (("--device", "tpu"), 2, ("tpu", "cpu, cuda")),
+        (("--student", "resnet9"), 2, ("resnet9", "resnet8")),
+        (("--teacher", "resnet9", "--teacher_weights", ""), 2, ("resnet9", "resnet8")),
+        (("--config", "nowhere.yaml"), 2, ("nowhere.yaml",)),
+    ],
+)
 def test_options_that_cannot_be(words, code, parts, distil, refused, tmp_path):
     line = refused(distil, *words, code=code)
     assert all(part in line for part in parts) and "train_scratch" not in line

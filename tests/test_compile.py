@@ -1,4 +1,5 @@
 """torch.compile of the networks: the same numbers, and no more compiling after the first steps."""
+
 import shutil
 
 import nets
@@ -26,8 +27,9 @@ def phases(compiled):
         teacher.compiled("default"), student.compiled("default")
     options = config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=8)
     objective = SynthesisObjective(options, RELATION, teacher.freeze(), student)
-    source = InversionSynthesis(objective, Generator(4, 4, SHAPE), CropFlip(),
-                                ImagePool(32, SHAPE, CLASSES, torch.device("cpu")), options, 2)
+    source = InversionSynthesis(
+        objective, Generator(4, 4, SHAPE), CropFlip(), ImagePool(32, SHAPE, CLASSES, torch.device("cpu")), options, 2
+    )
     return source, DistillLearner(student, teacher, CropFlip(), config.Distill(cd_loss=1.0), RELATION, 100)
 
 

@@ -1,4 +1,5 @@
 """Every loss term against a few lines of an oracle, and that it can be descended."""
+
 import math
 
 import numpy as np
@@ -36,6 +37,7 @@ def softmax(x):
 
 # ---------------------------------------------------------------- on logits
 
+
 @pytest.mark.parametrize("T", [1.0, 4.0, 20.0])
 def test_distillation_equals_torchs_kl_div(T):
     student, teacher = torch.randn(9, 7) * 5, torch.randn(9, 7) * 5
@@ -72,13 +74,15 @@ def test_js_divergence_equals_the_mean_of_two_kl_divergences_from_the_middle(T):
     oracle = ((p * np.log(p / m)).sum(1) + (q * np.log(q / m)).sum(1)) / 2
     np.testing.assert_allclose(criterions.js_divergence(student, teacher, T).numpy(), oracle, rtol=1e-4, atol=1e-6)
     assert criterions.js_divergence(100 * torch.eye(2), 100 * torch.eye(2).flip(0))[0].item() == pytest.approx(
-        math.log(2))  # its bound
+        math.log(2)
+    )  # its bound
 
 
 def test_l1_distance_is_the_mean_absolute_difference():
     student, teacher = torch.randn(9, 7), torch.randn(9, 7)
-    torch.testing.assert_close(criterions.l1_distance(student, teacher),
-                               F.l1_loss(student, teacher, reduction="none").mean(1))
+    torch.testing.assert_close(
+        criterions.l1_distance(student, teacher), F.l1_loss(student, teacher, reduction="none").mean(1)
+    )
 
 
 @pytest.mark.parametrize("distance, function", criterions.DISTANCES.items())
@@ -108,29 +112,29 @@ def test_balance_is_the_negative_entropy_of_the_mean_answer():
 
 # ---------------------------------------------------------------- on statistics and images
 
+
 def statistics(layers=3):
     """(mean, variance, running mean, running variance) of layers of different widths."""
-    return [(torch.randn(c), torch.rand(c) + 0.1, torch.randn(c), torch.rand(c) + 0.1)
-            for c in range(4, 4 + layers)]
+    return [(torch.randn(c), torch.rand(c) + 0.1, torch.randn(c), torch.rand(c) + 0.1) for c in range(4, 4 + layers)]
 
 
 def test_bn_distance_norm_sums_euclidean_distances():
     layers = statistics()
-    oracle = sum(np.sqrt(((v - rv).numpy()**2).sum()) + np.sqrt(((m - rm).numpy()**2).sum())
-                 for m, v, rm, rv in layers)
+    oracle = sum(
+        np.sqrt(((v - rv).numpy() ** 2).sum()) + np.sqrt(((m - rm).numpy() ** 2).sum()) for m, v, rm, rv in layers
+    )
     assert criterions.bn_distance(layers, "norm").item() == pytest.approx(oracle, rel=1e-5)
 
 
 def test_bn_distance_mse_averages_mean_squares():
     layers = statistics()
-    oracle = np.mean([((v - rv).numpy()**2).mean() + ((m - rm).numpy()**2).mean() for m, v, rm, rv in layers])
+    oracle = np.mean([((v - rv).numpy() ** 2).mean() + ((m - rm).numpy() ** 2).mean() for m, v, rm, rv in layers])
     assert criterions.bn_distance(layers, "mse").item() == pytest.approx(oracle, rel=1e-5)
 
 
 def test_bn_distance_gaussian_averages_kl_divergences():
     layers = statistics()
-    oracle = np.mean([distribution_kl(Normal(m, v.sqrt()), Normal(rm, rv.sqrt())).mean()
-                      for m, v, rm, rv in layers])
+    oracle = np.mean([distribution_kl(Normal(m, v.sqrt()), Normal(rm, rv.sqrt())).mean() for m, v, rm, rv in layers])
     assert criterions.bn_distance(layers, "gaussian").item() == pytest.approx(oracle, rel=1e-4)
 
 
@@ -152,9 +156,13 @@ def test_activation_is_minus_the_mean_magnitude():
 def test_total_variation_and_norm_equal_numpy():
     images = torch.rand(2, 3, 5, 7)
     x = images.double().numpy()
-    pairs = [(x[..., 1:], x[..., :-1]), (x[..., 1:, :], x[..., :-1, :]),
-             (x[..., 1:, 1:], x[..., :-1, :-1]), (x[..., 1:, :-1], x[..., :-1, 1:])]
-    oracle = sum(np.sqrt(((a - b)**2).sum()) for a, b in pairs)
+    pairs = [
+        (x[..., 1:], x[..., :-1]),
+        (x[..., 1:, :], x[..., :-1, :]),
+        (x[..., 1:, 1:], x[..., :-1, :-1]),
+        (x[..., 1:, :-1], x[..., :-1, 1:]),
+    ]
+    oracle = sum(np.sqrt(((a - b) ** 2).sum()) for a, b in pairs)
     assert criterions.total_variation(images).item() == pytest.approx(oracle, rel=1e-5)
     assert criterions.l2_norm(images).item() == pytest.approx(np.sqrt((x**2).sum()), rel=1e-5)
 
@@ -167,13 +175,20 @@ def test_total_variation_of_a_flat_image_has_a_finite_gradient():
 
 def test_terms_of_half_precision_inputs_are_fp32():
     rows, maps = torch.randn(4, 5).bfloat16(), torch.rand(4, 3, 6, 6).bfloat16()
-    terms = [criterions.adversarial(rows, rows), criterions.one_hot(rows, torch.tensor([0, 1, 2, 3])),
-             criterions.activation(rows), criterions.balance(rows), criterions.total_variation(maps),
-             criterions.l2_norm(maps), criterions.info_nce(rows, rows, rows, 0.2)]
+    terms = [
+        criterions.adversarial(rows, rows),
+        criterions.one_hot(rows, torch.tensor([0, 1, 2, 3])),
+        criterions.activation(rows),
+        criterions.balance(rows),
+        criterions.total_variation(maps),
+        criterions.l2_norm(maps),
+        criterions.info_nce(rows, rows, rows, 0.2),
+    ]
     assert all(term.dtype == torch.float32 and term.shape == () for term in terms)
 
 
 # ---------------------------------------------------------------- stages
+
 
 def stages(channels, sizes, requires_grad=False):
     return [torch.randn(3, c, *size, requires_grad=requires_grad) for c, size in zip(channels, sizes)]
@@ -214,37 +229,42 @@ def test_gram_term_equals_its_definition():
     for linear, s, t in zip(projection.project, student, teacher):
         mapped = torch.einsum("oc,nchw->nohw", linear.weight, s) + linear.bias[:, None, None]
         weights = criterions.gram_weights(t)[:, :, None, None]
-        oracle += (weights * (mapped - t)**2).mean().item()
+        oracle += (weights * (mapped - t) ** 2).mean().item()
     assert projection.gram(student, teacher).item() == pytest.approx(oracle, rel=1e-5)
 
 
 def test_attention_term_equals_numpy():
     student, teacher = [torch.randn(3, 4, 6, 6)], [torch.randn(3, 5, 6, 6)]
-    maps = [(x[0].double().numpy()**2).mean(1).reshape(3, 36) for x in (student, teacher)]
+    maps = [(x[0].double().numpy() ** 2).mean(1).reshape(3, 36) for x in (student, teacher)]
     a, b = (m / np.linalg.norm(m, axis=1, keepdims=True) for m in maps)
-    assert criterions.attention(student, teacher, [(0, 0)]).item() == pytest.approx(((a - b)**2).mean(), rel=1e-5)
+    assert criterions.attention(student, teacher, [(0, 0)]).item() == pytest.approx(((a - b) ** 2).mean(), rel=1e-5)
     assert criterions.attention([teacher[0] * -3], teacher, [(0, 0)]).item() == pytest.approx(0, abs=1e-12)
     assert criterions.attention([torch.randn(3, 2, 12, 9)], teacher, [(0, 0)]).isfinite()  # of another size
     assert criterions.attention([torch.zeros(3, 2, 6, 6)], teacher, [(0, 0)]).isfinite()
 
 
-@pytest.mark.parametrize("student, teacher, pairs", [
-    ([(8, 8), (4, 4), (2, 2)], [(8, 8), (4, 4), (2, 2)], [(0, 0), (1, 1), (2, 2)]),
-    ([(16, 16), (8, 8), (4, 4)], [(32, 32), (16, 16), (8, 8), (4, 4)], [(0, 1), (1, 2), (2, 3)]),
-    ([(8, 8), (4, 4), (1, 1)], [(8, 8), (2, 2), (1, 1)], [(0, 0), (2, 2)]),
-    ([(14, 14), (7, 7)], [(16, 16), (8, 8), (4, 4)], [(0, 1), (1, 2)]),
-    ([(14, 14), (7, 7), (4, 4)], [(5, 5)], [(2, 0)]),
-    ([(4, 6)], [(6, 4)], [(0, 0)]),
-], ids=str)
+@pytest.mark.parametrize(
+    "student, teacher, pairs",
+    [
+        ([(8, 8), (4, 4), (2, 2)], [(8, 8), (4, 4), (2, 2)], [(0, 0), (1, 1), (2, 2)]),
+        ([(16, 16), (8, 8), (4, 4)], [(32, 32), (16, 16), (8, 8), (4, 4)], [(0, 1), (1, 2), (2, 3)]),
+        ([(8, 8), (4, 4), (1, 1)], [(8, 8), (2, 2), (1, 1)], [(0, 0), (2, 2)]),
+        ([(14, 14), (7, 7)], [(16, 16), (8, 8), (4, 4)], [(0, 1), (1, 2)]),
+        ([(14, 14), (7, 7), (4, 4)], [(5, 5)], [(2, 0)]),
+        ([(4, 6)], [(6, 4)], [(0, 0)]),
+    ],
+    ids=str,
+)
 def test_stages_are_paired_by_size_else_from_the_end(student, teacher, pairs):
     assert criterions.pair_stages(student, teacher) == pairs
 
 
 @pytest.mark.parametrize("term", ["channel", "gram"])
-@pytest.mark.parametrize("student_sizes", [[(8, 8), (4, 6)], [(9, 9), (5, 5), (3, 3), (1, 1)]],
-                         ids=["equal", "foreign"])
+@pytest.mark.parametrize(
+    "student_sizes", [[(8, 8), (4, 6)], [(9, 9), (5, 5), (3, 3), (1, 1)]], ids=["equal", "foreign"]
+)
 def test_stages_of_other_number_and_size_go_together(term, student_sizes):
-    widths = [4, 5, 6, 7][:len(student_sizes)]
+    widths = [4, 5, 6, 7][: len(student_sizes)]
     projection = criterions.StageProjection(Stages(widths, student_sizes), Stages([7, 8, 9], SIZES))
     student = stages(widths, student_sizes, requires_grad=True)
     loss = getattr(projection, term)(student, stages([7, 8, 9], SIZES))
@@ -254,8 +274,7 @@ def test_stages_of_other_number_and_size_go_together(term, student_sizes):
     assert all(p.grad.norm() > 0 for p in projection.parameters())
 
 
-@pytest.mark.parametrize("teacher, student", [("vgg11", "resnet18"), ("resnet18", "vgg8"),
-                                              ("wrn16_2", "mobilenetv2")])
+@pytest.mark.parametrize("teacher, student", [("vgg11", "resnet18"), ("resnet18", "vgg8"), ("wrn16_2", "mobilenetv2")])
 def test_networks_with_different_stages_go_together(teacher, student):
     teacher, student = (FeatureTap(MODELS[name](5), (3, 32, 32)) for name in (teacher, student))
     projection = criterions.StageProjection(student, teacher)
@@ -275,10 +294,10 @@ def test_a_network_without_stages_is_refused(without):
 
 # ---------------------------------------------------------------- contrast
 
+
 def test_info_nce_equals_numpy():
     local, anchor, bank = torch.randn(5, 6), torch.randn(5, 6), torch.randn(11, 6)
-    u, v, w = (x.double().numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True)
-               for x in (local, anchor, bank))
+    u, v, w = (x.double().numpy() / np.linalg.norm(x.numpy(), axis=1, keepdims=True) for x in (local, anchor, bank))
     logits = u @ np.concatenate([v, w]).T / 0.2
     oracle = -np.log(softmax(logits)[np.arange(5), np.arange(5)]).mean()
     assert criterions.info_nce(local, anchor, bank, 0.2).item() == pytest.approx(oracle, rel=1e-5)
@@ -305,9 +324,16 @@ def test_contrast_is_within_the_batch_before_the_first_round(small_bank, monkeyp
     monkeypatch.setattr(contrast, "random_resized_crop", lambda images: images.flip(3))
     images, views = torch.rand(4, 3, 4, 4, requires_grad=True), torch.rand(4, 3, 4, 4, requires_grad=True)
     loss = small_bank(images, PixelTeacher().features(views))
-    similarity = F.cosine_similarity(
-        *(small_bank.head(contrast.instance(PixelTeacher().features(x)))[place]
-          for x, place in ((images.flip(3), np.s_[:, None]), (views, np.s_[None, :]))), dim=2) / 0.5
+    similarity = (
+        F.cosine_similarity(
+            *(
+                small_bank.head(contrast.instance(PixelTeacher().features(x)))[place]
+                for x, place in ((images.flip(3), np.s_[:, None]), (views, np.s_[None, :]))
+            ),
+            dim=2,
+        )
+        / 0.5
+    )
     assert loss.item() == pytest.approx(-similarity.log_softmax(1).diagonal().mean().item(), rel=1e-5)
     loss.backward()
     assert images.grad.abs().max() > 0 and views.grad is None
@@ -364,6 +390,7 @@ def test_contrast_owns_no_weights_of_the_teacher():
 
 # ---------------------------------------------------------------- descent
 
+
 def descents():
     """name -> (what is learned, loss of it)."""
     torch.manual_seed(1)
@@ -375,10 +402,14 @@ def descents():
     cases = {
         "distillation": ([torch.randn(16, 5)], lambda x: criterions.distillation(x, logits, 4.0)),
         "adversarial": ([logits + 0.1 * torch.randn(16, 5)], lambda x: criterions.adversarial(x, logits)),
-        "adversarial_js": ([logits + 0.1 * torch.randn(16, 5)],
-                           lambda x: criterions.adversarial(x, logits, "js", 3.0, "all")),
-        "adversarial_l1": ([logits + 0.1 * torch.randn(16, 5)],
-                           lambda x: criterions.adversarial(x, logits, "l1", 1.0, "all")),
+        "adversarial_js": (
+            [logits + 0.1 * torch.randn(16, 5)],
+            lambda x: criterions.adversarial(x, logits, "js", 3.0, "all"),
+        ),
+        "adversarial_l1": (
+            [logits + 0.1 * torch.randn(16, 5)],
+            lambda x: criterions.adversarial(x, logits, "l1", 1.0, "all"),
+        ),
         "l1_distance": ([torch.randn(16, 5)], lambda x: criterions.l1_distance(x, logits).mean()),
         "attention": (student, lambda *x: criterions.attention(x, teacher, [(i, i) for i in range(3)])),
         "one_hot": ([logits], lambda x: criterions.one_hot(x, targets)),
@@ -392,8 +423,10 @@ def descents():
         "info_nce": ([rows], lambda x: criterions.info_nce(x, anchor, bank, 0.2)),
     }
     for reduction in ("norm", "mse", "gaussian"):
-        cases[f"bn_{reduction}"] = ([maps], lambda x, reduction=reduction: criterions.bn_distance(
-            [(*ChannelStatistics.apply(x), *running)], reduction))
+        cases[f"bn_{reduction}"] = (
+            [maps],
+            lambda x, reduction=reduction: criterions.bn_distance([(*ChannelStatistics.apply(x), *running)], reduction),
+        )
     return cases
 
 

@@ -1,4 +1,5 @@
 """Pictures of runs over their epochs."""
+
 import json
 
 import pytest
@@ -21,9 +22,11 @@ def runs(tmp_path):
 @pytest.fixture
 def drawn(monkeypatch):
     from matplotlib.figure import Figure
+
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda figure, *a, save=Figure.savefig, **k: figures.append(figure)
-                        or save(figure, *a, **k))
+    monkeypatch.setattr(
+        Figure, "savefig", lambda figure, *a, save=Figure.savefig, **k: figures.append(figure) or save(figure, *a, **k)
+    )
     return figures
 
 

@@ -41,20 +41,25 @@ def write_mnist(raw, images, labels):
     """The four files of MNIST's idx format; both splits hold the same."""
     raw.mkdir(parents=True)
     for part in ("train", "t10k"):
-        (raw / f"{part}-images-idx3-ubyte").write_bytes(
-            struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
-        (raw / f"{part}-labels-idx1-ubyte").write_bytes(
-            struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(struct.pack(">IIII", 0x803, *images.shape) + images.tobytes())
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(struct.pack(">II", 0x801, len(labels)) + labels.tobytes())
 
 
 # Cards
 
+
 def test_cards_are_complete():
     shapes = {name: (card.shape, card.num_classes) for name, card in CARDS.items()}
     assert shapes == {
-        "digits": ((1, 16, 16), 10), "mnist": ((1, 28, 28), 10), "fashion_mnist": ((1, 28, 28), 10),
-        "svhn": ((3, 32, 32), 10), "cifar10": ((3, 32, 32), 10), "cifar100": ((3, 32, 32), 100),
-        "tiny_imagenet": ((3, 64, 64), 200), "imagenet": ((3, 224, 224), 1000)}
+        "digits": ((1, 16, 16), 10),
+        "mnist": ((1, 28, 28), 10),
+        "fashion_mnist": ((1, 28, 28), 10),
+        "svhn": ((3, 32, 32), 10),
+        "cifar10": ((3, 32, 32), 10),
+        "cifar100": ((3, 32, 32), 100),
+        "tiny_imagenet": ((3, 64, 64), 200),
+        "imagenet": ((3, 224, 224), 1000),
+    }
     assert CARDS["cifar10"].mean == (0.4914, 0.4822, 0.4465)
     assert CARDS["cifar10"].std == (0.2023, 0.1994, 0.2010)
 
@@ -71,20 +76,23 @@ def test_card_reads_exponents(tmp_path):
     assert (card.mean, card.std) == ((0.5,), (0.001,))
 
 
-@pytest.mark.parametrize("key, value, message", [
-    ("name", "''", "needs a name"),
-    ("channels", "0", "channels of the data card own must be a whole number"),
-    ("height", "6.5", "height .* not 6.5"),
-    ("width", "true", "width .* not True"),
-    ("num_classes", "1", "num_classes .* at least 2"),
-    ("mean", "[0.5]", "mean .* has 1 numbers"),
-    ("mean", "[125.3, 123.0, 113.9]", r"mean .* images in \[0, 1\]"),
-    ("mean", "0.5", "mean must be a list"),
-    ("std", "[0.2, 0, 0.2]", "std above 0"),
-    ("std", "[a, b, c]", "std must be a list"),
-    ("std", "[.nan, 0.2, 0.2]", r"std .* images in \[0, 1\]"),
-    ("nmu_classes", "3", "unknown key 'nmu_classes'; did you mean num_classes"),
-])
+@pytest.mark.parametrize(
+    "key, value, message",
+    [
+        ("name", "''", "needs a name"),
+        ("channels", "0", "channels of the data card own must be a whole number"),
+        ("height", "6.5", "height .* not 6.5"),
+        ("width", "true", "width .* not True"),
+        ("num_classes", "1", "num_classes .* at least 2"),
+        ("mean", "[0.5]", "mean .* has 1 numbers"),
+        ("mean", "[125.3, 123.0, 113.9]", r"mean .* images in \[0, 1\]"),
+        ("mean", "0.5", "mean must be a list"),
+        ("std", "[0.2, 0, 0.2]", "std above 0"),
+        ("std", "[a, b, c]", "std must be a list"),
+        ("std", "[.nan, 0.2, 0.2]", r"std .* images in \[0, 1\]"),
+        ("nmu_classes", "3", "unknown key 'nmu_classes'; did you mean num_classes"),
+    ],
+)
 def test_bad_card_is_one_sentence(tmp_path, key, value, message):
     path = tmp_path / "card.yaml"
     CARD.to_yaml(path)
@@ -96,8 +104,9 @@ def test_bad_card_is_one_sentence(tmp_path, key, value, message):
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("text, message", [
-    ("name: own", "channels, height, .* missing"), ("- 1", "key: value"), ("a: [", "not YAML")])
+@pytest.mark.parametrize(
+    "text, message", [("name: own", "channels, height, .* missing"), ("- 1", "key: value"), ("a: [", "not YAML")]
+)
 def test_broken_card_file(tmp_path, text, message):
     path = tmp_path / "card.yaml"
     path.write_text(text)
@@ -111,6 +120,7 @@ def test_absent_card_file(tmp_path):
 
 
 # Digits
+
 
 def test_digits_file():
     assert DIGITS_FILE.stat().st_size < 150_000
@@ -141,6 +151,7 @@ def test_digits_are_enlarged_bilinearly(tmp_path):
 
 
 # Folders
+
 
 @pytest.mark.parametrize("test_folder", ["test", "val"])
 def test_folder_keeps_every_byte(tmp_path, test_folder, capsys):
@@ -193,7 +204,8 @@ def test_tiny_imagenet_in_its_own_layout(tmp_path):
     for number in range(4):
         write_image(root / "val" / "images" / f"val_{number}.bmp", np.full((64, 64, 3), number, np.uint8))
     (root / "val" / "val_annotations.txt").write_text(
-        "".join(f"val_{number}.bmp\t{names[number % 2]}\t0\t0\t9\t9\n" for number in range(4)))
+        "".join(f"val_{number}.bmp\t{names[number % 2]}\t0\t0\t9\t9\n" for number in range(4))
+    )
     card = DatasetCard("tiny_imagenet", 3, 64, 64, 2, (0.5,) * 3, (0.25,) * 3)
     assert load_split(card, tmp_path, "train").labels.tolist() == [0, 1]
     test = load_split(card, tmp_path, "test")
@@ -247,6 +259,7 @@ def test_missing_data_set(tmp_path):
 
 # Torchvision's files
 
+
 @pytest.mark.parametrize("place", ["", "mnist"])
 def test_mnist_files_of_torchvision(tmp_path, place):
     images, labels = random_pixels(0, (20, 28, 28)), np.arange(20, dtype=np.uint8) % 10
@@ -293,6 +306,7 @@ def test_failed_download(tmp_path, monkeypatch):
 
 
 # Cards of own folders
+
 
 def test_unknown_data_set_names_the_nearest(tmp_path):
     (tmp_path / "flowers").mkdir()
@@ -344,6 +358,7 @@ def test_card_is_derived_from_a_spread_of_files(tmp_path, monkeypatch):
 
 
 # Splits
+
 
 def numbered_split(size=7):
     images = torch.arange(size, dtype=torch.uint8).view(size, 1, 1, 1)
@@ -407,8 +422,9 @@ def test_large_images_are_decoded_as_needed(photographs, workers):
     assert isinstance(split, LazySplit) and len(split) == 6 and split.num_classes == 2
     images, labels = (torch.cat(parts) for parts in zip(*split.batches(4)))
     assert images.shape == (6, 3, 128, 144) and labels.tolist() == [0, 0, 0, 1, 1, 1]
-    assert torch.equal((images[2] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(
-        random_pixels(2, (128, 144, 3))))
+    assert torch.equal(
+        (images[2] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(random_pixels(2, (128, 144, 3)))
+    )
 
 
 def test_evaluation_crop_equals_torchvisions(photographs):

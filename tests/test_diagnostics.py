@@ -1,4 +1,5 @@
 """Numbers about images on cases worked out by hand, and alarms that ring when they should only."""
+
 import math
 import re
 from dataclasses import fields
@@ -42,19 +43,22 @@ def test_numbers_of_a_case_worked_out_by_hand():
     root2, slant = math.sqrt(2), math.sqrt(0.8)  # from (0.8, 0.6, 0) to (0, 1, 0)
     apart = [math.sqrt(0.4), root2, root2, slant, root2, root2]
     confidence = [1 / (1 + 2 * math.exp(-10)), 1 / (1 + math.exp(-2) + math.exp(-8))]
-    assert numbers == pytest.approx({
-        "label_entropy": 1.5 * math.log(2) / math.log(3),
-        "classes_hit": 3,
-        "teacher_confidence": (3 * confidence[0] + confidence[1]) / 4,
-        "student_agreement": 0.5,
-        "target_agreement": 0.75,
-        "distance_within_class": math.sqrt(0.4),
-        "distance_to_other_class": (2 * root2 + 2 * slant) / 4,
-        "anchors_with_positive": 0.5,
-        "anchors_with_negative_in_band": 0.5,  # the two ends of the slant, which is within 0.5 and 1
-        "pixel_distance": sum(apart) / 6 / math.sqrt(3),
-        "near_duplicates": 0.0,
-    }, rel=1e-5)
+    assert numbers == pytest.approx(
+        {
+            "label_entropy": 1.5 * math.log(2) / math.log(3),
+            "classes_hit": 3,
+            "teacher_confidence": (3 * confidence[0] + confidence[1]) / 4,
+            "student_agreement": 0.5,
+            "target_agreement": 0.75,
+            "distance_within_class": math.sqrt(0.4),
+            "distance_to_other_class": (2 * root2 + 2 * slant) / 4,
+            "anchors_with_positive": 0.5,
+            "anchors_with_negative_in_band": 0.5,  # the two ends of the slant, which is within 0.5 and 1
+            "pixel_distance": sum(apart) / 6 / math.sqrt(3),
+            "near_duplicates": 0.0,
+        },
+        rel=1e-5,
+    )
     assert all(isinstance(value, (int, float)) for value in numbers.values())
 
 
@@ -79,8 +83,11 @@ def test_the_band_is_looked_for_in_the_space_that_is_drawn_from():
         assert 0 < oracle < 1
 
 
-@pytest.mark.parametrize("rows", [[[1, 0, 0]], [[1, 0, 0]] * 5, [[0, 0, 0]] * 3, [[1, 0, 0], [0, 1, 0]]],
-                         ids=["one image", "one class", "black images", "two images"])
+@pytest.mark.parametrize(
+    "rows",
+    [[[1, 0, 0]], [[1, 0, 0]] * 5, [[0, 0, 0]] * 3, [[1, 0, 0], [0, 1, 0]]],
+    ids=["one image", "one class", "black images", "two images"],
+)
 def test_numbers_of_few_or_equal_images_are_finite(rows):
     targets = torch.zeros(len(rows), dtype=torch.long)
     numbers = describe(as_images(rows), targets, linear(TEACHER), linear(TEACHER))
@@ -99,8 +106,9 @@ def test_near_duplicates_are_told_from_similar_images():
     images[1] = images[0]  # equal
     images[3] = images[2] + 0.01 * step
     images[5] = images[4] + 0.03 * step  # too different
-    network = Network(nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), (3, 64, 64),
-                      (0.0,) * 3, (1.0,) * 3)
+    network = Network(
+        nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(3, 4)), (3, 64, 64), (0.0,) * 3, (1.0,) * 3
+    )
     numbers = describe(images, None, network, network)
     assert numbers["near_duplicates"] == pytest.approx(4 / 40)
     oracle = torch.pdist(images.flatten(1).double()).mean().item() / math.sqrt(3 * 64 * 64)
@@ -119,31 +127,54 @@ def test_describing_leaves_the_student_as_it_was():
 
 # ---------------------------------------------------------------- alarms
 
-HEALTHY = {"label_entropy": 0.95, "classes_hit": 10, "teacher_confidence": 0.9, "student_agreement": 0.6,
-           "target_agreement": 0.9, "distance_within_class": 0.4, "distance_to_other_class": 0.7,
-           "anchors_with_positive": 1.0, "anchors_with_negative_in_band": 0.9, "pixel_distance": 0.25,
-           "near_duplicates": 0.0}
+HEALTHY = {
+    "label_entropy": 0.95,
+    "classes_hit": 10,
+    "teacher_confidence": 0.9,
+    "student_agreement": 0.6,
+    "target_agreement": 0.9,
+    "distance_within_class": 0.4,
+    "distance_to_other_class": 0.7,
+    "anchors_with_positive": 1.0,
+    "anchors_with_negative_in_band": 0.9,
+    "pixel_distance": 0.25,
+    "near_duplicates": 0.0,
+}
 
 
-@pytest.mark.parametrize("now", [
-    {}, {"pixel_distance": 0.15}, {"near_duplicates": 0.1}, {"student_agreement": 0.2},
-    {"target_agreement": 0.35}, {"label_entropy": 0.6}, {"classes_hit": 2, "student_agreement": 0.7},
-    {"classes_hit": 100, "student_agreement": 0.03}, {"classes_hit": 1, "student_agreement": 0.0},
-], ids=str)
+@pytest.mark.parametrize(
+    "now",
+    [
+        {},
+        {"pixel_distance": 0.15},
+        {"near_duplicates": 0.1},
+        {"student_agreement": 0.2},
+        {"target_agreement": 0.35},
+        {"label_entropy": 0.6},
+        {"classes_hit": 2, "student_agreement": 0.7},
+        {"classes_hit": 100, "student_agreement": 0.03},
+        {"classes_hit": 1, "student_agreement": 0.0},
+    ],
+    ids=str,
+)
 def test_a_healthy_run_raises_no_alarm(now):
     assert alarms({**HEALTHY, **now}, HEALTHY) == []
 
 
-@pytest.mark.parametrize("now, seen, option", [
-    ({"label_entropy": 0.3}, "entropy 0.30 of 1", "--oh"),
-    ({"target_agreement": 0.12}, "12% of the classes asked for", "--g_steps"),
-    ({"pixel_distance": 0.1}, "0.100 after 0.250", "--triplet"),
-    ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--triplet"),
-    ({"student_agreement": 0.11}, "11% of the new images", "--lr"),
-    ({"classes_hit": 2, "student_agreement": 0.52}, "52% of the new images", "--adv"),
-], ids=lambda value: str(value) if isinstance(value, dict) else "")
+@pytest.mark.parametrize(
+    "now, seen, option",
+    [
+        ({"label_entropy": 0.3}, "entropy 0.30 of 1", "--oh"),
+        ({"target_agreement": 0.12}, "12% of the classes asked for", "--g_steps"),
+        ({"pixel_distance": 0.1}, "0.100 after 0.250", "--triplet"),
+        ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--triplet"),
+        ({"student_agreement": 0.11}, "11% of the new images", "--lr"),
+        ({"classes_hit": 2, "student_agreement": 0.52}, "52% of the new images", "--adv"),
+    ],
+    ids=lambda value: str(value) if isinstance(value, dict) else "",
+)
 def test_each_trouble_raises_its_own_alarm(now, seen, option):
-    alarm, = alarms({**HEALTHY, **now}, HEALTHY)
+    (alarm,) = alarms({**HEALTHY, **now}, HEALTHY)
     assert seen in alarm and option in alarm
 
 
@@ -154,8 +185,14 @@ def test_weak_agreement_with_the_targets_is_called_out_from_the_first_epoch_unti
 
 
 def test_alarms_name_options_that_exist():
-    worst = {**HEALTHY, "label_entropy": 0, "target_agreement": 0, "pixel_distance": 0, "near_duplicates": 1,
-             "student_agreement": 0}
+    worst = {
+        **HEALTHY,
+        "label_entropy": 0,
+        "target_agreement": 0,
+        "pixel_distance": 0,
+        "near_duplicates": 1,
+        "student_agreement": 0,
+    }
     found = alarms(worst, HEALTHY)
     options = {field.name for section in sections(DistillConfig).values() for field in fields(section)}
     named = set(re.findall(r"--(\w+)", " ".join(found)))

@@ -1,4 +1,5 @@
 """Every command that the project shows can be typed as it stands; every config says only what it has to."""
+
 import importlib.util
 import json
 import os
@@ -23,12 +24,19 @@ from datafree.models.custom import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
-CONFIGS = sorted(path for path in ROOT.glob("configs/*/*.yaml")
-                 if path.parent.name != "methods" and path.stem not in ("base", "students"))
-PROGRAMS = {"datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
-            "train_scratch.py": (train_scratch, ScratchConfig, None)}
-TINY = {"datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
-        "train_scratch.py": "--epochs 1 --batch_size 512".split()}
+CONFIGS = sorted(
+    path
+    for path in ROOT.glob("configs/*/*.yaml")
+    if path.parent.name != "methods" and path.stem not in ("base", "students")
+)
+PROGRAMS = {
+    "datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
+    "train_scratch.py": (train_scratch, ScratchConfig, None),
+}
+TINY = {
+    "datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
+    "train_scratch.py": "--epochs 1 --batch_size 512".split(),
+}
 
 
 def texts():
@@ -51,8 +59,11 @@ def commands(text):
             yield tuple(shlex.split(re.split(r" [|<>&]|;", line)[0], comments=True))
 
 
-SHOWN = [pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)[:90]}")
-         for path, text in texts() for words in dict.fromkeys(commands(text))]
+SHOWN = [
+    pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)[:90]}")
+    for path, text in texts()
+    for words in dict.fromkeys(commands(text))
+]
 
 
 def read(program, words):
@@ -124,8 +135,9 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
     if program == "datafree_kd.py":
         weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
         if not weights.exists():
-            call(train_scratch, "--dataset", "digits", "--model", config.teacher.teacher,
-                 *TINY["train_scratch.py"], *own)
+            call(
+                train_scratch, "--dataset", "digits", "--model", config.teacher.teacher, *TINY["train_scratch.py"], *own
+            )
         own += ["--teacher_weights", weights]
         own += ["--g_steps", 1] if config.synthesis.source in ("inversion", "pixels") else []
         own += ["--warmup", 0] if config.schedule.warmup else []
@@ -136,17 +148,22 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
 @pytest.fixture
 def script(checkout, tmp_path):
     """Run a script of the checkout on tiny budgets -> what it printed."""
-    cases = "".join(f"{name}) set -- \"$@\" {' '.join(flags)};;\n" for name, flags in TINY.items())
+    cases = "".join(f'{name}) set -- "$@" {" ".join(flags)};;\n' for name, flags in TINY.items())
     cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
     cases += '"datafree_kd.py "*fast_*) set -- "$@" --warmup 0;;\n'
-    (tmp_path / "python").write_text(f"#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} \"$@\"\n")
+    (tmp_path / "python").write_text(f'#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
     (checkout / "scripts" / "env.sh").write_text(f"cd {checkout}; PATH={tmp_path}:$PATH\n")
 
     def run(name, *words, **settings):
-        done = subprocess.run(["bash", checkout / "scripts" / name, *words], cwd=tmp_path, capture_output=True,
-                              text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **settings})
+        done = subprocess.run(
+            ["bash", checkout / "scripts" / name, *words],
+            cwd=tmp_path,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", **settings},
+        )
         assert done.returncode == 0, done.stderr[-2000:]
         return done.stdout
 
@@ -158,8 +175,10 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(scr
     [runs] = checkout.glob("runs/quickstart-*")
     rows = [line.split() for line in printed.splitlines() if line.startswith("digits_")][-4:]
     assert [row[0].split("_")[1] for row in rows] == ["scratch", "rgal", "noise", "real"]
-    used = {yaml.safe_load(path.read_text()).get("teacher", {}).get("teacher_weights")
-            for path in runs.glob("*_resnet8/seed3/config.yaml")}
+    used = {
+        yaml.safe_load(path.read_text()).get("teacher", {}).get("teacher_weights")
+        for path in runs.glob("*_resnet8/seed3/config.yaml")
+    }
     assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3/checkpoints/student_last.pth"}
     assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
 
@@ -173,7 +192,11 @@ def test_the_study_of_the_triplets_pairs_its_seeds_and_goes_on_where_it_stopped(
     [path] = checkout.glob("runs/study/*/both-*-seed1/config.yaml")
     relation = yaml.safe_load(path.read_text())["relation"]
     assert [relation[name] for name in ("relation", "sampling_space", "sampling", "striplet_sampling")] == [
-        "release", "logits", "distance", "distance"]
+        "release",
+        "logits",
+        "distance",
+        "distance",
+    ]
     assert dict(zip(reversed(table.split("\n")[0].split()), reversed(rows[1].split())))["n"] == "2"
     assert len(list(checkout.glob("runs/study/*/*/summary.json"))) == 2 + 2 * 2
     again = script("study_relation.sh", **options)
@@ -183,8 +206,14 @@ def test_the_study_of_the_triplets_pairs_its_seeds_and_goes_on_where_it_stopped(
 def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, tmp_path):
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
-    printed = script("study_relation_cifar10.sh", weights, *"--eval none --warmup 0 --g_steps 1 --ngf 8".split(),
-                     SEEDS="0", CELLS="none|^synthesis-release", STUDY="runs/study10")
+    printed = script(
+        "study_relation_cifar10.sh",
+        weights,
+        *"--eval none --warmup 0 --g_steps 1 --ngf 8".split(),
+        SEEDS="0",
+        CELLS="none|^synthesis-release",
+        STUDY="runs/study10",
+    )
     rows = [line for line in printed.split("\nrun ")[-1].splitlines() if line.startswith("cifar10_rgal")]
     assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=0.1 " in rows[1]
 
@@ -192,7 +221,7 @@ def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, t
 def test_the_comparison_of_methods_makes_two_tables_and_goes_on_where_it_stopped(script, checkout):
     options = {"SEEDS": "0", "METHODS": "fast", "BUDGET": "1", "COMPARISON": "runs/methods"}
     printed = script("compare_methods.sh", **options)
-    tables = printed[printed.index("Equal steps:"):].split("Equal seconds-1:")
+    tables = printed[printed.index("Equal steps:") :].split("Equal seconds-1:")
     for table in tables:
         rows = [line.split() for line in table.splitlines() if line.startswith("digits_")]
         names = [row[0].split("_")[1] for row in rows]
@@ -202,17 +231,26 @@ def test_the_comparison_of_methods_makes_two_tables_and_goes_on_where_it_stopped
         assert [row[-2] == "-" for row in rows] == [True, False]  # the gain over the row above
     assert (checkout / "runs" / "methods" / "seconds-1" / "fast-alone-epochs").read_text().strip().isdigit()
     again = script("compare_methods.sh", **options)
-    assert "Plan" not in again and again.strip() == printed[printed.index("Equal steps:"):].strip()
+    assert "Plan" not in again and again.strip() == printed[printed.index("Equal steps:") :].strip()
     alone = script("compare_methods.sh", **options | {"CELLS": "rgal", "TABLES": "steps", "COMPARISON": "runs/other"})
-    assert "gain" not in alone[alone.index("Equal steps:"):]
+    assert "gain" not in alone[alone.index("Equal steps:") :]
 
 
 def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_path):
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
-    printed = script("compare_methods.sh", *"--eval none --ngf 8".split(), WEIGHTS=str(weights), TABLES="steps",
-                     METHODS="dafl", SEEDS="0", CELLS="alone", COMPARISON="runs/methods10", BUDGET="1")
-    assert "cifar10_dafl_cifar_resnet20_wrn16_1" in printed[printed.index("Equal steps:"):]
+    printed = script(
+        "compare_methods.sh",
+        *"--eval none --ngf 8".split(),
+        WEIGHTS=str(weights),
+        TABLES="steps",
+        METHODS="dafl",
+        SEEDS="0",
+        CELLS="alone",
+        COMPARISON="runs/methods10",
+        BUDGET="1",
+    )
+    assert "cifar10_dafl_cifar_resnet20_wrn16_1" in printed[printed.index("Equal steps:") :]
 
 
 @pytest.mark.parametrize("name, terms", [("Pyramid", ("bn", "oh", "adv", "triplet")), ("Leaves", ())])
@@ -250,6 +288,7 @@ def test_a_config_parses_and_states_only_differences(path):
     before = asdict(read(program, words))
     after = asdict(read(program, ["--config", str(path)]))
     sections = {name: values for name, values in stated.items() if name not in ("method", "base", "expect")}
-    needless = [f"{name}.{key}" for name, values in sections.items() for key in values
-                if before[name][key] == after[name][key]]
+    needless = [
+        f"{name}.{key}" for name, values in sections.items() for key in values if before[name][key] == after[name][key]
+    ]
     assert not needless

@@ -1,4 +1,5 @@
 """The loop: an interrupted run ends as the uninterrupted one, and what does not fit is refused."""
+
 import json
 import os
 import shutil
@@ -26,8 +27,7 @@ VARIANTS = {
     "random": (),
     "meta": ("--generator_init", "reptile", "--meta_rate", 0.5, "--class_noise", 1),
     "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
-    "ring": ("--pool_size", 24, "--balanced_sampling",
-             "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
+    "ring": ("--pool_size", 24, "--balanced_sampling", "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
     "maml": ("--generator_init", "maml", "--bn_momentum", 0.5, "--reset_epoch", 2, "--at_loss", 1),
     "stream": ("--method", "dfq", "--triplet", 0.1, "--striplet", 0.1, "--cr", 0.5, "--bn_momentum", 0.5),
     **{method: ("--method", method) for method in registry.METHODS},
@@ -117,10 +117,18 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil,
     assert_same_run(distil(*words), interrupted(words, Learner, "step", 15, act))
 
 
-@pytest.mark.parametrize("owner, method, number", [
-    (SynthesisObjective, "__call__", 8), (SynthesisObjective, "__call__", 10),
-    (SynthesisObjective, "__call__", 24), (Learner, "step", 1), (Learner, "step", 12), (Learner, "step", 24),
-    (Session, "score", 3)])
+@pytest.mark.parametrize(
+    "owner, method, number",
+    [
+        (SynthesisObjective, "__call__", 8),
+        (SynthesisObjective, "__call__", 10),
+        (SynthesisObjective, "__call__", 24),
+        (Learner, "step", 1),
+        (Learner, "step", 12),
+        (Learner, "step", 24),
+        (Session, "score", 3),
+    ],
+)
 def test_a_signal_may_come_at_any_moment(owner, method, number, distil, interrupted):
     """In the middle and at the end of either phase, of a round and of an epoch; while evaluating."""
     assert_same_run(distil(), interrupted((), owner, method, number, terminate))
@@ -184,8 +192,15 @@ def test_a_wrong_path_to_resume_from_is_an_error(distil, refused, tmp_path):
     assert "no 'learner'" in refused(distil, "--resume", student)
 
 
-@pytest.mark.parametrize("words, named", [(("--lr", 0.01), "--lr"), (("--seed", 1), "--seed"),
-                                          (("--bn", 2), "--bn"), (("--precision", "bf16"), "--precision")])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("--lr", 0.01), "--lr"),
+        (("--seed", 1), "--seed"),
+        (("--bn", 2), "--bn"),
+        (("--precision", "bf16"), "--precision"),
+    ],
+)
 def test_an_option_that_changed_is_not_taken_over_in_silence(words, named, distil, refused):
     folder = distil("--epochs", 1)
     before = (folder / "config.yaml").read_bytes()
@@ -236,12 +251,15 @@ def test_fewer_epochs_than_are_done(distil, refused):
     assert "epoch 3" in line and "--epochs" in line
 
 
-@pytest.mark.parametrize("words, named", [
-    (("--student", nets.name("tiny")), "student"),
-    (("--method", "rgal_release"), "method"),
-    (("--method", "noise"), "method"),
-    (("--teacher", nets.name("small"), "--teacher_weights", "small.pth"), "teacher"),
-])
+@pytest.mark.parametrize(
+    "words, named",
+    [
+        (("--student", nets.name("tiny")), "student"),
+        (("--method", "rgal_release"), "method"),
+        (("--method", "noise"), "method"),
+        (("--teacher", nets.name("small"), "--teacher_weights", "small.pth"), "teacher"),
+    ],
+)
 def test_another_run_cannot_be_resumed(words, named, distil, refused, tmp_path):
     last = distil(tag="first") / "checkpoints" / "last.pth"
     torch.save(nets.small(10, 1).state_dict(), tmp_path / "small.pth")
@@ -270,6 +288,7 @@ def test_a_random_student_cannot_resume_from_scratch_training(distil, refused, t
 
 
 # The engine alone, with a source and a learner that record what is asked of them.
+
 
 class Recorder(BaseSynthesis):
     def __init__(self, events, term=1.0):
@@ -306,8 +325,7 @@ def make_engine(tmp_path):
     folders = []
 
     def make(events, synthesis_term=1.0, student_term=1.0, run=None, **counts):
-        schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "warmup": 0,
-                                      "batch_size": 4, **counts})
+        schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "warmup": 0, "batch_size": 4, **counts})
         folders.append(RunFolder(tmp_path / "run", "run"))
         learner, source = Pupil(events, student_term), Recorder(events, synthesis_term)
         return Engine(learner, source, schedule, folders[-1], run or Run())
@@ -320,13 +338,30 @@ def make_engine(tmp_path):
 def test_rounds_alternate_and_progress_runs_from_0_to_1(make_engine):
     events = []
     result = make_engine(events).train()
-    assert events == ["synthesis", 0.0, 0.125, "synthesis", 0.25, 0.375,
-                      "synthesis", 0.5, 0.625, "synthesis", 0.75, 0.875]
+    assert events == [
+        "synthesis",
+        0.0,
+        0.125,
+        "synthesis",
+        0.25,
+        0.375,
+        "synthesis",
+        0.5,
+        0.625,
+        "synthesis",
+        0.75,
+        0.875,
+    ]
     assert result["synthesis/bn"] == result["student/kd"] == 1 and result["images"] == 16
 
 
-@pytest.mark.parametrize("owner, method, told", [(Recorder, "synthesize", "synthesis; lower --synthesis_batch_size"),
-                                                 (Pupil, "step", "a training step; lower --batch_size")])
+@pytest.mark.parametrize(
+    "owner, method, told",
+    [
+        (Recorder, "synthesize", "synthesis; lower --synthesis_batch_size"),
+        (Pupil, "step", "a training step; lower --batch_size"),
+    ],
+)
 def test_out_of_memory_is_told_with_its_remedy(owner, method, told, make_engine, monkeypatch):
     monkeypatch.setattr(owner, method, lambda *a, **k: torch.empty(10**15))
     engine = make_engine([])
@@ -368,7 +403,10 @@ def test_evaluation_and_grids_come_when_asked_and_at_the_end(make_engine, tmp_pa
     assert [row.get("acc1") for row in rows(tmp_path / "run")] == [None, 50.0, None, 70.0, 60.0]
     assert result["acc1"] == 60 and result["best_acc1"] == 70 and engine.best == {"acc1": 70.0, "epoch": 3}
     assert sorted(path.stem for path in (tmp_path / "run" / "grids").iterdir()) == [
-        "epoch_0000", "epoch_0002", "epoch_0004"]
+        "epoch_0000",
+        "epoch_0002",
+        "epoch_0004",
+    ]
     files = tmp_path / "run" / "checkpoints"
     best, last = (torch.load(files / f"student_{which}.pth", weights_only=True) for which in ("best", "last"))
     assert (best["epoch"], best["acc1"], last["epoch"], last["acc1"]) == (4, 70.0, 5, 60.0)
@@ -397,12 +435,15 @@ def test_means_survive_a_restart():
     assert whole.values()["student/kd"].item() == pytest.approx(0.7 / 3)
 
 
-@pytest.mark.parametrize("targets, captions, columns", [
-    ([0, 0, 0, 1, 1, 2, 2, 2], ["class 0", "class 1", "class 2"], 2),
-    ([3] * 8, ["class 3"], 8),
-    (list(range(8)), [f"class {i}" for i in range(8)], 1),
-    (None, None, 8),
-])
+@pytest.mark.parametrize(
+    "targets, captions, columns",
+    [
+        ([0, 0, 0, 1, 1, 2, 2, 2], ["class 0", "class 1", "class 2"], 2),
+        ([3] * 8, ["class 3"], 8),
+        (list(range(8)), [f"class {i}" for i in range(8)], 1),
+        (None, None, 8),
+    ],
+)
 def test_a_grid_reads_by_class(targets, captions, columns):
     targets = targets and torch.tensor(targets)
     images = torch.rand(8, 1, 8, 8) if targets is None else targets.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
@@ -410,4 +451,5 @@ def test_a_grid_reads_by_class(targets, captions, columns):
     assert names == captions and width == columns
     if targets is not None:
         assert (shown[:, 0, 0, 0].view(-1, width) * 10).round().tolist() == [
-            [float(name.split()[1])] * width for name in captions]
+            [float(name.split()[1])] * width for name in captions
+        ]

@@ -1,4 +1,5 @@
 """The generator: its fused upsampling against torch's own steps, its sizes, its fresh weights."""
+
 import pytest
 import torch
 from torch import nn
@@ -6,8 +7,7 @@ from torch.nn import functional as F
 
 from datafree.models.generator import Generator, UpsampleConv
 
-SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 96, 96), (3, 30, 46), (1, 16, 16), (3, 224, 224),
-          (2, 5, 40)]
+SHAPES = [(1, 28, 28), (3, 32, 32), (3, 64, 64), (3, 96, 96), (3, 30, 46), (1, 16, 16), (3, 224, 224), (2, 5, 40)]
 
 
 @pytest.fixture(autouse=True)
@@ -16,6 +16,7 @@ def seed():
 
 
 # ---------------------------------------------------------------- upsampling and convolution as one
+
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1), (1, 6)], ids=str)
 def test_upsample_conv_equals_doubling_then_convolving(size):
@@ -26,8 +27,11 @@ def test_upsample_conv_equals_doubling_then_convolving(size):
     found = layer(x)
     torch.testing.assert_close(found, oracle, rtol=0, atol=1e-12)
     weights = torch.randn_like(oracle)
-    for one, other in zip(torch.autograd.grad((found * weights).sum(), (x, layer.weight)),
-                          torch.autograd.grad((oracle * weights).sum(), (x, layer.weight)), strict=True):
+    for one, other in zip(
+        torch.autograd.grad((found * weights).sum(), (x, layer.weight)),
+        torch.autograd.grad((oracle * weights).sum(), (x, layer.weight)),
+        strict=True,
+    ):
         torch.testing.assert_close(one, other, rtol=0, atol=1e-11)
 
 
@@ -50,6 +54,7 @@ def test_upsample_conv_under_autocast_is_half_precision():
 
 # ---------------------------------------------------------------- the whole
 
+
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_images_have_the_shape_asked_for_and_lie_within_0_and_1(shape):
     generator = Generator(nz=8, ngf=2, shape=shape)
@@ -70,10 +75,20 @@ def test_at_32_pixels_it_is_the_papers_network_of_plain_layers():
     generator = Generator(nz=10, ngf=4, shape=(3, 32, 32))
     up = {"scale_factor": 2, "mode": "nearest"}
     oracle = nn.Sequential(
-        nn.Linear(10, 8 * 8 * 8), nn.Unflatten(1, (8, 8, 8)), nn.BatchNorm2d(8),
-        nn.Upsample(**up), nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.LeakyReLU(0.2),
-        nn.Upsample(**up), nn.Conv2d(8, 4, 3, padding=1, bias=False), nn.BatchNorm2d(4), nn.LeakyReLU(0.2),
-        nn.Conv2d(4, 3, 3, padding=1), nn.Sigmoid())
+        nn.Linear(10, 8 * 8 * 8),
+        nn.Unflatten(1, (8, 8, 8)),
+        nn.BatchNorm2d(8),
+        nn.Upsample(**up),
+        nn.Conv2d(8, 8, 3, padding=1, bias=False),
+        nn.BatchNorm2d(8),
+        nn.LeakyReLU(0.2),
+        nn.Upsample(**up),
+        nn.Conv2d(8, 4, 3, padding=1, bias=False),
+        nn.BatchNorm2d(4),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(4, 3, 3, padding=1),
+        nn.Sigmoid(),
+    )
     weights = list(generator.parameters())
     assert [p.shape for p in weights] == [p.shape for p in oracle.parameters()]
     with torch.no_grad():
@@ -83,9 +98,19 @@ def test_at_32_pixels_it_is_the_papers_network_of_plain_layers():
     torch.testing.assert_close(generator(z), oracle(z), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("shape, doublings", [
-    ((1, 16, 16), 2), ((1, 28, 28), 2), ((3, 32, 32), 2), ((3, 33, 32), 3),
-    ((3, 64, 64), 3), ((3, 96, 96), 4), ((3, 30, 46), 3), ((3, 224, 224), 5)])
+@pytest.mark.parametrize(
+    "shape, doublings",
+    [
+        ((1, 16, 16), 2),
+        ((1, 28, 28), 2),
+        ((3, 32, 32), 2),
+        ((3, 33, 32), 3),
+        ((3, 64, 64), 3),
+        ((3, 96, 96), 4),
+        ((3, 30, 46), 3),
+        ((3, 224, 224), 5),
+    ],
+)
 def test_larger_images_get_more_doublings_and_waste_less_than_one(shape, doublings):
     generator = Generator(4, 2, shape)
     assert sum(isinstance(m, UpsampleConv) for m in generator.modules()) == doublings
@@ -108,6 +133,7 @@ def test_different_noise_gives_different_images():
 
 # ---------------------------------------------------------------- fresh weights
 
+
 def test_reset_draws_the_distributions_of_the_method():
     generator = Generator(nz=100, ngf=64, shape=(3, 32, 32))
     with torch.no_grad():
@@ -117,7 +143,7 @@ def test_reset_draws_the_distributions_of_the_method():
     norms = [m for m in generator.modules() if isinstance(m, nn.BatchNorm2d)]
     scales = torch.cat([m.weight for m in norms])
     assert len(norms) == 3
-    assert scales.mean().item() == pytest.approx(1.0, abs=5 * 0.02 / len(scales)**0.5)
+    assert scales.mean().item() == pytest.approx(1.0, abs=5 * 0.02 / len(scales) ** 0.5)
     assert scales.std().item() == pytest.approx(0.02, rel=0.2)
     for module in generator.modules():
         if isinstance(module, (nn.Linear, nn.Conv2d, UpsampleConv)):

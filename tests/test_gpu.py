@@ -1,4 +1,5 @@
 """What only a GPU can show: the same mathematics as on the CPU, no waiting for the host, exact repeats."""
+
 from contextlib import contextmanager
 
 import nets
@@ -41,13 +42,15 @@ def no_sync():
 def phases(device, precision="none"):
     """A source and a learner of the same weights on any device."""
     torch.manual_seed(0)
-    teacher, student = (Network(make(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3).to(device)
-                        for make in (nets.tiny, nets.small))
+    teacher, student = (
+        Network(make(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3).to(device) for make in (nets.tiny, nets.small)
+    )
     settings = config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=16)
     objective = SynthesisObjective(settings, RELATION, teacher.freeze(), student)
     pool = ImagePool(32, SHAPE, CLASSES, torch.device(device))
-    source = InversionSynthesis(objective, Generator(4, 4, SHAPE).to(device), CropFlip(), pool, settings, 3,
-                                precision=precision)
+    source = InversionSynthesis(
+        objective, Generator(4, 4, SHAPE).to(device), CropFlip(), pool, settings, 3, precision=precision
+    )
     return source, DistillLearner(student, teacher, CropFlip(), config.Distill(cd_loss=1.0), RELATION, 100, precision)
 
 
@@ -106,7 +109,8 @@ def test_a_deterministic_run_repeats_exactly(distil):
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_run_is_the_plain_one(mode, distil):
-    plain, compiled = (rows(distil("--device", "cuda", "--epochs", 1, "--compile", mode, tag=mode))
-                       for mode in ("off", mode))
+    plain, compiled = (
+        rows(distil("--device", "cuda", "--epochs", 1, "--compile", mode, tag=mode)) for mode in ("off", mode)
+    )
     for name in ("synthesis/bn", "synthesis/oh", "student/kd"):
         assert compiled[0][name] == pytest.approx(plain[0][name], rel=0.2)

@@ -1,4 +1,5 @@
 """Looking inside networks: what the hooks hand out, against hooks set by hand, and what they leave behind."""
+
 import pytest
 import torch
 import torchvision
@@ -17,8 +18,7 @@ def seed():
 
 
 def hooks_of(model):
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks)
-               for m in model.modules())
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) + len(m._backward_hooks) for m in model.modules())
 
 
 def buffers_of(model):
@@ -35,8 +35,9 @@ def captured(module, run):
 
 
 def conv(in_channels, out_channels, stride=1):
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False),
-                         nn.BatchNorm2d(out_channels), nn.ReLU())
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
+    )
 
 
 class Block(nn.Module):
@@ -51,11 +52,13 @@ class Block(nn.Module):
 
 
 def toy(classes=5):
-    return nn.Sequential(conv(3, 4), Block(4, 6), Block(6, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                         nn.Linear(8, classes))
+    return nn.Sequential(
+        conv(3, 4), Block(4, 6), Block(6, 8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, classes)
+    )
 
 
 # ---------------------------------------------------------------- stages and embedding
+
 
 def test_a_net_of_blocks_gives_the_last_module_of_every_size():
     model = toy().eval()
@@ -73,9 +76,18 @@ def test_a_net_of_blocks_gives_the_last_module_of_every_size():
 
 
 def test_plain_layers_are_stages_where_there_are_no_blocks():
-    model = nn.Sequential(nn.Conv2d(1, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                          nn.Conv2d(4, 6, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2),
-                          nn.Flatten(), nn.Linear(6 * 9, 7), nn.ReLU(), nn.Linear(7, 3))
+    model = nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(4, 6, 3, padding=1),
+        nn.ReLU(),
+        nn.MaxPool2d(2),
+        nn.Flatten(),
+        nn.Linear(6 * 9, 7),
+        nn.ReLU(),
+        nn.Linear(7, 3),
+    )
     tap, images = FeatureTap(model, (1, 12, 12)), torch.randn(2, 1, 12, 12)
     features = tap(images)
     # The pooled maps at 3 px passed no layer with weights of that size: they are no stage.
@@ -115,12 +127,16 @@ class OneBackbone(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("model", [
-    nn.Sequential(Normalise(), toy()),
-    Holder(OneBackbone(), 8, 5),
-    Holder(nn.Sequential(Normalise(), OneBackbone()), 8, 5),
-    nn.Sequential(Normalise(), nn.Sequential(Holder(OneBackbone(), 8, 5))),
-], ids=["sequential", "backbone", "both", "nested"])
+@pytest.mark.parametrize(
+    "model",
+    [
+        nn.Sequential(Normalise(), toy()),
+        Holder(OneBackbone(), 8, 5),
+        Holder(nn.Sequential(Normalise(), OneBackbone()), 8, 5),
+        nn.Sequential(Normalise(), nn.Sequential(Holder(OneBackbone(), 8, 5))),
+    ],
+    ids=["sequential", "backbone", "both", "nested"],
+)
 def test_wrapped_networks_have_the_stages_of_what_they_wrap(model):
     tap = FeatureTap(model, (3, 16, 16))
     assert tap.stage_channels == [4, 6, 8]
@@ -152,7 +168,7 @@ def test_torchvision_networks(name):
         plain = model(images)
     features = result["features"]
     assert [tuple(s.shape) for s in features.stages] == [(2, c, n, n) for n, c in expected.items()]
-    (given, answered), = seen
+    ((given, answered),) = seen
     assert torch.equal(features.embed, given) and torch.equal(features.logits, answered)
     assert features.embed.shape == (2, tap.embed_dim) and torch.equal(features.logits, plain)
 
@@ -160,8 +176,10 @@ def test_torchvision_networks(name):
 def test_stages_of_a_torchvision_resnet_are_its_layers():
     model = torchvision.models.resnet18(num_classes=3).eval()
     tap, images, result = FeatureTap(model, (3, 64, 64)), torch.randn(1, 3, 64, 64), {}
-    seen = [captured(layer, lambda: result.update(stages=tap(images).stages))[0][1]
-            for layer in (model.layer1, model.layer2, model.layer3, model.layer4)]
+    seen = [
+        captured(layer, lambda: result.update(stages=tap(images).stages))[0][1]
+        for layer in (model.layer1, model.layer2, model.layer3, model.layer4)
+    ]
     for stage, oracle in zip(result["stages"][1:], seen, strict=True):
         torch.testing.assert_close(stage, oracle)
 
@@ -201,19 +219,24 @@ class ResidualSequential(nn.Sequential):
 
 
 def test_a_container_with_its_own_forward_is_a_block():
-    model = nn.Sequential(conv(3, 4), ResidualSequential(*conv(4, 4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(),
-                          nn.Linear(4, 2)).eval()
+    model = nn.Sequential(
+        conv(3, 4), ResidualSequential(*conv(4, 4)), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 2)
+    ).eval()
     images = torch.randn(2, 3, 8, 8)
-    stage, = FeatureTap(model, (3, 8, 8))(images).stages
+    (stage,) = FeatureTap(model, (3, 8, 8))(images).stages
     torch.testing.assert_close(stage, model[:2](images))
 
 
-@pytest.mark.parametrize("tail", [
-    [nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1)],
-    [nn.Dropout(0.1), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)],
-    [nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 5, 1)],
-    [nn.Conv2d(6, 5, 4)],
-], ids=["pooled after", "as SqueezeNet", "pooled before", "as wide as the map"])
+@pytest.mark.parametrize(
+    "tail",
+    [
+        [nn.Conv2d(6, 5, 1), nn.AdaptiveAvgPool2d(1)],
+        [nn.Dropout(0.1), nn.Conv2d(6, 5, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1)],
+        [nn.AdaptiveAvgPool2d(1), nn.Conv2d(6, 5, 1)],
+        [nn.Conv2d(6, 5, 4)],
+    ],
+    ids=["pooled after", "as SqueezeNet", "pooled before", "as wide as the map"],
+)
 def test_a_convolution_as_head_is_no_stage_and_gets_the_embedding(tail):
     model = nn.Sequential(conv(3, 4), conv(4, 6, 2), *tail, nn.Flatten()).eval()
     tap, images = FeatureTap(model, (3, 8, 8)), torch.randn(2, 3, 8, 8)
@@ -224,8 +247,9 @@ def test_a_convolution_as_head_is_no_stage_and_gets_the_embedding(tail):
 
 
 def test_the_head_is_the_last_linear_layer_that_answers_the_classes():
-    model = nn.Sequential(conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(),
-                          nn.Linear(5, 5)).eval()
+    model = nn.Sequential(
+        conv(3, 4), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 5)
+    ).eval()
     images = torch.randn(2, 3, 8, 8)
     torch.testing.assert_close(FeatureTap(model, (3, 8, 8))(images).embed, model[:5](images))
 
@@ -291,6 +315,7 @@ def test_pooled_keeps_rows_and_averages_maps():
 
 # ---------------------------------------------------------------- what the tap leaves alone
 
+
 def test_nothing_is_kept_between_calls():
     model = toy()
     before = hooks_of(model)
@@ -333,7 +358,7 @@ def test_gradients_flow_through_every_feature():
     model, images = toy(), torch.randn(2, 3, 16, 16, requires_grad=True)
     features = FeatureTap(model, (3, 16, 16))(images)
     for x in (*features.stages, features.embed, features.logits):
-        gradient, = torch.autograd.grad(x.square().sum(), images, retain_graph=True)
+        (gradient,) = torch.autograd.grad(x.square().sum(), images, retain_graph=True)
         assert gradient.norm() > 0
 
 
@@ -347,6 +372,7 @@ def test_two_taps_on_one_model_do_not_mix():
 
 # ---------------------------------------------------------------- networks that cannot be used
 
+
 class Answers(nn.Module):
     """A network that answers what it is told to."""
 
@@ -358,9 +384,11 @@ class Answers(nn.Module):
         return self.answer(self.layer(x.flatten(1)))
 
 
-@pytest.mark.parametrize("answer", [
-    lambda x: {"logits": x}, lambda x: (x, x), lambda x: x[:, :, None], lambda x: x[0], lambda x: None,
-], ids=["dict", "tuple", "three dimensions", "one dimension", "none"])
+@pytest.mark.parametrize(
+    "answer",
+    [lambda x: {"logits": x}, lambda x: (x, x), lambda x: x[:, :, None], lambda x: x[0], lambda x: None],
+    ids=["dict", "tuple", "three dimensions", "one dimension", "none"],
+)
 def test_an_answer_that_is_not_a_matrix_of_logits_is_refused(answer):
     with pytest.raises(InputError, match="Answers must return logits"):
         FeatureTap(Answers(answer), (3, 2, 2))
@@ -375,9 +403,11 @@ class Refuses(nn.Module):
         raise self.error
 
 
-@pytest.mark.parametrize("error", [AssertionError("Wrong image height! Expected 224"), ValueError(),
-                                   TypeError("no"), RuntimeError("size\nmismatch")],
-                         ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize(
+    "error",
+    [AssertionError("Wrong image height! Expected 224"), ValueError(), TypeError("no"), RuntimeError("size\nmismatch")],
+    ids=lambda error: type(error).__name__,
+)
 def test_a_network_that_cannot_take_the_images_is_refused_in_one_sentence(error):
     sentence = "Refuses cannot take images of 3 channels and 2x2 pixels"
     with pytest.raises(InputError, match=sentence) as refusal:
@@ -399,17 +429,23 @@ def test_a_network_without_features_is_refused():
 
 # ---------------------------------------------------------------- BatchNorm statistics
 
-@pytest.mark.parametrize("model, shape", [
-    (toy(), (3, 16, 12)),
-    (MODELS["wrn16_1"](4), (3, 16, 16)),
-    (nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)), (3, 2, 2)),
-], ids=["toy", "wrn16_1", "BatchNorm1d"])
+
+@pytest.mark.parametrize(
+    "model, shape",
+    [
+        (toy(), (3, 16, 12)),
+        (MODELS["wrn16_1"](4), (3, 16, 16)),
+        (nn.Sequential(nn.Flatten(), nn.Linear(12, 6), nn.BatchNorm1d(6), nn.ReLU(), nn.Linear(6, 2)), (3, 2, 2)),
+    ],
+    ids=["toy", "wrn16_1", "BatchNorm1d"],
+)
 def test_statistics_are_those_of_the_layers_inputs(model, shape):
     model.eval()
     layers = [m for m in model.modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
     inputs = {}
-    handles = [layer.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].double()}))
-               for layer in layers]
+    handles = [
+        layer.register_forward_pre_hook(lambda m, args: inputs.update({m: args[0].double()})) for layer in layers
+    ]
     with BatchNormTap(model) as tap:
         model(torch.randn(5, *shape))
     for handle in handles:
@@ -559,6 +595,7 @@ def test_statistics_of_many_pixels_are_exact_enough():
 
 
 # ---------------------------------------------------------------- the network around them
+
 
 def test_network_normalises_what_it_is_given():
     model, views = toy().eval(), torch.rand(2, 3, 16, 16)

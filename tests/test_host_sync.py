@@ -2,6 +2,7 @@
 
 All but the view cache, which is off on a GPU unless asked for: it has to know how many views are new.
 """
+
 import nets
 import pytest
 import torch
@@ -34,7 +35,8 @@ class Waits(TorchDispatchMode):
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         name = operator.overloadpacket.__name__
         by_mask = name in ("index", "index_put_") and any(
-            torch.is_tensor(index) and index.dtype == torch.bool for index in args[1])
+            torch.is_tensor(index) and index.dtype == torch.bool for index in args[1]
+        )
         self.found += [name] * (name in WAITING or by_mask)
         return operator(*args, **(kwargs or {}))
 
@@ -44,8 +46,9 @@ def both_phases(synthesis, relation, distill, cached=False):
     teacher, student = (Network(make(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3) for make in (nets.tiny, nets.small))
     settings = config.Synthesis(**synthesis, nz=4, ngf=4, synthesis_batch_size=8)
     objective = SynthesisObjective(settings, relation, teacher.freeze(), student)
-    source = InversionSynthesis(objective, Generator(4, 4, SHAPE), CropFlip(), ImagePool(40, SHAPE, CLASSES, CPU),
-                                settings, 3, balanced=True)
+    source = InversionSynthesis(
+        objective, Generator(4, 4, SHAPE), CropFlip(), ImagePool(40, SHAPE, CLASSES, CPU), settings, 3, balanced=True
+    )
     source.synthesize()
     cache = ViewCache(teacher, ("logits", "embed", "stages"), 40 * 162, 10) if cached else None
     return source, DistillLearner(student, teacher, CropFlip(), config.Distill(**distill), relation, 100, cache=cache)
@@ -71,8 +74,11 @@ def test_the_watch_sees_a_wait():
 def test_neither_phase_waits_for_the_host(sampling, keep, init):
     torch.manual_seed(0)
     relation = config.Relation(triplet=1.0, striplet=1.0, sampling=sampling, striplet_sampling=sampling)
-    source, learner = both_phases({**ALL, "keep": keep, "generator_init": init, "meta_rate": 0.5, "class_noise": 1.0},
-                                  relation, dict(cd_loss=1.0, gram_loss=1.0, pair_sample=True, mixup=0.5))
+    source, learner = both_phases(
+        {**ALL, "keep": keep, "generator_init": init, "meta_rate": 0.5, "class_noise": 1.0},
+        relation,
+        dict(cd_loss=1.0, gram_loss=1.0, pair_sample=True, mixup=0.5),
+    )
     means = Means()
     with Waits() as waits:
         means.add("synthesis", source.synthesize())

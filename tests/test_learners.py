@@ -1,4 +1,5 @@
 """Phase 2: what the student learns from, and every registered model in both roles."""
+
 import copy
 import math
 from dataclasses import replace
@@ -61,6 +62,7 @@ def count_calls(patch, owner, name):
 
 # What moves.
 
+
 def test_a_step_moves_the_student_and_its_projection_and_nothing_of_the_teacher():
     learner = make()
     before = snapshot(learner.teacher), snapshot(learner.network), snapshot(learner.projection)
@@ -106,7 +108,7 @@ def cached_and_plain(pair, space="embedding"):
     teacher, crop = network().freeze(), CropFlip(1, True)
     pool = ImagePool(12, SHAPE, CLASSES, torch.device("cpu"))
     pool.add(torch.rand(12, *SHAPE), torch.arange(12) % CLASSES)
-    wanted = ["logits", "stages", "embed"][:3 if space == "embedding" else 2]
+    wanted = ["logits", "stages", "embed"][: 3 if space == "embedding" else 2]
     cache = ViewCache(teacher, wanted, 12 * crop.count, megabytes=1)
     plain = make(settings, triplets, teacher, augment=crop, total_steps=60)
     cached = make(settings, triplets, teacher, augment=crop, total_steps=60, cache=cache)
@@ -137,6 +139,7 @@ def test_images_without_numbers_are_shown_to_the_teacher_each_time():
 
 # What is computed.
 
+
 def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
     learner, images = make(), torch.rand(8, *SHAPE)
     learner.network.train()
@@ -146,11 +149,12 @@ def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
     torch.manual_seed(1)
     STAY(images)  # draws as much as the step did
     labels = teacher.logits.argmax(1)
-    expected = {"kd": criterions.distillation(student.logits, teacher.logits, 20.0),
-                "cd_loss": learner.projection.channel(student.stages, teacher.stages),
-                "gram_loss": learner.projection.gram(student.stages, teacher.stages),
-                "striplet": relation.relation_loss([student.embed], labels, teacher.embed, 0.2, "uniform",
-                                                   relation.SEPARATE)}
+    expected = {
+        "kd": criterions.distillation(student.logits, teacher.logits, 20.0),
+        "cd_loss": learner.projection.channel(student.stages, teacher.stages),
+        "gram_loss": learner.projection.gram(student.stages, teacher.stages),
+        "striplet": relation.relation_loss([student.embed], labels, teacher.embed, 0.2, "uniform", relation.SEPARATE),
+    }
     assert list(terms) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
@@ -197,12 +201,17 @@ def test_pairs_show_every_image_under_two_augmentations(monkeypatch):
     assert views.shape == (16, *SHAPE) and not torch.equal(views[:8], views[8:])
 
 
-@pytest.mark.parametrize("feature, shape", [
-    ("global", (8, 12)), ("logits", (8, CLASSES)), ("features", (8, 12, 4, 4))])
+@pytest.mark.parametrize("feature, shape", [("global", (8, 12)), ("logits", (8, CLASSES)), ("features", (8, 12, 4, 4))])
 @pytest.mark.parametrize("space", ["embedding", "logits"])
 def test_the_triplets_look_at_what_was_chosen(feature, shape, space, monkeypatch):
-    triplets = config.Relation(striplet=1.0, striplet_feature=feature, sampling_space=space, start_layer=1,
-                               end_layer=2, striplet_sampling="distance")
+    triplets = config.Relation(
+        striplet=1.0,
+        striplet_feature=feature,
+        sampling_space=space,
+        start_layer=1,
+        end_layer=2,
+        striplet_sampling="distance",
+    )
     learner = make(config.Distill(), triplets)
     calls = count_calls(monkeypatch, relation, "relation_loss")
     images = torch.rand(8, *SHAPE)
@@ -229,6 +238,7 @@ def test_each_network_normalises_by_its_own_mean_and_deviation():
 
 
 # The optimiser.
+
 
 def test_sgd_with_momentum_and_decay_by_hand():
     """Two steps of supervised training against the formula, with the rate's cosine."""
@@ -290,6 +300,7 @@ def test_half_precision_on_the_cpu_keeps_terms_and_weights_in_fp32():
 
 
 # Pairs of networks.
+
 
 def one_round(teacher, student, shape=(3, 32, 32), batch=4):
     """A synthesis step and a student step with every term on -> all terms."""

@@ -1,4 +1,5 @@
 """The run folder: who may use it, what it holds, what a resumed run finds, and pictures."""
+
 import json
 import os
 import re
@@ -63,7 +64,8 @@ def test_metrics_are_json_and_tensorboard(tmp_path):
         folder.metrics(1, {"loss": float("nan"), "inf": -float("inf"), "none": None, "tiny": 1.23456789e-9})
         assert rows(tmp_path) == [  # written at once, not at close
             {"epoch": 0, "loss": 0.333333, "big": 12345.7, "images": 256, "t": 0.1},
-            {"epoch": 1, "loss": None, "inf": None, "none": None, "tiny": 1.23457e-9}]
+            {"epoch": 1, "loss": None, "inf": None, "none": None, "tiny": 1.23457e-9},
+        ]
         seen = events(tmp_path)
     assert sorted(seen.Tags()["scalars"]) == ["big", "images", "loss", "t", "tiny"]
     assert [(e.step, round(e.value, 6)) for e in seen.Scalars("loss")] == [(0, 0.333333)]
@@ -162,9 +164,12 @@ def test_disk_full_names_the_file(tmp_path):
     with begin(tmp_path, "r", CONFIG) as folder:
         for name in ("metrics.jsonl", "log.txt", "summary.json.tmp", "grids/g.png"):
             (tmp_path / name).symlink_to("/dev/full")
-        writes = {"metrics.jsonl": lambda: folder.metrics(0, {"a": 1}), "log.txt": lambda: folder.log("x"),
-                  "summary.json": lambda: folder.summary({"a": 1}),
-                  "grids/g.png": lambda: folder.grid("g", torch.rand(1, 3, 8, 8))}
+        writes = {
+            "metrics.jsonl": lambda: folder.metrics(0, {"a": 1}),
+            "log.txt": lambda: folder.log("x"),
+            "summary.json": lambda: folder.summary({"a": 1}),
+            "grids/g.png": lambda: folder.grid("g", torch.rand(1, 3, 8, 8)),
+        }
         for name, write in writes.items():
             with pytest.raises(InputError, match=rf"could not write .*{name} \(No space left on device\)"):
                 write()
@@ -179,7 +184,7 @@ def test_a_grid_holds_the_images_enlarged(tmp_path):
     assert picture.shape == (2 * (height + 2 * gap), 3 * (width + 2 * gap), 3)
     for i, image in enumerate(images):
         top, left = i // 3 * (height + 2 * gap) + gap, i % 3 * (width + 2 * gap) + gap
-        tile = picture[top:top + height:4, left:left + width:4]
+        tile = picture[top : top + height : 4, left : left + width : 4]
         assert np.array_equal(tile, (image * 255).round().byte().permute(1, 2, 0).numpy())
     drawn = events(tmp_path).Images("grids/epoch")
     assert [(e.step, e.width, e.height) for e in drawn] == [(40, picture.shape[1], picture.shape[0])]
@@ -200,7 +205,7 @@ def test_captions_stay_clear_of_the_images():
         picture = np.asarray(draw_grid(images, labels, columns=2).convert("L"))
         black_rows = (picture[:, 2:66] == 0).all(1)
         assert black_rows.sum() == 2 * 64  # nothing is drawn over them, nothing of them is lost
-        band = picture[66:66 + logger.CAPTION]
+        band = picture[66 : 66 + logger.CAPTION]
         assert band.min() < 100 and (band[:, -1] == 255).all() and (band[-1] == 255).all()
     with pytest.raises(ValueError, match="3 labels for 4 images in rows of 2"):
         draw_grid(images, ["a", "b", "c"], columns=2)
@@ -213,10 +218,10 @@ def test_values_outside_the_range_are_clipped():
 
 
 def test_table():
-    text = table([{"name": "teacher", "acc1": 99.4, "images": 1347},
-                  {"name": "RGAL student", "acc1": 5, "note": None}])
+    text = table([{"name": "teacher", "acc1": 99.4, "images": 1347}, {"name": "RGAL student", "acc1": 5, "note": None}])
     assert text.splitlines() == [
         "name           acc1  images  note",
         "------------  -----  ------  ----",
         "teacher       99.40    1347  -",
-        "RGAL student      5       -  -"]
+        "RGAL student      5       -  -",
+    ]

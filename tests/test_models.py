@@ -1,4 +1,5 @@
 """Networks: shapes, sizes known from the literature, names of parameters, and networks of one's own."""
+
 import sys
 
 import numpy as np
@@ -18,16 +19,29 @@ SMALL = ["wrn16_1", "resnet8", "cifar_resnet20", "vgg8", "mobilenetv2", "shuffle
 
 # Trainable parameters for 3 channels, from papers, RepDistiller, torchvision and published checkpoints.
 PARAMETERS = {
-    ("wrn16_1", 10): 175_066, ("wrn16_2", 100): 703_284,
-    ("wrn40_1", 100): 569_780, ("wrn40_2", 100): 2_255_156,
-    ("resnet8", 10): 78_042, ("resnet20", 100): 278_324, ("resnet32", 100): 472_756,
-    ("resnet56", 100): 861_620, ("resnet110", 100): 1_736_564,
-    ("resnet8x4", 100): 1_233_540, ("resnet32x4", 100): 7_433_860,
-    ("cifar_resnet20", 10): 269_722, ("cifar_resnet32", 10): 464_154, ("cifar_resnet44", 10): 658_586,
-    ("cifar_resnet56", 10): 853_018, ("cifar_resnet110", 10): 1_727_962,
-    ("resnet18", 10): 11_173_962, ("resnet34", 10): 21_282_122, ("resnet50", 10): 23_520_842,
-    ("vgg8", 100): 3_965_028, ("vgg13", 100): 9_462_180,
-    ("mobilenetv2", 1000): 3_504_872, ("shufflenetv2", 1000): 2_278_604,
+    ("wrn16_1", 10): 175_066,
+    ("wrn16_2", 100): 703_284,
+    ("wrn40_1", 100): 569_780,
+    ("wrn40_2", 100): 2_255_156,
+    ("resnet8", 10): 78_042,
+    ("resnet20", 100): 278_324,
+    ("resnet32", 100): 472_756,
+    ("resnet56", 100): 861_620,
+    ("resnet110", 100): 1_736_564,
+    ("resnet8x4", 100): 1_233_540,
+    ("resnet32x4", 100): 7_433_860,
+    ("cifar_resnet20", 10): 269_722,
+    ("cifar_resnet32", 10): 464_154,
+    ("cifar_resnet44", 10): 658_586,
+    ("cifar_resnet56", 10): 853_018,
+    ("cifar_resnet110", 10): 1_727_962,
+    ("resnet18", 10): 11_173_962,
+    ("resnet34", 10): 21_282_122,
+    ("resnet50", 10): 23_520_842,
+    ("vgg8", 100): 3_965_028,
+    ("vgg13", 100): 9_462_180,
+    ("mobilenetv2", 1000): 3_504_872,
+    ("shufflenetv2", 1000): 2_278_604,
 }
 
 
@@ -95,30 +109,52 @@ def test_no_later_layer_changes_the_output_of_an_earlier_one(name):
     assert all(torch.equal(output, at_that_time) for output, at_that_time in seen)
 
 
-@pytest.mark.parametrize("name, keys, absent", [
-    ("wrn40_2", ["conv1.weight", "block1.layer.0.bn1.weight", "block1.layer.0.conv1.weight",
-                 "block1.layer.0.convShortcut.weight", "block2.layer.5.bn2.running_mean",
-                 "block3.layer.5.conv2.weight", "bn1.weight", "fc.weight", "fc.bias"],
-     ["block1.layer.1.convShortcut.weight", "conv1.bias"]),
-    ("wrn16_1", ["block2.layer.0.convShortcut.weight"], ["block1.layer.0.convShortcut.weight"]),
-    ("resnet8x4", ["bn1.weight", "layer1.0.downsample.0.weight", "layer2.0.downsample.1.running_var",
-                   "fc.weight"], []),
-    ("resnet20", ["layer1.0.conv1.weight", "layer3.2.bn2.weight"], ["layer1.0.downsample.0.weight"]),
-    ("cifar_resnet20", ["layer2.0.conv1.weight", "linear.weight"], ["layer2.0.shortcut.0.weight"]),
-    ("resnet18", ["layer2.0.shortcut.0.weight", "layer4.1.bn2.weight", "linear.weight"],
-     ["layer1.0.shortcut.0.weight"]),
-    ("resnet50", ["layer1.0.shortcut.1.weight", "layer4.2.conv3.weight"], ["layer1.1.shortcut.0.weight"]),
-    ("vgg11", ["block0.0.bias", "block2.3.weight", "block2.4.running_var", "classifier.weight"],
-     ["block1.3.weight"]),
-])
+@pytest.mark.parametrize(
+    "name, keys, absent",
+    [
+        (
+            "wrn40_2",
+            [
+                "conv1.weight",
+                "block1.layer.0.bn1.weight",
+                "block1.layer.0.conv1.weight",
+                "block1.layer.0.convShortcut.weight",
+                "block2.layer.5.bn2.running_mean",
+                "block3.layer.5.conv2.weight",
+                "bn1.weight",
+                "fc.weight",
+                "fc.bias",
+            ],
+            ["block1.layer.1.convShortcut.weight", "conv1.bias"],
+        ),
+        ("wrn16_1", ["block2.layer.0.convShortcut.weight"], ["block1.layer.0.convShortcut.weight"]),
+        (
+            "resnet8x4",
+            ["bn1.weight", "layer1.0.downsample.0.weight", "layer2.0.downsample.1.running_var", "fc.weight"],
+            [],
+        ),
+        ("resnet20", ["layer1.0.conv1.weight", "layer3.2.bn2.weight"], ["layer1.0.downsample.0.weight"]),
+        ("cifar_resnet20", ["layer2.0.conv1.weight", "linear.weight"], ["layer2.0.shortcut.0.weight"]),
+        (
+            "resnet18",
+            ["layer2.0.shortcut.0.weight", "layer4.1.bn2.weight", "linear.weight"],
+            ["layer1.0.shortcut.0.weight"],
+        ),
+        ("resnet50", ["layer1.0.shortcut.1.weight", "layer4.2.conv3.weight"], ["layer1.1.shortcut.0.weight"]),
+        (
+            "vgg11",
+            ["block0.0.bias", "block2.3.weight", "block2.4.running_var", "classifier.weight"],
+            ["block1.3.weight"],
+        ),
+    ],
+)
 def test_parameters_have_the_names_of_published_checkpoints(name, keys, absent):
     names = set(MODELS[name](10).state_dict())
     assert set(keys) <= names
     assert not names & set(absent)
 
 
-@pytest.mark.parametrize("name, original", [("mobilenetv2", "mobilenet_v2"),
-                                            ("shufflenetv2", "shufflenet_v2_x1_0")])
+@pytest.mark.parametrize("name, original", [("mobilenetv2", "mobilenet_v2"), ("shufflenetv2", "shufflenet_v2_x1_0")])
 def test_torchvisions_weights_fit_where_only_strides_differ(name, original):
     weights = torchvision.models.get_model(original, num_classes=10).state_dict()
     MODELS[name](10).load_state_dict(weights)
@@ -131,7 +167,7 @@ def test_option_a_shortcut_takes_every_second_pixel_and_pads_both_sides(width, s
     before = (width - 3) // 2
     for row in range(expected.shape[2]):
         for column in range(expected.shape[3]):
-            expected[:, before:before + 3, row, column] = images[:, :, stride * row, stride * column]
+            expected[:, before : before + 3, row, column] = images[:, :, stride * row, stride * column]
     assert np.array_equal(Subsample(width - 3, stride)(torch.from_numpy(images)).numpy(), expected)
 
 
@@ -168,7 +204,7 @@ def test_he_init_scales_by_fan_out():
     assert weight.std().item() == pytest.approx((2 / (9 * 128)) ** 0.5, rel=0.02)
 
 
-FACTORIES = '''
+FACTORIES = """
 from dataclasses import dataclass
 
 from torch import nn
@@ -207,7 +243,7 @@ def text(num_classes):
 
 def needs_more(depth, num_classes):
     return named(num_classes)
-'''
+"""
 
 
 @pytest.fixture
@@ -255,12 +291,15 @@ def test_torchvisions_models_need_three_channels():
         build_model("densenet121", 10, in_channels=1)
 
 
-@pytest.mark.parametrize("factory, sentence", [
-    ("missing", "has no function or class 'missing'"),
-    ("FACTORIES", "has no function or class 'FACTORIES'"),
-    ("text", "text' returned a str: it has to return a torch.nn.Module"),
-    ("needs_more", "needs_more' failed when called with .*num_classes=10 .*: TypeError: .*depth"),
-])
+@pytest.mark.parametrize(
+    "factory, sentence",
+    [
+        ("missing", "has no function or class 'missing'"),
+        ("FACTORIES", "has no function or class 'FACTORIES'"),
+        ("text", "text' returned a str: it has to return a torch.nn.Module"),
+        ("needs_more", "needs_more' failed when called with .*num_classes=10 .*: TypeError: .*depth"),
+    ],
+)
 def test_a_factory_that_cannot_be_used_is_named(factories, factory, sentence):
     with pytest.raises(InputError, match=sentence):
         build_model(f"{factories}:{factory}", 10)

@@ -1,4 +1,5 @@
 """The image pool: a ring of bytes, sampled without repeats, evenly if asked, and saved whole."""
+
 import numpy as np
 import pytest
 import torch
@@ -189,8 +190,10 @@ def test_nothing_is_shared_with_another_pool():
     assert held(other) == list(range(10)) and len(ImagePool(10, (1, 2, 2), 4, CPU)) == 0
 
 
-@pytest.mark.parametrize("count, n, expected", [
-    (4, 3, [1, 2, 3]), (4, 9, [0, 1, 2, 3]), (23, 5, [18, 19, 20, 21, 22]), (23, 10, list(range(13, 23)))])
+@pytest.mark.parametrize(
+    "count, n, expected",
+    [(4, 3, [1, 2, 3]), (4, 9, [0, 1, 2, 3]), (23, 5, [18, 19, 20, 21, 22]), (23, 10, list(range(13, 23)))],
+)
 def test_newest_are_the_last_in_their_order(count, n, expected):
     images, targets = filled(10, count).newest(n)
     assert numbers(images).tolist() == expected and targets.tolist() == [number % 4 for number in expected]

@@ -1,4 +1,5 @@
 """RGAL's triplets against loops and formulas in float64 numpy."""
+
 import numpy as np
 import pytest
 import torch
@@ -59,12 +60,17 @@ def probability_oracle(distance, labels, dim, sampling):
 
 def batch(size=14, dim=6, classes=3):
     labels = torch.arange(size) % classes
-    negatives = torch.tensor([[np.random.default_rng(7 * a + p).choice(np.flatnonzero(labels != labels[a]))
-                               for p in range(size)] for a in range(size)])
+    negatives = torch.tensor(
+        [
+            [np.random.default_rng(7 * a + p).choice(np.flatnonzero(labels != labels[a])) for p in range(size)]
+            for a in range(size)
+        ]
+    )
     return torch.randn(size, dim), labels, negatives
 
 
 # ---------------------------------------------------------------- the loss
+
 
 @DIRECTIONS
 @pytest.mark.parametrize("margin", [0.0, 0.2, 5.0])
@@ -106,8 +112,10 @@ def test_gradient_equals_finite_differences_of_the_loop(direction):
     for index in np.ndindex(*base.shape):
         shift = np.zeros_like(base)
         shift[index] = step
-        slopes[index] = (loss_oracle(base + shift, labels, negatives, 0.2, direction)
-                         - loss_oracle(base - shift, labels, negatives, 0.2, direction)) / (2 * step)
+        slopes[index] = (
+            loss_oracle(base + shift, labels, negatives, 0.2, direction)
+            - loss_oracle(base - shift, labels, negatives, 0.2, direction)
+        ) / (2 * step)
     np.testing.assert_allclose(features.grad.numpy(), slopes, atol=1e-5)
 
 
@@ -169,6 +177,7 @@ def test_layers_share_one_draw_and_are_summed():
 
 # ---------------------------------------------------------------- distances
 
+
 def test_distances_equal_numpy():
     features = torch.randn(20, 33)
     rows = features.double().numpy()
@@ -205,6 +214,7 @@ def test_autocast_does_not_lower_the_precision_of_distances():
 
 # ---------------------------------------------------------------- sampling
 
+
 @pytest.mark.parametrize("dim", [2, 3, 10, 100, 200, 1000])
 @SAMPLINGS
 def test_probabilities_equal_the_formula(sampling, dim):
@@ -223,8 +233,11 @@ def test_distance_weights_equal_those_of_pytorch_metric_learning(dim, monkeypatc
     """Up to 100 dimensions, for its weights are not kept in log space and underflow beyond."""
     rows, labels = torch.randn(30, dim), torch.arange(30) % 3
     given = []
-    monkeypatch.setattr(distance_weighted_miner.lmu, "get_random_triplet_indices",
-                        lambda *_, weights, **__: given.append(weights) or (torch.zeros(0).long(),) * 3)
+    monkeypatch.setattr(
+        distance_weighted_miner.lmu,
+        "get_random_triplet_indices",
+        lambda *_, weights, **__: given.append(weights) or (torch.zeros(0).long(),) * 3,
+    )
     DistanceWeightedMiner()(rows, labels)
     ours = relation.negative_probabilities(relation.pairwise_distance(rows), labels, dim, "distance")
     kept = given[0].isfinite().all(1)

@@ -1,4 +1,5 @@
 """The table of finished runs."""
+
 import json
 
 import pytest
@@ -10,8 +11,15 @@ from datafree.errors import InputError
 def write_run(root, run, seed, last, teacher=99.0, best=None, images=640, clock="12:00", **seconds):
     folder = root / run / f"seed{seed}"
     folder.mkdir(parents=True)
-    summary = {"run": run, "seed": seed, "last_acc1": last, "best_acc1": best, "images": images,
-               **(seconds or {"synthesis_s": 10.0, "student_s": 20.0}), "environment": {"time": clock}}
+    summary = {
+        "run": run,
+        "seed": seed,
+        "last_acc1": last,
+        "best_acc1": best,
+        "images": images,
+        **(seconds or {"synthesis_s": 10.0, "student_s": 20.0}),
+        "environment": {"time": clock},
+    }
     if teacher is not None:
         summary["teacher_acc1"] = teacher
     (folder / "summary.json").write_text(json.dumps(summary))
@@ -51,8 +59,15 @@ def test_numbers_that_a_run_does_not_have_stay_empty(tmp_path, monkeypatch, caps
     report.main()
     header, _, row, note = capsys.readouterr().out.splitlines()
     assert dict(zip(header.split(), row.split())) == {
-        "run": "rgal", "n": "1", "teacher": "-", "last": "-", "std": "-", "best": "-",
-        "images": "640", "s": "30"}
+        "run": "rgal",
+        "n": "1",
+        "teacher": "-",
+        "last": "-",
+        "std": "-",
+        "best": "-",
+        "images": "640",
+        "s": "30",
+    }
     assert "%" in note
 
 
@@ -80,8 +95,10 @@ def test_runs_that_differ_in_an_option_do_not_share_a_row(tmp_path):
     for tag, seed, weight, last in (("a", 0, 0.1, 90.0), ("b", 1, 0.1, 92.0), ("c", 0, 0.3, 50.0)):
         write_settings(tmp_path / tag, seed, {"triplet": weight, "seed": seed}, last)
     rows = table_of(report.read_summaries([tmp_path]))
-    assert [(row["options"], row["n"], row["last"]) for row in rows] == [("triplet=0.1", 2, 91.0),
-                                                                         ("triplet=0.3", 1, 50.0)]
+    assert [(row["options"], row["n"], row["last"]) for row in rows] == [
+        ("triplet=0.1", 2, 91.0),
+        ("triplet=0.3", 1, 50.0),
+    ]
 
 
 def test_weights_part_rows_only_within_a_seed(tmp_path):
@@ -123,12 +140,22 @@ def test_gains_are_paired_by_seed(tmp_path, monkeypatch, capsys):
 
 
 def test_rows_are_compared_with_the_one_of_their_name_where_each_has_one(tmp_path):
-    for run, seed, weight, last in (("dafl", 0, 0.0, 50.0), ("dafl", 0, 0.1, 53.0), ("fast", 0, 0.0, 90.0),
-                                    ("fast", 0, 0.1, 91.0), ("real", 0, 0.3, 99.0)):
+    for run, seed, weight, last in (
+        ("dafl", 0, 0.0, 50.0),
+        ("dafl", 0, 0.1, 53.0),
+        ("fast", 0, 0.0, 90.0),
+        ("fast", 0, 0.1, 91.0),
+        ("real", 0, 0.3, 99.0),
+    ):
         write_settings(tmp_path / f"{weight}", seed, {"striplet": weight, "seed": seed}, last, run=run)
     rows = table_of(report.read_summaries([tmp_path]), ["striplet=0"])
     assert {(row["run"], row["last"]): row["gain"] for row in rows} == {
-        ("dafl", 50): None, ("dafl", 53): 3, ("fast", 90): None, ("fast", 91): 1, ("real", 99): None}
+        ("dafl", 50): None,
+        ("dafl", 53): 3,
+        ("fast", 90): None,
+        ("fast", 91): 1,
+        ("real", 99): None,
+    }
     write_settings(tmp_path / "more", 0, {"striplet": 0.0, "ngf": 8, "seed": 0}, 10.0, run="dafl")
     with pytest.raises(InputError, match="fits 3 rows, not one or one of each name"):
         table_of(report.read_summaries([tmp_path]), ["striplet=0"])
@@ -137,22 +164,32 @@ def test_rows_are_compared_with_the_one_of_their_name_where_each_has_one(tmp_pat
 def write_effects(root):
     """Two seeds, whose shift is their own: option a gains 1, option b 10, b with its c=2 11."""
     for seed, shift in ((0, 60.0), (1, 30.0)):
-        for tag, settings, gain in (("none", {"triplet": 0.0}, 0),
-                                    ("paper", {"triplet": 0.1, "relation": "paper"}, 1 + seed),
-                                    ("release", {"triplet": 0.1, "relation": "release"}, 3 + seed),
-                                    ("wide", {"triplet": 0.1, "relation": "release", "ngf": 9}, 50)):
+        for tag, settings, gain in (
+            ("none", {"triplet": 0.0}, 0),
+            ("paper", {"triplet": 0.1, "relation": "paper"}, 1 + seed),
+            ("release", {"triplet": 0.1, "relation": "release"}, 3 + seed),
+            ("wide", {"triplet": 0.1, "relation": "release", "ngf": 9}, 50),
+        ):
             idle = {"relation": "paper", "sampling": "focal", "source": "inversion", "ngf": 8, "seed": seed}
             write_settings(root / tag, seed, idle | settings, shift + gain)
             (root / tag / "rgal" / f"seed{seed}" / "metrics.jsonl").write_text(
-                '{"images/x": 9}\n' + json.dumps({"images/x": gain / 100}) + '\n{"images/x": ')
+                '{"images/x": 9}\n' + json.dumps({"images/x": gain / 100}) + '\n{"images/x": '
+            )
 
 
 def test_an_effect_is_the_mean_over_seeds_of_pairs_that_differ_in_it_alone(tmp_path, monkeypatch, capsys):
     write_effects(tmp_path)
     rows = report.group(report.read_summaries([tmp_path]))
     [relation] = report.effects(rows, "relation")
-    assert relation == {"option": "relation", "from": "paper", "to": "release", "pairs": 2, "seeds": 2,
-                        "gain": 2.0, "ci95": 0.0}
+    assert relation == {
+        "option": "relation",
+        "from": "paper",
+        "to": "release",
+        "pairs": 2,
+        "seeds": 2,
+        "gain": 2.0,
+        "ci95": 0.0,
+    }
     # Without triplets nothing reads the relation, so that run is a pair with both directions.
     [triplet] = report.effects(rows, "triplet")
     assert (triplet["from"], triplet["to"], triplet["pairs"], triplet["gain"]) == ("0", "0.1", 4, 2.5)
@@ -178,12 +215,24 @@ def test_a_number_that_no_run_has_an_unknown_flag_and_lost_metrics_are_named(tmp
         report.main()
 
 
-@pytest.mark.parametrize("words, told", [((), "give folders"), (("RUNS", "--of"), "--of needs"),
-                                         (("RUNS", "--effect", "relatoin"), "no run reads such an option")])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ((), "give folders"),
+        (("RUNS", "--of"), "--of needs"),
+        (("RUNS", "--effect", "relatoin"), "no run reads such an option"),
+    ],
+)
 def test_words_that_are_missing_or_mistyped_are_named(words, told, tmp_path, monkeypatch):
     write_effects(tmp_path)
-    monkeypatch.setattr("sys.argv", ["report", *(str(tmp_path) if word == "RUNS" else word for word in words),
-                                     *(() if words else ("--effect", "ngf"))])
+    monkeypatch.setattr(
+        "sys.argv",
+        [
+            "report",
+            *(str(tmp_path) if word == "RUNS" else word for word in words),
+            *(() if words else ("--effect", "ngf")),
+        ],
+    )
     with pytest.raises(InputError, match=told):
         report.main()
 
@@ -197,8 +246,9 @@ def test_an_option_that_older_runs_do_not_have_parts_rows_by_name(tmp_path):
 ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "gain", "ci95")
 
 
-@pytest.mark.parametrize("freedom, quantile", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (20, 2.086),
-                                               (100, 1.984)])
+@pytest.mark.parametrize(
+    "freedom, quantile", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (20, 2.086), (100, 1.984)]
+)
 def test_the_quantile_of_students_t(freedom, quantile):
     """Values of the usual printed table."""
     assert report.t_quantile(freedom) == pytest.approx(quantile, abs=3e-3)

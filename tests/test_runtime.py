@@ -1,4 +1,5 @@
 """The machine: devices, seeds, random state through a file, precision, signals, the record of a run."""
+
 import json
 import os
 import random
@@ -20,16 +21,25 @@ CPU = torch.device("cpu")
 @pytest.fixture
 def gpus(monkeypatch):
     """Pretend that torch sees a number of GPUs."""
+
     def pretend(count):
         monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
         monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+
     return pretend
 
 
-@pytest.mark.parametrize("count, name, expected", [
-    (0, "auto", "cpu"), (0, "cpu", "cpu"), (2, "cpu", "cpu"),
-    (2, "auto", "cuda:0"), (2, "cuda", "cuda:0"), (2, "cuda:1", "cuda:1"),
-])
+@pytest.mark.parametrize(
+    "count, name, expected",
+    [
+        (0, "auto", "cpu"),
+        (0, "cpu", "cpu"),
+        (2, "cpu", "cpu"),
+        (2, "auto", "cuda:0"),
+        (2, "cuda", "cuda:0"),
+        (2, "cuda:1", "cuda:1"),
+    ],
+)
 def test_device(gpus, count, name, expected):
     gpus(count)
     assert runtime.choose_device(name) == torch.device(expected)

@@ -1,4 +1,5 @@
 """Phase 1: what moves and what must not, which passes are made, what reaches the pool."""
+
 from dataclasses import replace
 
 import nets
@@ -73,6 +74,7 @@ def count_calls(patch, owner, name):
 
 # What moves.
 
+
 def test_teacher_and_student_stay_as_they_are_while_the_generator_learns():
     source = make()
     teacher, student = parts(source)
@@ -144,14 +146,18 @@ def test_statistics_are_taken_of_the_teacher_in_synthesis_alone():
 
 # What is computed.
 
-@pytest.mark.parametrize("weights, relations, passes", [
-    (dict(bn=1.0, oh=1.0), dict(triplet=0.0), 0),
-    (dict(bn=1.0, oh=1.0), dict(relation="off"), 0),
-    (dict(bn=1.0, oh=1.0), dict(triplet_target="teacher"), 0),
-    (dict(oh=1.0), dict(triplet_target="student"), 1),
-    (dict(oh=1.0, adv=1.0), dict(triplet=0.0), 1),
-    (dict(oh=1.0, adv=1.0), dict(triplet_target="student"), 1),
-])
+
+@pytest.mark.parametrize(
+    "weights, relations, passes",
+    [
+        (dict(bn=1.0, oh=1.0), dict(triplet=0.0), 0),
+        (dict(bn=1.0, oh=1.0), dict(relation="off"), 0),
+        (dict(bn=1.0, oh=1.0), dict(triplet_target="teacher"), 0),
+        (dict(oh=1.0), dict(triplet_target="student"), 1),
+        (dict(oh=1.0, adv=1.0), dict(triplet=0.0), 1),
+        (dict(oh=1.0, adv=1.0), dict(triplet_target="student"), 1),
+    ],
+)
 def test_the_student_runs_only_if_a_term_looks_at_it(weights, relations, passes, monkeypatch):
     source = make(settings(**weights), triplets(**relations), g_steps=1)
     calls = count_calls(monkeypatch, parts(source)[1], "features")
@@ -166,8 +172,11 @@ def test_the_student_runs_only_if_a_term_looks_at_it(weights, relations, passes,
 
 @pytest.mark.parametrize("term", [*EVERY, "triplet"])
 def test_a_weight_of_0_skips_its_term_alone(term):
-    source = make(settings(**{**EVERY, term: 0.0}) if term != "triplet" else None,
-                  triplets(triplet=0.0) if term == "triplet" else None, g_steps=1)
+    source = make(
+        settings(**{**EVERY, term: 0.0}) if term != "triplet" else None,
+        triplets(triplet=0.0) if term == "triplet" else None,
+        g_steps=1,
+    )
     assert set(source.synthesize()) == {*EVERY, "triplet"} - {term}
     assert (source.objective.contrast is None) == (term == "cr")
 
@@ -191,11 +200,15 @@ def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
         t, s = teacher.features(views), student.features(views)
         with BatchNormTap(teacher) as tap:
             teacher(views)
-    expected = {"bn": criterions.bn_distance(tap.statistics, "norm"),
-                "oh": criterions.one_hot(t.logits, targets),
-                "adv": criterions.adversarial(s.logits, t.logits), "act": criterions.activation(t.embed),
-                "balance": criterions.balance(t.logits), "tv": criterions.total_variation(images),
-                "l2": criterions.l2_norm(images)}
+    expected = {
+        "bn": criterions.bn_distance(tap.statistics, "norm"),
+        "oh": criterions.one_hot(t.logits, targets),
+        "adv": criterions.adversarial(s.logits, t.logits),
+        "act": criterions.activation(t.embed),
+        "balance": criterions.balance(t.logits),
+        "tv": criterions.total_variation(images),
+        "l2": criterions.l2_norm(images),
+    }
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
     weights = {**EVERY, "triplet": 0.3}
@@ -206,8 +219,12 @@ def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
 @pytest.mark.parametrize("target", ["student", "teacher"])
 @pytest.mark.parametrize("space", ["embedding", "logits"])
 def test_the_triplets_look_at_what_was_chosen(direction, sign, target, space, monkeypatch):
-    source = make(settings(), triplets(relation=direction, triplet_target=target, sampling_space=space,
-                                       start_layer=1, end_layer=2, margin=0.3))
+    source = make(
+        settings(),
+        triplets(
+            relation=direction, triplet_target=target, sampling_space=space, start_layer=1, end_layer=2, margin=0.3
+        ),
+    )
     objective, (teacher, student) = source.objective, parts(source)
     calls = count_calls(monkeypatch, relation, "relation_loss")
     views = torch.rand(BATCH, *SHAPE)
@@ -222,8 +239,9 @@ def test_the_triplets_look_at_what_was_chosen(direction, sign, target, space, mo
     assert not drawn.requires_grad and (margin, sampling, given) == (0.3, "uniform", sign)
 
 
-@pytest.mark.parametrize("start, end, expected", [
-    (0, 4, [0, 1]), (1, 2, [1]), (2, 4, [1]), (-1, 4, [1]), (-2, -1, [0])])
+@pytest.mark.parametrize(
+    "start, end, expected", [(0, 4, [0, 1]), (1, 2, [1]), (2, 4, [1]), (-1, 4, [1]), (-2, -1, [0])]
+)
 def test_stages_are_chosen_and_the_last_one_where_there_are_too_few(start, end, expected):
     features = Features(None, "embedding", [0, 1])
     assert relation.triplet_layers(features, triplets(start_layer=start, end_layer=end)) == expected
@@ -235,6 +253,7 @@ def test_a_network_without_stages_is_scored_by_its_embedding():
 
 # What reaches the pool.
 
+
 def scripted(losses, **options):
     """A synthesis whose steps have these losses -> the source, and the images that each step saw."""
     source = make(settings(oh=1.0, **options), triplets(relation="off"), g_steps=len(losses))
@@ -244,7 +263,8 @@ def scripted(losses, **options):
         def __call__(self, images, views, targets, with_student):
             seen.append(images.detach().clone())
             return images.sum() * 0.01 - images.sum().detach() * 0.01 + losses[len(seen) - 1], {
-                "scripted": torch.tensor(losses[len(seen) - 1])}
+                "scripted": torch.tensor(losses[len(seen) - 1])
+            }
 
         def __getattr__(self, name):
             return getattr(original, name)
@@ -253,9 +273,16 @@ def scripted(losses, **options):
     return source, seen
 
 
-@pytest.mark.parametrize("losses, keep, index", [
-    ([3.0, 1.0, 2.0], "best", 1), ([3.0, 1.0, 2.0], "last", 2), ([1.0, 2.0, 3.0], "best", 0),
-    ([1.0, float("nan"), -5.0, float("nan")], "best", 2), ([2.0, 2.0], "best", 0)])
+@pytest.mark.parametrize(
+    "losses, keep, index",
+    [
+        ([3.0, 1.0, 2.0], "best", 1),
+        ([3.0, 1.0, 2.0], "last", 2),
+        ([1.0, 2.0, 3.0], "best", 0),
+        ([1.0, float("nan"), -5.0, float("nan")], "best", 2),
+        ([2.0, 2.0], "best", 0),
+    ],
+)
 def test_the_kept_batch_is_that_of_the_lowest_loss_or_the_last(losses, keep, index):
     source, seen = scripted(losses, keep=keep)
     assert source.synthesize()["scripted"] == losses[index]
@@ -276,7 +303,7 @@ def test_the_pool_gets_every_round_with_its_classes_in_order():
         images, targets = source.latest()
         assert source.images_made == len(source.pool) == number * BATCH
         assert images.shape == (BATCH, *SHAPE) and torch.equal(targets, targets.sort().values)
-        assert torch.equal(source.pool.targets[(number - 1) * BATCH:number * BATCH], targets)
+        assert torch.equal(source.pool.targets[(number - 1) * BATCH : number * BATCH], targets)
 
 
 def test_the_latest_images_are_known_after_a_restart():
@@ -296,6 +323,7 @@ def test_the_saved_pool_is_no_larger_than_what_it_holds(tmp_path):
 
 # The generator from round to round.
 
+
 def test_random_start_makes_a_new_generator_and_a_new_optimiser_every_round(monkeypatch):
     source = make()
     resets, first = count_calls(monkeypatch, source.generator, "reset"), source.optimizer
@@ -309,8 +337,11 @@ def test_learned_start_moves_by_its_rate_and_keeps_the_optimiser(monkeypatch):
     start = [p.detach().clone() for p in source.generator.parameters()]
     ends = []
     original = source._end_round
-    monkeypatch.setattr(source, "_end_round", lambda: (
-        ends.extend(p.detach().clone() for p in source.generator.parameters()), original()))
+    monkeypatch.setattr(
+        source,
+        "_end_round",
+        lambda: (ends.extend(p.detach().clone() for p in source.generator.parameters()), original()),
+    )
     source.synthesize()
     for before, end, now in zip(start, ends, source.generator.parameters()):
         torch.testing.assert_close(now.detach(), before + 0.25 * (end - before))
@@ -393,6 +424,7 @@ def test_inversion_finds_images_that_the_teacher_gives_the_classes_asked_for():
 
 # Pixels, and a generator whose images are not kept.
 
+
 def streams(options, relations=None, g_steps=3, **more):
     """A StreamSynthesis of the parts of ``make``."""
     other = make(options, relations or triplets(relation="off"))
@@ -454,14 +486,16 @@ def test_the_triplets_act_in_every_source(kind):
 
 # Options of the terms.
 
+
 def test_the_class_of_the_cross_entropy_is_the_one_asked_for_or_the_teachers_own():
     for asked in ("asked", "answered"):
         source = make(settings(oh=1.0, oh_target=asked), triplets(relation="off"))
         views, targets = torch.rand(BATCH, *SHAPE), torch.zeros(BATCH, dtype=torch.long)
         logits = parts(source)[0](views)
         classes = targets if asked == "asked" else logits.argmax(1)
-        torch.testing.assert_close(source.objective(views, views, targets)[1]["oh"],
-                                   torch.nn.functional.cross_entropy(logits, classes))
+        torch.testing.assert_close(
+            source.objective(views, views, targets)[1]["oh"], torch.nn.functional.cross_entropy(logits, classes)
+        )
 
 
 def test_the_adversary_is_as_the_options_say():
@@ -482,8 +516,11 @@ def test_statistics_are_averaged_over_rounds():
         term = objective(views, views, None)[1]["bn"]
         now = [layer[:2] for layer in objective.bn_tap.statistics]
         running = [layer[2:] for layer in objective.bn_tap.statistics]
-        average = now if not statistics else [
-            tuple(0.75 * old + 0.25 * new for old, new in zip(*pair)) for pair in zip(statistics, now)]
+        average = (
+            now
+            if not statistics
+            else [tuple(0.75 * old + 0.25 * new for old, new in zip(*pair)) for pair in zip(statistics, now)]
+        )
         expected = criterions.bn_distance([(*a, *r) for a, r in zip(average, running)], "norm")
         torch.testing.assert_close(term, expected)
         objective.end_round(views)
@@ -491,6 +528,7 @@ def test_statistics_are_averaged_over_rounds():
 
 
 # Contrast, precision, shapes.
+
 
 def test_contrast_remembers_the_kept_batches():
     source = make(settings(cr=1.0), triplets(relation="off"))
@@ -554,13 +592,17 @@ def test_noise_follows_the_data_card_and_is_new_at_every_draw():
 
 # Sources of one's own.
 
-@pytest.mark.parametrize("batch, told", [
-    ((torch.rand(3, *SHAPE), None), r"images \(3, .*of shape \(4, 3, 16, 16\)"),
-    ((torch.zeros(4, *SHAPE, dtype=torch.uint8), None), "torch.uint8"),
-    ((torch.rand(4, *SHAPE), torch.arange(3)), r"classes \(3,\); .*shape \(4,\), or None"),
-    ((torch.rand(4, *SHAPE), [0, 1, 2, 3]), "classes"),
-    ((torch.rand(4, *SHAPE, device="meta"), None), "on meta"),
-])
+
+@pytest.mark.parametrize(
+    "batch, told",
+    [
+        ((torch.rand(3, *SHAPE), None), r"images \(3, .*of shape \(4, 3, 16, 16\)"),
+        ((torch.zeros(4, *SHAPE, dtype=torch.uint8), None), "torch.uint8"),
+        ((torch.rand(4, *SHAPE), torch.arange(3)), r"classes \(3,\); .*shape \(4,\), or None"),
+        ((torch.rand(4, *SHAPE), [0, 1, 2, 3]), "classes"),
+        ((torch.rand(4, *SHAPE, device="meta"), None), "on meta"),
+    ],
+)
 def test_a_batch_of_ones_own_source_that_does_not_fit_is_told(batch, told):
     class Own(BaseSynthesis):
         def sample(self, n):

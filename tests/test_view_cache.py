@@ -1,4 +1,5 @@
 """The teacher's kept answers: the same as asking it, whatever is drawn, forgotten or overwritten."""
+
 import nets
 import pytest
 import torch
@@ -152,11 +153,17 @@ def test_a_network_that_compares_the_images_of_a_batch_is_known():
     assert not sees_images_alone(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
 
 
-@pytest.mark.parametrize("words, told", [
-    ((), "kept for 1,152 of 1,152 views"), (("--view_cache", 0), None), (("--mixup", 0.5), None),
-    (("--gram_loss", 1), None), (("--view_cache", 10**9), "kept for 1,152 of 1,152 views"),
-    (("--view_cache", 1, "--epochs", 4000), "kept for 4,807 of 1,152,000 views"),
-])
+@pytest.mark.parametrize(
+    "words, told",
+    [
+        ((), "kept for 1,152 of 1,152 views"),
+        (("--view_cache", 0), None),
+        (("--mixup", 0.5), None),
+        (("--gram_loss", 1), None),
+        (("--view_cache", 10**9), "kept for 1,152 of 1,152 views"),
+        (("--view_cache", 1, "--epochs", 4000), "kept for 4,807 of 1,152,000 views"),
+    ],
+)
 def test_the_plan_tells_how_many_views_are_kept(words, told, distil, capsys):
     distil("--dry_run", *words)
     printed = capsys.readouterr().out

@@ -1,4 +1,5 @@
 """Data cards: all that distillation knows of a data set, so that its training images are not needed."""
+
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
@@ -34,21 +35,27 @@ class DatasetCard:
         for key, low in (("channels", 1), ("height", 1), ("width", 1), ("num_classes", 2)):
             value = getattr(self, key)
             if type(value) is not int or value < low:
-                raise InputError(f"{key} of the data card {self.name} must be a whole number "
-                                 f"of at least {low}, not {value!r}")
+                raise InputError(
+                    f"{key} of the data card {self.name} must be a whole number of at least {low}, not {value!r}"
+                )
         for key in ("mean", "std"):
             values = getattr(self, key)
             if len(values) != self.channels:
-                raise InputError(f"{key} of the data card {self.name} has {len(values)} numbers, not one for "
-                                 f"each of the {self.channels} channels")
+                raise InputError(
+                    f"{key} of the data card {self.name} has {len(values)} numbers, not one for "
+                    f"each of the {self.channels} channels"
+                )
             if not all(math.isfinite(v) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
-                raise InputError(f"{key} of the data card {self.name} is {values}; give it for images "
-                                 "in [0, 1], std above 0")
+                raise InputError(
+                    f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], std above 0"
+                )
         if type(self.flip) is not bool:
             raise InputError(f"flip of the data card {self.name} is true or false, not {self.flip!r}")
         if self.classes and len(self.classes) != self.num_classes:
-            raise InputError(f"the data card {self.name} names {len(self.classes)} classes but num_classes is "
-                             f"{self.num_classes}; correct one of them")
+            raise InputError(
+                f"the data card {self.name} names {len(self.classes)} classes but num_classes is "
+                f"{self.num_classes}; correct one of them"
+            )
 
     @property
     def shape(self):
@@ -61,8 +68,10 @@ class DatasetCard:
         try:
             Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         except OSError as error:
-            raise InputError(f"cannot write the data card {path} ({error.strerror}); make its folder "
-                             "writable, or give a card elsewhere by --card") from error
+            raise InputError(
+                f"cannot write the data card {path} ({error.strerror}); make its folder "
+                "writable, or give a card elsewhere by --card"
+            ) from error
 
     @classmethod
     def from_yaml(cls, path):
@@ -107,13 +116,16 @@ def _numbers(path, key, values):
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-CARDS = {card.name: card for card in (
-    DatasetCard("digits", 1, 16, 16, 10, (0.3051,), (0.3188,), flip=False),
-    DatasetCard("mnist", 1, 28, 28, 10, (0.1307,), (0.3081,), flip=False),
-    DatasetCard("fashion_mnist", 1, 28, 28, 10, (0.2860,), (0.3530,)),
-    DatasetCard("svhn", 3, 32, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), flip=False),
-    DatasetCard("cifar10", 3, 32, 32, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
-    DatasetCard("cifar100", 3, 32, 32, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
-    DatasetCard("tiny_imagenet", 3, 64, 64, 200, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
-    DatasetCard("imagenet", 3, 224, 224, 1000, IMAGENET_MEAN, IMAGENET_STD),
-)}
+CARDS = {
+    card.name: card
+    for card in (
+        DatasetCard("digits", 1, 16, 16, 10, (0.3051,), (0.3188,), flip=False),
+        DatasetCard("mnist", 1, 28, 28, 10, (0.1307,), (0.3081,), flip=False),
+        DatasetCard("fashion_mnist", 1, 28, 28, 10, (0.2860,), (0.3530,)),
+        DatasetCard("svhn", 3, 32, 32, 10, (0.4377, 0.4438, 0.4728), (0.1980, 0.2010, 0.1970), flip=False),
+        DatasetCard("cifar10", 3, 32, 32, 10, (0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)),
+        DatasetCard("cifar100", 3, 32, 32, 100, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761)),
+        DatasetCard("tiny_imagenet", 3, 64, 64, 200, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
+        DatasetCard("imagenet", 3, 224, 224, 1000, IMAGENET_MEAN, IMAGENET_STD),
+    )
+}

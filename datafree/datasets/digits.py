@@ -1,4 +1,5 @@
 """The UCI handwritten digits that ship with the project; digits.md names source, licence and making."""
+
 from pathlib import Path
 
 import numpy as np

@@ -1,4 +1,5 @@
 """Images in class folders: which files there are, and their pixels as one tensor."""
+
 import os
 from concurrent.futures import ThreadPoolExecutor
 
@@ -48,13 +49,14 @@ def _grouped_images(root, split):
     folder = next((path for path in candidates if class_folders(path)), candidates[0])
     classes = class_folders(folder)
     if len(classes) < 2:
-        raise InputError(f"{folder} holds {len(classes)} class folders but at least 2 are needed; "
-                         f"arrange the images as {folder}/<class>/*{SUFFIXES[0]}{WITHOUT[split]}")
+        raise InputError(
+            f"{folder} holds {len(classes)} class folders but at least 2 are needed; "
+            f"arrange the images as {folder}/<class>/*{SUFFIXES[0]}{WITHOUT[split]}"
+        )
     groups = {path.name: _images_in(path / "images") or _images_in(path) for path in classes}
     for name, images in groups.items():
         if not images:
-            raise InputError(f"{folder / name} holds no images ({' '.join(SUFFIXES)}); "
-                             "fill the folder or remove it")
+            raise InputError(f"{folder / name} holds no images ({' '.join(SUFFIXES)}); fill the folder or remove it")
     return groups
 
 
@@ -63,8 +65,7 @@ def _images_in(folder):
         return []
     with os.scandir(folder) as entries:
         names = sorted(entry.name for entry in entries)
-    return [f"{folder}{os.sep}{name}" for name in names
-            if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+    return [f"{folder}{os.sep}{name}" for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
 
 
 def _annotated_images(annotations):
@@ -75,8 +76,9 @@ def _annotated_images(annotations):
             raise InputError(f"{annotations}: line {number} is not `file<tab>class`; unpack the files again")
         groups.setdefault(parts[1], []).append(str(annotations.parent / "images" / parts[0]))
     if len(groups) < 2:
-        raise InputError(f"{annotations} names {len(groups)} classes but at least 2 are needed; "
-                         "unpack the data set again")
+        raise InputError(
+            f"{annotations} names {len(groups)} classes but at least 2 are needed; unpack the data set again"
+        )
     return groups
 
 
@@ -117,8 +119,10 @@ def decode(paths, shape):
         return index + 1 - start, resized
 
     place, total = os.path.commonpath([paths[0], paths[-1]]), 0
-    with (ThreadPoolExecutor(_threads(paths[0])) as pool,
-          tqdm(total=len(paths), desc=f"reading {place}", unit="image", disable=None) as bar):
+    with (
+        ThreadPoolExecutor(_threads(paths[0])) as pool,
+        tqdm(total=len(paths), desc=f"reading {place}", unit="image", disable=None) as bar,
+    ):
         for count, resized in pool.map(fill, range(0, len(paths), CHUNK)):
             bar.update(count)
             total += resized

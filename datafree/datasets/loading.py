@@ -1,4 +1,5 @@
 """Where a data set's card and images come from: class folders, torchvision's files, the shipped digits."""
+
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -12,8 +13,13 @@ from datafree.datasets.folders import SPLIT_FOLDERS, SUFFIXES, WITHOUT, class_fo
 from datafree.datasets.splits import LazySplit, TensorSplit
 from datafree.errors import InputError, OptionError
 
-TORCHVISION = {"mnist": "MNIST", "fashion_mnist": "FashionMNIST", "svhn": "SVHN",
-               "cifar10": "CIFAR10", "cifar100": "CIFAR100"}
+TORCHVISION = {
+    "mnist": "MNIST",
+    "fashion_mnist": "FashionMNIST",
+    "svhn": "SVHN",
+    "cifar10": "CIFAR10",
+    "cifar100": "CIFAR100",
+}
 OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
 LARGE_IMAGE = 128 * 128
 LARGE_SPLIT = 4 * 2**30
@@ -43,8 +49,10 @@ def load_split(card, data_root, split, download=True, device="cpu", workers=2):
     else:
         raise _missing(card.name, data_root, split)
     if images.shape[1:] != card.shape:
-        raise InputError(f"{source} hold images of shape {tuple(images.shape[1:])} but the data card "
-                         f"{card.name} says {card.shape}; correct the card or give it another name")
+        raise InputError(
+            f"{source} hold images of shape {tuple(images.shape[1:])} but the data card "
+            f"{card.name} says {card.shape}; correct the card or give it another name"
+        )
     _check_classes(card, int(labels.max()) + 1, source)
     return TensorSplit(images, labels, card.num_classes).to(device)
 
@@ -67,8 +75,10 @@ def resolve_card(name, data_root, card_path="", may_derive=False, write=True):
     if path.is_file():
         return replace(DatasetCard.from_yaml(path), name=name)
     if not may_derive:
-        raise InputError(f"there is no data card {path}; `python train_scratch.py --dataset {name}` writes "
-                         "it from the training images, or give one by --card")
+        raise InputError(
+            f"there is no data card {path}; `python train_scratch.py --dataset {name}` writes "
+            "it from the training images, or give one by --card"
+        )
     card = derive_card(name, root)
     if not write:
         return card
@@ -113,8 +123,10 @@ def _folder_split(card, root, split, device, workers):
     _check_classes(card, len(classes), root)
     if card.classes and card.classes != tuple(classes):
         theirs, ours = next(pair for pair in zip(classes, card.classes) if pair[0] != pair[1])
-        raise InputError(f"the class folders of {root} for {split} are not the data card's: {theirs} stands where the "
-                         f"card names {ours}; rename the folder, or correct the card")
+        raise InputError(
+            f"the class folders of {root} for {split} are not the data card's: {theirs} stands where the "
+            f"card names {ours}; rename the folder, or correct the card"
+        )
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
         return LazySplit(paths, labels, card.shape, card.num_classes, device, workers)
@@ -148,20 +160,26 @@ def _torchvision_images(name, data_root, split, download):
 
 def _check_classes(card, found, source):
     if found != card.num_classes:
-        raise InputError(f"{found} classes in {source} but {card.num_classes} in the data card {card.name}; "
-                         "correct the folders or give the right card by --card")
+        raise InputError(
+            f"{found} classes in {source} but {card.num_classes} in the data card {card.name}; "
+            "correct the folders or give the right card by --card"
+        )
 
 
 def _missing(name, data_root, split, reason=""):
     root = Path(data_root) / name
     files = f" and for torchvision's files in {data_root} and {root}" if name in TORCHVISION else ""
     layout = f"{root}/{SPLIT_FOLDERS[split][0]}/<class>/*{{{','.join(SUFFIXES)}}}"
-    return InputError(f"no {split} images of {name}: looked for {layout}{files}{reason}; "
-                      f"name their folder by --data_root{WITHOUT[split]}")
+    return InputError(
+        f"no {split} images of {name}: looked for {layout}{files}{reason}; "
+        f"name their folder by --data_root{WITHOUT[split]}"
+    )
 
 
 def _unknown(name, data_root):
     known = sorted({*CARDS, *(path.name for path in class_folders(data_root))})
     near = get_close_matches(name, known, n=3) or known
-    return OptionError(f"--dataset {name}: no registered data set and no folder {data_root / name}; "
-                       f"nearest: {', '.join(near)} (data without files needs --card)")
+    return OptionError(
+        f"--dataset {name}: no registered data set and no folder {data_root / name}; "
+        f"nearest: {', '.join(near)} (data without files needs --card)"
+    )

@@ -1,4 +1,5 @@
 """A split of a data set: in memory as one uint8 tensor, or decoded from its files as needed."""
+
 import copy
 import itertools
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ class Shuffle:
         parts = []
         while n > 0:
             current, position = divmod(self.drawn, self.size)
-            parts.append(self._order_of(current)[position:position + n])
+            parts.append(self._order_of(current)[position : position + n])
             n -= len(parts[-1])
             self.drawn += len(parts[-1])
         return torch.cat(parts)
@@ -56,8 +57,10 @@ class Shuffle:
     def load_state_dict(self, state):
         """Go on where ``state`` was taken; raises InputError if it belongs to another number of images."""
         if state["size"] != self.size:
-            raise InputError(f"the checkpoint was made with {state['size']} images but there are {self.size} "
-                             "now; give the same data by --data_root")
+            raise InputError(
+                f"the checkpoint was made with {state['size']} images but there are {self.size} "
+                "now; give the same data by --data_root"
+            )
         self.seed, self.drawn, self._pass = state["seed"], state["drawn"], None
 
 
@@ -146,9 +149,13 @@ class LazySplit:
             yield list(zip(ahead.take(n).tolist(), seeds))
 
     def _load(self, index_batches):
-        loader = DataLoader(_Files(self.paths, self.labels, self.shape), batch_sampler=index_batches,
-                            num_workers=self.workers, pin_memory=self.device.type == "cuda",
-                            generator=torch.Generator())
+        loader = DataLoader(
+            _Files(self.paths, self.labels, self.shape),
+            batch_sampler=index_batches,
+            num_workers=self.workers,
+            pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),
+        )
         try:
             for images, labels in loader:
                 images = images.to(self.device, non_blocking=True)

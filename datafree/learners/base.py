@@ -1,4 +1,5 @@
 """What the engine asks of a learner: steps, and a state to resume from."""
+
 import math
 
 import torch
@@ -18,11 +19,13 @@ class Learner:
     def __init__(self, network, settings, total_steps, extra=(), precision="none"):
         self.network, self.precision = network, precision
         self.device = network.mean.device
-        self.optimizer = torch.optim.SGD([*network.parameters(), *extra], settings.lr, settings.momentum,
-                                         weight_decay=settings.weight_decay)
+        self.optimizer = torch.optim.SGD(
+            [*network.parameters(), *extra], settings.lr, settings.momentum, weight_decay=settings.weight_decay
+        )
         # In closed form, so that a resumed run may be longer than it was.
         self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2)
+            self.optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
+        )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
 
     def loss(self, images, targets, numbers, progress):
@@ -56,8 +59,12 @@ class Learner:
 
     def parts(self):
         """Everything with a state, name -> object with state_dict and load_state_dict."""
-        return {"student": self.network.model, "optimizer": self.optimizer, "schedule": self.schedule,
-                "scaler": self.scaler}
+        return {
+            "student": self.network.model,
+            "optimizer": self.optimizer,
+            "schedule": self.schedule,
+            "scaler": self.scaler,
+        }
 
     def state_dict(self):
         return {name: part.state_dict() for name, part in self.parts().items()}

@@ -1,4 +1,5 @@
 """Phase 2 of RGAL: the student learns the teacher's answers, its stages, and to keep classes apart."""
+
 import torch
 
 from datafree import criterions, relation
@@ -19,10 +20,12 @@ class DistillLearner(Learner):
     def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none", cache=None):
         others = (settings.cd_loss, settings.gram_loss, settings.at_loss, triplets.striplet)
         if not settings.kd and (settings.custom_steps < 1 or not any(others)):
-            raise InputError("with --kd 0 the student has no loss"
-                             + (f" after custom_steps {settings.custom_steps:g} of the run" if any(others) else "")
-                             + "; give --kd a weight, or --cd_loss, --gram_loss, --at_loss or --striplet one and "
-                             "--custom_steps 1")
+            raise InputError(
+                "with --kd 0 the student has no loss"
+                + (f" after custom_steps {settings.custom_steps:g} of the run" if any(others) else "")
+                + "; give --kd a weight, or --cd_loss, --gram_loss, --at_loss or --striplet one and "
+                "--custom_steps 1"
+            )
         projects = settings.cd_loss or settings.gram_loss
         self.projection = None
         if projects:
@@ -60,8 +63,10 @@ class DistillLearner(Learner):
         """The terms beside L_kd act in the first ``custom_steps`` of the run."""
         if progress >= self.settings.custom_steps:
             return {}
-        return {**{name: getattr(self.settings, name) for name in ("cd_loss", "gram_loss", "at_loss")},
-                "striplet": self.triplets.striplet}
+        return {
+            **{name: getattr(self.settings, name) for name in ("cd_loss", "gram_loss", "at_loss")},
+            "striplet": self.triplets.striplet,
+        }
 
     def _kd(self, student, teacher):
         if self.settings.kd_distance == "l1":
@@ -78,11 +83,20 @@ class DistillLearner(Learner):
         return criterions.attention(student.stages, teacher.stages, self.pairs)
 
     def _striplet(self, student, teacher):
-        layers = {"global": [student.embed], "logits": [student.logits],
-                  "features": relation.triplet_layers(student, self.triplets)}[self.triplets.striplet_feature]
+        layers = {
+            "global": [student.embed],
+            "logits": [student.logits],
+            "features": relation.triplet_layers(student, self.triplets),
+        }[self.triplets.striplet_feature]
         space = teacher.embed if self.triplets.sampling_space == "embedding" else student.logits
-        return relation.relation_loss(layers, teacher.logits.argmax(1), space.detach(), self.triplets.margin,
-                                      self.triplets.striplet_sampling, relation.SEPARATE)
+        return relation.relation_loss(
+            layers,
+            teacher.logits.argmax(1),
+            space.detach(),
+            self.triplets.margin,
+            self.triplets.striplet_sampling,
+            relation.SEPARATE,
+        )
 
     def numbers(self):
         rate = self.cache.hit_rate() if self.cache else None

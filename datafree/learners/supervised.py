@@ -1,4 +1,5 @@
 """Plain training on labelled images: how teachers are made."""
+
 from torch.nn import functional as F
 
 from datafree.learners.base import Learner

@@ -3,6 +3,7 @@
 Every network takes images of any reasonable size. Networks that are not in the table come by
 :func:`datafree.models.custom.build_model`.
 """
+
 from . import lenet, mobilenetv2, resnet, resnet_cifar, shufflenetv2, vgg, wresnet
 
 MODELS = {

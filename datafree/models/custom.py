@@ -1,4 +1,5 @@
 """A network from what a person types: a registered name, a factory of one's own, or torchvision's name."""
+
 import difflib
 import importlib
 import importlib.util
@@ -44,8 +45,10 @@ def _torchvision_names():
 
 def _from_torchvision(name, num_classes, in_channels):
     if in_channels != 3:
-        raise InputError(f"torchvision's {name} takes images of 3 channels, not {in_channels}: "
-                         "name a model of your own as path/to/file.py:factory")
+        raise InputError(
+            f"torchvision's {name} takes images of 3 channels, not {in_channels}: "
+            "name a model of your own as path/to/file.py:factory"
+        )
     options = {"aux_logits": False, "init_weights": True} if name in AUXILIARY_HEADS else {}
     return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
 
@@ -55,8 +58,10 @@ def _from_factory(name, num_classes, in_channels):
     try:
         model = factory(**_arguments(factory, num_classes, in_channels))
     except Exception as error:
-        raise InputError(f"'{name}' failed when called with those of num_classes={num_classes} and "
-                         f"in_channels={in_channels} that it takes: {_brief(error)}") from error
+        raise InputError(
+            f"'{name}' failed when called with those of num_classes={num_classes} and "
+            f"in_channels={in_channels} that it takes: {_brief(error)}"
+        ) from error
     if not isinstance(model, nn.Module):
         raise InputError(f"'{name}' returned a {type(model).__name__}: it has to return a torch.nn.Module")
     return model
@@ -67,8 +72,9 @@ def load_object(name):
     source, _, attribute = name.rpartition(":")
     found = getattr(_import(source), attribute, None)
     if not callable(found):
-        raise InputError(f"'{source}' has no function or class '{attribute}': "
-                         f"check the part of '{name}' after the colon")
+        raise InputError(
+            f"'{source}' has no function or class '{attribute}': check the part of '{name}' after the colon"
+        )
     return found
 
 

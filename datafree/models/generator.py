@@ -1,4 +1,5 @@
 """The generator of images: noise in, images in [0, 1] out, for any image size."""
+
 import math
 
 import torch
@@ -59,7 +60,7 @@ class Generator(nn.Module):
         x = self.project(z).view(-1, *self.base).contiguous(memory_format=torch.channels_last)
         images = torch.sigmoid(self.layers(x))
         top, left = (images.shape[2] - self.height) // 2, (images.shape[3] - self.width) // 2
-        return images[:, :, top:top + self.height, left:left + self.width]
+        return images[:, :, top : top + self.height, left : left + self.width]
 
 
 def _batch_norm(channels):

@@ -1,4 +1,5 @@
 """What several networks share: their last pooling and their first weights."""
+
 from torch import nn
 from torch.nn import functional as F
 

@@ -1,4 +1,5 @@
 """LeNet-5 (LeCun et al., 1998) for images of any size."""
+
 from torch import nn
 from torch.nn import functional as F
 
@@ -15,9 +16,16 @@ class LeNet5(nn.Module):
     def __init__(self, num_classes, in_channels=3):
         super().__init__()
         self.trunk = nn.Sequential(
-            nn.Conv2d(in_channels, 6, 5), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(6, 16, 5), nn.BatchNorm2d(16), nn.ReLU(), nn.MaxPool2d(2),
-            nn.Conv2d(16, 120, 5), nn.ReLU(),
+            nn.Conv2d(in_channels, 6, 5),
+            nn.BatchNorm2d(6),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(6, 16, 5),
+            nn.BatchNorm2d(16),
+            nn.ReLU(),
+            nn.MaxPool2d(2),
+            nn.Conv2d(16, 120, 5),
+            nn.ReLU(),
         )
         self.pool = GlobalAveragePool()
         self.head = nn.Sequential(nn.Linear(120, 84), nn.ReLU(), nn.Linear(84, num_classes))

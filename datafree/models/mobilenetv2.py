@@ -1,4 +1,5 @@
 """MobileNetV2 of width 1.0 (Sandler et al., CVPR 2018) for 32-px images."""
+
 from torch import nn
 from torchvision import models
 

@@ -3,6 +3,7 @@
 Against the ImageNet networks the stem is one 3x3 convolution of stride 1 without a max pool. The names of
 the parameters are CMI's (``shortcut``, ``linear``).
 """
+
 from collections import OrderedDict
 from functools import partial
 
@@ -15,8 +16,9 @@ def projection(in_channels, out_channels, stride):
     """Option B of the paper: 1x1 convolution and BN where the shape changes, else nothing."""
     if stride == 1 and in_channels == out_channels:
         return nn.Sequential()
-    return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False),
-                         nn.BatchNorm2d(out_channels))
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False), nn.BatchNorm2d(out_channels)
+    )
 
 
 class BasicBlock(nn.Module):

@@ -4,6 +4,7 @@
 shortcuts. ``cifar_resnet20 ... cifar_resnet110``: the paper's own, with shortcuts that have no parameters.
 The names of the parameters are those of the published checkpoints of each family.
 """
+
 from functools import partial
 
 from torch import nn
@@ -22,7 +23,7 @@ class Subsample(nn.Module):
 
     def forward(self, x):
         before = self.extra_channels // 2
-        pixels = x[:, :, ::self.stride, ::self.stride]
+        pixels = x[:, :, :: self.stride, :: self.stride]
         return F.pad(pixels, (0, 0, 0, 0, before, self.extra_channels - before))
 
 
@@ -48,14 +49,22 @@ class DownsampleBlock(BasicBlock):
 def rep_resnet(num_classes, in_channels=3, *, depth, widths):
     """RepDistiller's network of ``depth`` layers; ``widths``: of the stem and of the three stages."""
     stem, *stages = widths
-    return residual_network(num_classes, in_channels, block=DownsampleBlock, depths=[(depth - 2) // 6] * 3,
-                            widths=stages, stem=stem, head="fc")
+    return residual_network(
+        num_classes,
+        in_channels,
+        block=DownsampleBlock,
+        depths=[(depth - 2) // 6] * 3,
+        widths=stages,
+        stem=stem,
+        head="fc",
+    )
 
 
 def cifar_resnet(num_classes, in_channels=3, *, depth):
     """The paper's network of ``depth`` layers for CIFAR-10."""
-    return residual_network(num_classes, in_channels, block=OptionABlock, depths=[(depth - 2) // 6] * 3,
-                            widths=(16, 32, 64), stem=16)
+    return residual_network(
+        num_classes, in_channels, block=OptionABlock, depths=[(depth - 2) // 6] * 3, widths=(16, 32, 64), stem=16
+    )
 
 
 _thin = partial(rep_resnet, widths=(16, 16, 32, 64))

@@ -1,4 +1,5 @@
 """ShuffleNetV2 of width 1.0 (Ma et al., ECCV 2018) for 32-px images."""
+
 from torch import nn
 from torchvision import models
 

@@ -2,6 +2,7 @@
 
 One linear layer follows a global average pool. The names of the parameters are RepDistiller's.
 """
+
 from collections import OrderedDict
 from functools import partial
 
@@ -30,19 +31,23 @@ def block(in_channels, out_channels, depth):
 
 def vgg(num_classes, in_channels=3, *, depths):
     """A VGG network with ``depths`` convolutions in its five blocks, of 64 to 512 channels."""
-    return he_init(nn.Sequential(OrderedDict(
-        block0=block(in_channels, 64, depths[0]),
-        pool0=nn.MaxPool2d(2),
-        block1=block(64, 128, depths[1]),
-        pool1=nn.MaxPool2d(2),
-        block2=block(128, 256, depths[2]),
-        pool2=nn.MaxPool2d(2),
-        block3=block(256, 512, depths[3]),
-        pool3=LargeMapPool(2),
-        block4=block(512, 512, depths[4]),
-        pool4=GlobalAveragePool(),
-        classifier=nn.Linear(512, num_classes),
-    )))
+    return he_init(
+        nn.Sequential(
+            OrderedDict(
+                block0=block(in_channels, 64, depths[0]),
+                pool0=nn.MaxPool2d(2),
+                block1=block(64, 128, depths[1]),
+                pool1=nn.MaxPool2d(2),
+                block2=block(128, 256, depths[2]),
+                pool2=nn.MaxPool2d(2),
+                block3=block(256, 512, depths[3]),
+                pool3=LargeMapPool(2),
+                block4=block(512, 512, depths[4]),
+                pool4=GlobalAveragePool(),
+                classifier=nn.Linear(512, num_classes),
+            )
+        )
+    )
 
 
 vgg8 = partial(vgg, depths=(1, 1, 1, 1, 1))

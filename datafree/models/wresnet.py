@@ -3,6 +3,7 @@
 wrn<depth>_<k>: depth 6n + 4, three groups of n pre-activation blocks, widths 16k, 32k, 64k. The names of
 the parameters are those that published checkpoints use.
 """
+
 from collections import OrderedDict
 from functools import partial
 
@@ -48,16 +49,20 @@ class Group(nn.Module):
 def wide_resnet(num_classes, in_channels=3, *, depth, k):
     """A wide residual network of ``depth`` layers that is ``k`` times as wide as a plain one."""
     n = (depth - 4) // 6
-    return he_init(nn.Sequential(OrderedDict(
-        conv1=conv3x3(in_channels, 16),
-        block1=Group(n, 16, 16 * k, stride=1),
-        block2=Group(n, 16 * k, 32 * k, stride=2),
-        block3=Group(n, 32 * k, 64 * k, stride=2),
-        bn1=nn.BatchNorm2d(64 * k),
-        relu=nn.ReLU(),
-        pool=GlobalAveragePool(),
-        fc=nn.Linear(64 * k, num_classes),
-    )))
+    return he_init(
+        nn.Sequential(
+            OrderedDict(
+                conv1=conv3x3(in_channels, 16),
+                block1=Group(n, 16, 16 * k, stride=1),
+                block2=Group(n, 16 * k, 32 * k, stride=2),
+                block3=Group(n, 32 * k, 64 * k, stride=2),
+                bn1=nn.BatchNorm2d(64 * k),
+                relu=nn.ReLU(),
+                pool=GlobalAveragePool(),
+                fc=nn.Linear(64 * k, num_classes),
+            )
+        )
+    )
 
 
 wrn16_1 = partial(wide_resnet, depth=16, k=1)

@@ -1,4 +1,5 @@
 """What the engine asks of a source of images."""
+
 import torch
 
 from datafree.errors import InputError
@@ -74,18 +75,26 @@ def checked(source, shape, device):
         nonlocal first
         batch = sample(n)
         if not isinstance(batch, tuple) or len(batch) not in (2, 3) or not torch.is_tensor(batch[0]):
-            raise InputError(f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
-                             "(images, targets) or (images, targets, numbers), targets None where there are none")
+            raise InputError(
+                f"{name}.sample({n}) returned a {type(batch).__name__}; it has to return "
+                "(images, targets) or (images, targets, numbers), targets None where there are none"
+            )
         images, targets = batch[:2]
         if images.shape != (n, *shape) or not images.is_floating_point() or images.device.type != device.type:
-            raise InputError(f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype} on "
-                             f"{images.device.type}; they have to be floats of shape {(n, *shape)} on {device.type}")
+            raise InputError(
+                f"{name}.sample({n}) returned images {tuple(images.shape)} of {images.dtype} on "
+                f"{images.device.type}; they have to be floats of shape {(n, *shape)} on {device.type}"
+            )
         if targets is not None and not (torch.is_tensor(targets) and targets.shape == (n,)):
-            raise InputError(f"{name}.sample({n}) returned classes {tuple(getattr(targets, 'shape', ()))}; they have "
-                             f"to be a tensor of shape ({n},), or None")
+            raise InputError(
+                f"{name}.sample({n}) returned classes {tuple(getattr(targets, 'shape', ()))}; they have "
+                f"to be a tensor of shape ({n},), or None"
+            )
         if first and not ((images >= 0) & (images <= 1)).all():
-            raise InputError(f"{name}.sample({n}) returned images from {images.min():.4g} to {images.max():.4g}; they "
-                             "have to be in [0, 1]")
+            raise InputError(
+                f"{name}.sample({n}) returned images from {images.min():.4g} to {images.max():.4g}; they "
+                "have to be in [0, 1]"
+            )
         first = False
         return batch
 
@@ -93,8 +102,10 @@ def checked(source, shape, device):
         terms = synthesize()
         terms = {} if terms is None else terms
         if not isinstance(terms, dict) or not all(torch.is_tensor(t) and t.numel() == 1 for t in terms.values()):
-            raise InputError(f"{name}.synthesize() returned {terms!r}; it has to return the terms to log, name -> "
-                             "scalar tensor, or nothing")
+            raise InputError(
+                f"{name}.synthesize() returned {terms!r}; it has to return the terms to log, name -> "
+                "scalar tensor, or nothing"
+            )
         return terms
 
     if type(source).sample is BaseSynthesis.sample:

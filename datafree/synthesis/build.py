@@ -1,4 +1,5 @@
 """The source of images that the options name."""
+
 from datafree.errors import InputError
 from datafree.models.custom import load_object
 from datafree.models.generator import Generator
@@ -48,8 +49,10 @@ def make_pool(config, card, device):
     """An ImagePool for the rounds of a run, of ``pool_size`` images at most."""
     options, schedule = config.synthesis, config.schedule
     if 0 < options.pool_size < options.synthesis_batch_size:
-        raise InputError(f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
-                         f"--synthesis_batch_size {options.synthesis_batch_size} or more, or give 0 to hold all")
+        raise InputError(
+            f"--pool_size {options.pool_size} cannot hold the images of one round; raise it to "
+            f"--synthesis_batch_size {options.synthesis_batch_size} or more, or give 0 to hold all"
+        )
     images = schedule.epochs * (schedule.ep_steps // schedule.kd_steps) * options.synthesis_batch_size
     return ImagePool(min(options.pool_size or images, images), card.shape, card.num_classes, device)
 
@@ -59,8 +62,14 @@ def _own(name, teacher, student, session):
     make = load_object(name)
     session.count_code(name, make)
     try:
-        source = make(teacher=teacher, student=student, augment=session.augment, card=session.card,
-                      config=session.config, device=session.device)
+        source = make(
+            teacher=teacher,
+            student=student,
+            augment=session.augment,
+            card=session.card,
+            config=session.config,
+            device=session.device,
+        )
     except InputError:
         raise
     except Exception as error:

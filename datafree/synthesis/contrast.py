@@ -1,4 +1,5 @@
 """CMI's contrastive term: new images must differ from the earlier ones (Fang et al., IJCAI 2021)."""
+
 import torch
 from torch import nn
 

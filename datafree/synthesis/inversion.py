@@ -1,4 +1,5 @@
 """Images by inverting the frozen teacher, round by round: through a generator, or as pixels."""
+
 from functools import partial
 
 import torch
@@ -74,8 +75,12 @@ class InversionSynthesis(RoundSynthesis):
         return {"generator": self.generator, **kept[self.settings.generator_init]}
 
     def state_dict(self):
-        return {**super().state_dict(), **{name: part.state_dict() for name, part in self._parts().items()},
-                "centres": self.centres, "reset_done": self.reset_done}
+        return {
+            **super().state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
+            "centres": self.centres,
+            "reset_done": self.reset_done,
+        }
 
     def load_state_dict(self, state):
         super().load_state_dict(state)

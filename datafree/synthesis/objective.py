@@ -1,4 +1,5 @@
 """The loss that images are synthesised under: a weighted sum of terms, each computed only if it is wanted."""
+
 from contextlib import nullcontext
 
 import torch
@@ -28,8 +29,10 @@ class SynthesisObjective:
         self.wanted()
         self.bn_tap = BatchNormTap(teacher)
         if self.weights["bn"] and not self.bn_tap.layers:
-            raise InputError(f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
-                             "(and lean on --oh, --adv, --tv, --l2 instead)")
+            raise InputError(
+                f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
+                "(and lean on --oh, --adv, --tv, --l2 instead)"
+            )
         self.bn_average = []  # (mean, variance) of each layer, over the rounds so far
         self.contrast, self.optimizers = None, []  # what the objective itself learns, and how
         if self.weights["cr"]:
@@ -47,8 +50,11 @@ class SynthesisObjective:
             teacher = self.teacher.features(views)
         looks_at_student = "adv" in wanted or ("triplet" in wanted and self.scored is self.student)
         student = self.student.features(views) if looks_at_student else None
-        terms = {name: getattr(self, f"_{name}")(images, teacher, student, targets)
-                 for name in self.weights if name in wanted}
+        terms = {
+            name: getattr(self, f"_{name}")(images, teacher, student, targets)
+            for name in self.weights
+            if name in wanted
+        }
         return sum(self.weights[name] * term for name, term in terms.items()), terms
 
     def wanted(self, with_student=True):
@@ -57,8 +63,11 @@ class SynthesisObjective:
         if not with_student:
             wanted -= {"adv"} | ({"triplet"} if self.scored is self.student else set())
         if not wanted:
-            raise InputError("no synthesis term has a weight" + ("" if with_student else " during --warmup")
-                             + "; give one, such as --bn 1 and --oh 1")
+            raise InputError(
+                "no synthesis term has a weight"
+                + ("" if with_student else " during --warmup")
+                + "; give one, such as --bn 1 and --oh 1"
+            )
         return wanted
 
     @torch.no_grad()
@@ -74,8 +83,10 @@ class SynthesisObjective:
         if not self.bn_average:
             return self.bn_tap.statistics
         share = 1 - self.settings.bn_momentum
-        return [(old_mean.lerp(mean, share), old_var.lerp(var, share), *running)
-                for (old_mean, old_var), (mean, var, *running) in zip(self.bn_average, self.bn_tap.statistics)]
+        return [
+            (old_mean.lerp(mean, share), old_var.lerp(var, share), *running)
+            for (old_mean, old_var), (mean, var, *running) in zip(self.bn_average, self.bn_tap.statistics)
+        ]
 
     def _bn(self, images, teacher, student, targets):
         return criterions.bn_distance(self._bn_statistics(), self.settings.bn_reduction)
@@ -86,8 +97,9 @@ class SynthesisObjective:
 
     def _adv(self, images, teacher, student, targets):
         settings = self.settings
-        return criterions.adversarial(student.logits, teacher.logits, settings.adv_distance, settings.adv_T,
-                                      settings.adv_where)
+        return criterions.adversarial(
+            student.logits, teacher.logits, settings.adv_distance, settings.adv_T, settings.adv_where
+        )
 
     def _act(self, images, teacher, student, targets):
         return criterions.activation(teacher.embed)
@@ -108,13 +120,21 @@ class SynthesisObjective:
         scored = student if self.scored is self.student else teacher
         space = teacher.embed if self.triplets.sampling_space == "embedding" else teacher.logits
         return relation.relation_loss(
-            relation.triplet_layers(scored, self.triplets), teacher.logits.argmax(1), space.detach(),
-            self.triplets.margin, self.triplets.sampling, DIRECTIONS[self.triplets.relation])
+            relation.triplet_layers(scored, self.triplets),
+            teacher.logits.argmax(1),
+            space.detach(),
+            self.triplets.margin,
+            self.triplets.sampling,
+            DIRECTIONS[self.triplets.relation],
+        )
 
     def state_dict(self):
         contrast = {"contrast": self.contrast.state_dict()} if self.contrast else {}
-        return {**contrast, "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
-                "bn_average": list(self.bn_average)}
+        return {
+            **contrast,
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "bn_average": list(self.bn_average),
+        }
 
     def load_state_dict(self, state):
         if self.contrast:

@@ -1,4 +1,5 @@
 """What the sources that optimise images share: one update under the objective, and rounds that fill a pool."""
+
 import torch
 
 from datafree.runtime import autocast
@@ -88,8 +89,10 @@ class RoundSynthesis(OptimisedSynthesis):
                 better = (loss < lowest) | (self.settings.keep == "last")
                 # Chosen on the device, so that no step waits for the host.
                 lowest, kept = torch.where(better, loss, lowest), torch.where(better, images, kept)
-                of_kept = {name: torch.where(better | lowest.isinf(), term, of_kept.get(name, term))
-                           for name, term in terms.items()}
+                of_kept = {
+                    name: torch.where(better | lowest.isinf(), term, of_kept.get(name, term))
+                    for name, term in terms.items()
+                }
                 self.tick()
         self._end_round()
         self.pool.add(kept, targets)

@@ -1,4 +1,5 @@
 """The two controls of every data-free claim: plain noise, and the real training images."""
+
 import torch
 
 from datafree.synthesis.base import BaseSynthesis

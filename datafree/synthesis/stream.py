@@ -1,4 +1,5 @@
 """One generator all along, whose images the student sees once: DAFL, ZSKT, DFAD, DFQ."""
+
 import torch
 
 from datafree.synthesis.objective import ADAM_BETAS
@@ -37,8 +38,12 @@ class StreamSynthesis(OptimisedSynthesis):
         return self._make(n), None
 
     def state_dict(self):
-        return {**super().state_dict(), "generator": self.generator.state_dict(),
-                "optimizer": self.optimizer.state_dict(), "images_made": self.images_made}
+        return {
+            **super().state_dict(),
+            "generator": self.generator.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "images_made": self.images_made,
+        }
 
     def load_state_dict(self, state):
         super().load_state_dict(state)
