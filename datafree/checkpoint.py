@@ -5,16 +5,20 @@ import codecs
 import os
 import re
 import shutil
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor, nn
 
 from datafree.errors import InputError
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
 WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
+LAST_WEIGHTS = ("model_last.pth", "student_last.pth")  # of a run, and of one of an earlier version
 PLAIN = (int, float, str, list, tuple)
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
 # runs no code of the file's. numpy 1 and 2 name the same function differently.
@@ -31,7 +35,7 @@ HARMLESS = [
 ]
 
 
-def save(path, state):
+def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new."""
     with _replacing(path) as beside, open(beside, "wb") as file:
         torch.save(state, file)
@@ -39,7 +43,7 @@ def save(path, state):
         os.fsync(file.fileno())
 
 
-def link(source, path):
+def link(source: str | Path, path: str | Path) -> None:
     """Let ``path`` hold what ``source`` holds now, as a hard link where the file system has them."""
     with _replacing(path) as beside:
         try:
@@ -48,7 +52,7 @@ def link(source, path):
             shutil.copyfile(source, beside)
 
 
-def load(path):
+def load(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU; no code in the file is ever run. Raises InputError."""
     _check_readable(path)
     try:
@@ -68,7 +72,7 @@ def load(path):
     return state
 
 
-def require(state, *keys, path):
+def require(state: dict[str, Any], *keys: str, path: str | Path) -> None:
     """Raise an InputError that names the first of ``keys`` which the checkpoint from ``path`` lacks."""
     for key in keys:
         if key not in state:
@@ -78,14 +82,35 @@ def require(state, *keys, path):
             )
 
 
-def load_weights(model, path):
-    """Fill ``model`` with the weights in ``path`` and return what else the file says (acc1, dataset, ...).
+def weights_file(path: str | Path) -> Path:
+    """The file of weights that ``path`` names: itself, or the last weights in the folder of a run.
 
-    The file is a state_dict, a checkpoint that holds one under a key of WEIGHT_KEYS, or safetensors.
+    Raises InputError for a folder without one. Runs of earlier versions call the file student_last.pth.
+    """
+    if not Path(path).is_dir():
+        return Path(path)
+    for name in LAST_WEIGHTS:
+        for found in (Path(path) / "checkpoints" / name, Path(path) / name):
+            if found.is_file():
+                return found
+    raise InputError(f"{path} is a folder without checkpoints/{LAST_WEIGHTS[0]}; name a file of weights")
+
+
+def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The state_dict in the file ``path``, and the plain values beside it (acc1, dataset, ...).
+
+    The file is a state_dict, a checkpoint that holds one under a key of WEIGHT_KEYS, or safetensors; or the folder of
+    a run is given. Raises InputError if it cannot be read or holds no weights.
+    """
+    path = weights_file(path)
+    return _split(_load_safetensors(path) if path.suffix == ".safetensors" else load(path), path)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
+    """Load ``weights``, read from ``path``, into ``model``.
+
     The model changes only if every tensor fits and is finite; otherwise an InputError names what does not.
     """
-    contents = _load_safetensors(path) if Path(path).suffix == ".safetensors" else load(path)
-    weights, rest = _split(contents, path)
     own = model.state_dict()
     while not weights.keys() & own.keys() and all(name.startswith(WRAPPERS) for name in weights):
         weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
@@ -95,11 +120,20 @@ def load_weights(model, path):
         if tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
     model.load_state_dict(dict(weights))  # without its record of versions, torch fills absent counters
-    return rest
+
+
+def stored_accuracy(path: str | Path, model: str) -> float | None:
+    """The top-1 (%) that a file of weights of ``model`` states; None if it does not or cannot be read."""
+    try:
+        stored = load(path)
+    except InputError:
+        return None
+    accuracy = stored.get("acc1") if stored.get("model") == model else None
+    return accuracy if isinstance(accuracy, (int, float)) else None
 
 
 @contextmanager
-def _replacing(path):
+def _replacing(path: str | Path) -> Iterator[Path]:
     """A path to write beside ``path``, which takes its place if the block succeeds and is removed if not."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
@@ -121,14 +155,14 @@ def _replacing(path):
             beside.unlink()
 
 
-def _check_readable(path):
+def _check_readable(path: str | Path) -> None:
     if not Path(path).is_file():
         raise InputError(f"there is no file {path}; check the path")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")
 
 
-def _load_safetensors(path):
+def _load_safetensors(path: Path) -> dict[str, Any]:
     _check_readable(path)
     try:
         from safetensors.torch import load_file
@@ -140,7 +174,7 @@ def _load_safetensors(path):
         raise InputError(f"{path} is truncated or no safetensors file; copy or download it again") from error
 
 
-def _split(contents, path):
+def _split(contents: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state_dict in a checkpoint, and the plain values (numbers, strings, lists) beside it."""
     if _is_state_dict(contents):
         return contents, {}
@@ -149,11 +183,11 @@ def _split(contents, path):
             return contents[key], {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
     raise InputError(
         f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "
-        f"{', '.join(WEIGHT_KEYS)}, such as a run's student_last.pth"
+        f"{', '.join(WEIGHT_KEYS)}, such as a run's model_last.pth"
     )
 
 
-def _is_state_dict(value):
+def _is_state_dict(value: Any) -> bool:
     return (
         isinstance(value, dict)
         and len(value) > 0
@@ -161,7 +195,7 @@ def _is_state_dict(value):
     )
 
 
-def _check_names(weights, own, path):
+def _check_names(weights: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:
     # a batch counter that decides nothing, absent from files older than torch 0.4.1
     missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
     unexpected = [n for n in weights if n not in own]
@@ -172,7 +206,7 @@ def _check_names(weights, own, path):
         )
 
 
-def _check_shapes(weights, own, path):
+def _check_shapes(weights: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:
     wrong = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in weights.items() if t.shape != own[n].shape}
     if not wrong:
         return
@@ -190,5 +224,6 @@ def _check_shapes(weights, own, path):
     )
 
 
-def _few(names):
-    return (", ".join(list(map(str, names))[:3]) or "none") + (", ..." if len(names) > 3 else "")
+def _few(names: Iterable[Any]) -> str:
+    texts = list(map(str, names))
+    return (", ".join(texts[:3]) or "none") + (", ..." if len(texts) > 3 else "")

@@ -1,9 +1,12 @@
 """Fills the option classes of ``config.py`` from method files, YAML files and flags.
 
 The later one wins: defaults < method file < ``--config`` files < flags, each in the
-order given. YAML is composed but not constructed: a value arrives as the text that
-stands in the file, as from a flag, and is converted by its declared type. So ``1e-3``
-is a number, ``off`` is a word, and nothing in a file is ever executed.
+order given. YAML is composed but not constructed: a value is the text in the file,
+as from a flag, and is converted by its declared type. So ``1e-3`` is a number,
+``off`` is a word, and nothing in a file is ever executed.
+
+A user-defined class named by an option may have options of its own, the fields of a
+dataclass ``Options`` within it, which become a section named like the class.
 """
 
 import difflib
@@ -11,36 +14,39 @@ import re
 import shutil
 import sys
 import textwrap
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from math import inf
 from pathlib import Path
+from types import NoneType, UnionType
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import yaml
 
 from datafree.config import option, sections
 from datafree.errors import OptionError
+from datafree.plugins import is_custom, load_object
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 INTRO = """The later one wins: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
---run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are alike. An option that
+--run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are equivalent. An option that
 shows no value is on or off: --dry_run, --dry_run false, --no_dry_run."""
 
 
 @dataclass
 class Invocation:
-    """This call of the program; no part of a configuration."""
+    """This call of the program; not part of a configuration."""
 
-    help: bool = option(False, "Show this text and stop.", flags=("-h",))
+    help: bool = option(False, "Show this text and exit.", flags=("-h",))
     config: str = option("", "YAML file with options, in sections as below; may be given several times.")
-    print_config: bool = option(False, "Print all options as YAML that --config reads, and stop.")
-    dry_run: bool = option(False, "Check everything, say what would be done, and stop.")
-    gpu: int = option(None, "Short for --device cuda:N.", low=0)
+    print_config: bool = option(False, "Print all options as YAML that --config reads, and exit.")
+    dry_run: bool = option(False, "Check everything, print the plan, and exit.")
+    gpu: int | None = option(None, "Short for --device cuda:N.", low=0)
 
 
 @dataclass(frozen=True)
 class Option:
-    """A field of a section ("": of the config itself), with its type resolved."""
+    """A field of a section ("": of the config itself), with its type resolved; see :func:`datafree.config.option`."""
 
     section: str
     name: str
@@ -51,20 +57,23 @@ class Option:
     flags: tuple[str, ...] = ()
     low: float = -inf
     high: float = inf
-    idle: tuple = field(default=(), hash=False)
-    own: bool = False
+    unused_when: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+    custom: bool = False
+    affects_result: bool = True
+    former_sections: tuple[str, ...] = ()
+    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
-    def allowed(self):
-        """What may be given, in words."""
+    def allowed(self) -> str:
+        """The values that it accepts, in words."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.own
+            return f"one of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.custom
         words = {
             bool: "true or false",
             int: "a whole number",
             float: "a number",
-            tuple: "numbers with commas between",
-            str: "a text that is not empty" if self.default else "a text",
+            tuple: "numbers separated by commas",
+            str: "a non-empty text" if self.default else "a text",
         }[self.kind]
         if self.high < inf:
             words += f" from {self.low:g} to {self.high:g}"
@@ -73,22 +82,36 @@ class Option:
         return f"{words}, or nothing" if self.default is None else words
 
 
+Options = Mapping[str, Option]  # name -> option
+
+
 class Setting(NamedTuple):
     """A value as written (None: YAML's null) and its place, for messages."""
 
     option: Option
     text: str | None
     place: str
-    source: str = "flags"  # or the file that it stands in
+    source: str = "flags"  # or the file that it is in
 
 
-def parse(config_class, argv, *, description, method_files=None, examples=""):
-    """Read the words of a command line into ``(config_class instance, Invocation)``.
+def parse(
+    config_class: type,
+    argv: Sequence[str],
+    *,
+    description: str,
+    method_files: Mapping[str, Any] | None = None,
+    other_configs: Iterable[type] = (),
+    examples: str = "",
+) -> tuple[Any, Invocation]:
+    """Read a command line into ``(config_class instance, Invocation)``.
 
-    ``method_files`` maps the names that ``--method`` may have to their YAML files.
-    ``--help`` prints and exits. Raises OptionError, one line, for whatever is
-    unknown, malformed or out of its bounds, even where a later value replaces it.
+    ``method_files`` maps the names that ``--method`` accepts to their YAML files, which may also have sections of
+    ``other_configs``, the other programs' classes. If a user-defined class has ``Options``, the instance is of a
+    subclass of ``config_class`` with a section for them.
+    ``--help`` prints and exits. Raises OptionError, one line, for anything unknown, malformed or out of bounds, even
+    if a later value replaces it, and InputError for a user-defined class that cannot be loaded.
     """
+    config_class = _with_custom_sections(config_class, argv, method_files)
     options = {o.name: o for o in list_options(config_class, method_files)}
     if {"-h", "--help"} & set(argv):
         print(_help(options, config_class, description, method_files, examples))
@@ -96,52 +119,132 @@ def parse(config_class, argv, *, description, method_files=None, examples=""):
     flags = _read_flags(argv, options)
     files = [s.text for s in flags if s.option.name == "config"]
     settings = [s for path in files for s in _read_yaml(path, options)] + flags
-    preset = _method_settings(settings, options, method_files)
+    preset = _method_settings(settings, options, method_files, _foreign(config_class, other_configs))
     values = {s.option.name: _convert(s) for s in preset + settings}
-    _refuse_idle(settings, preset, values, options)
+    _refuse_unused(settings, preset, values, options)
     parts = {name: _fill(section, values) for name, section in sections(config_class).items()}
     return _fill(config_class, values | parts), _fill(Invocation, values)
 
 
-def to_yaml(config):
+def to_yaml(config: Any) -> str:
     """The config as nested YAML that ``--config`` reads back to an equal one."""
     values = sorted(asdict(config).items(), key=lambda item: isinstance(item[1], dict))
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=inf)
 
 
-def active(config_class, values):
-    """``values`` (option -> value) without those of options that nothing reads beside the others."""
-    options = {o.name: o for o in list_options(config_class)}
+def result_options(config: Any) -> dict[str, Any]:
+    """Option -> value for all that the result depends on: those that affect it and that something reads."""
+    options = {o.name: o for o in list_options(type(config))}
+    values: dict[str, Any] = {}
+    for name, value in reversed(asdict(config).items()):  # options outside the sections are last, and lead
+        values.update(value if isinstance(value, dict) else {name: value})
     return {
         name: value
         for name, value in values.items()
-        if name not in options or not _idle_for(options[name], values, options)
+        if options[name].affects_result and not _why_unused(options[name], values, options)
     }
 
 
-def list_options(config_class, method_files=None):
+def list_options(config_class: type, method_files: Mapping[str, Any] | None = None) -> list[Option]:
     """Every Option of a program, in the order of ``--help``."""
-    found = []
-    for section, cls in {"call": Invocation, "": config_class, **sections(config_class)}.items():
+    found, own = [], sections(config_class)
+    for section, cls in {"call": Invocation, "": config_class, **own}.items():
+        hints = get_type_hints(cls)
         for f in (f for f in fields(cls) if "help" in f.metadata):
-            kind, choices = get_type_hints(cls)[f.name], ()
+            kind, choices = _without_none(hints[f.name]), ()
             if get_origin(kind) is Literal:
                 kind, choices = str, get_args(kind)
             elif f.name == "method":
                 choices = tuple(sorted(method_files or ()))
-            metadata = {"idle": getattr(cls, "IDLE", ()), **f.metadata}
-            if any(f.name in case for case in metadata["idle"]):
-                metadata["idle"] = ()  # the option that the section's others hang on
+            metadata = dict(f.metadata)
+            metadata["former_sections"] = tuple(former for former in metadata["former_sections"] if former in own)
+            metadata["unused_when"] = conditions = metadata["unused_when"] or getattr(cls, "UNUSED_WHEN", ())
+            if any(f.name in condition for condition in conditions):
+                metadata["unused_when"] = ()  # the option on which the section's others depend
             found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **metadata))
     return found
 
 
-def _fill(cls, values):
+def _without_none(hint: Any) -> Any:
+    return next(part for part in get_args(hint) if part is not NoneType) if isinstance(hint, UnionType) else hint
+
+
+def _with_custom_sections(config_class: type, argv: Sequence[str], method_files: Mapping[str, Any] | None) -> type:
+    """``config_class`` with a section for the ``Options`` of every user-defined class that is named."""
+    options = {o.name: o for o in list_options(config_class, method_files)}
+    added: dict[str, type] = {}
+    for cls in map(load_object, _custom_names(argv, options)):
+        own, section = getattr(cls, "Options", None), cls.__name__.lower()
+        if own is None or added.get(section) is own:
+            continue
+        if not is_dataclass(own) or not all("help" in f.metadata for f in fields(own)):
+            raise _error(f"{cls.__name__}.Options must be a dataclass whose fields are made by datafree.config.option")
+        taken = [f.name for f in fields(own) if f.name in options] + [section] * (section in sections(config_class))
+        if taken:
+            raise _error(
+                f"{cls.__name__}.Options: the name {taken[0]} is taken by an option or section; choose another"
+            )
+        added[section] = own
+    extra = [(name, own, field(default_factory=own)) for name, own in added.items()]
+    return make_dataclass(config_class.__name__, extra, bases=(config_class,)) if extra else config_class
+
+
+def _custom_names(argv: Sequence[str], options: Options) -> list[str]:
+    """The user-defined classes that flags and files name; whatever is wrong in them is reported later."""
+    flags = {flag: opt.name for flag, (opt, _) in _flag_table(options).items() if opt.custom or opt.name == "config"}
+    in_files: dict[str, str] = {}
+    in_flags: dict[str, str] = {}
+    for word, following in zip(argv, [*argv[1:], ""]):
+        flag, equals, text = word.partition("=")
+        name, text = flags.get("--" + flag[2:].replace("-", "_")), text if equals else following
+        if name == "config":
+            in_files |= _scalars(Path(text), set(flags.values()))
+        elif name:
+            in_flags[name] = text
+    return list(dict.fromkeys(text for text in {**in_files, **in_flags}.values() if is_custom(text)))
+
+
+def _scalars(path: Path, names: set[str], above: tuple[Path, ...] = ()) -> dict[str, str]:
+    """Values of the keys ``names`` in a YAML file and the files that it is based on; {} if it cannot be read."""
+    try:
+        found = dict(_leaves(_compose(path)))
+    except OptionError:
+        return {}
+    base = path.parent / found["base"] if "base" in found else None
+    below = _scalars(base, names, (*above, base)) if base and base not in above else {}
+    return {**below, **{key: text for key, text in found.items() if key in names}}
+
+
+def _leaves(node: Any) -> Iterator[tuple[str, str]]:
+    """(key, text) of the scalars of a mapping and of the mappings in it."""
+    for key, value in node.value if node is not None and node.id == "mapping" else ():
+        if key.id == value.id == "scalar":
+            yield key.value, value.value
+        else:
+            yield from _leaves(value)
+
+
+def _foreign(config_class: type, other_configs: Iterable[type]) -> dict[str, dict[str, Option]]:
+    """Section -> its options, of the sections that only other programs have."""
+    found: dict[str, dict[str, Option]] = {}
+    for cls in other_configs:
+        for opt in list_options(cls):
+            if opt.section not in ("call", "", *sections(config_class)):
+                found.setdefault(opt.section, {})[opt.name] = opt
+    return found
+
+
+def _fill(cls: type, values: Mapping[str, Any]) -> Any:
     return cls(**{f.name: values[f.name] for f in fields(cls) if f.name in values})
 
 
-def _method_settings(settings, options, method_files):
-    """What the file of the last method named in ``settings``, or of the default one, sets; a class is a source."""
+def _method_settings(
+    settings: list[Setting],
+    options: Options,
+    method_files: Mapping[str, Any] | None,
+    foreign: Mapping[str, Options] | None = None,
+) -> list[Setting]:
+    """The settings of the last method named in ``settings``, or of the default one; a class is a source."""
     if "method" not in options or method_files is None:
         return []
     method = options["method"]
@@ -149,17 +252,17 @@ def _method_settings(settings, options, method_files):
     others = {name: o for name, o in options.items() if o is not method}
     name = _convert(named[-1])
     return (
-        _read_yaml(method_files[name], others)
+        _read_yaml(method_files[name], others, foreign)
         if name in method_files
         else [Setting(options["source"], name, named[-1].place)]
     )
 
 
-def _refuse_idle(settings, preset, values, options):
+def _refuse_unused(settings: list[Setting], preset: list[Setting], values: dict[str, Any], options: Options) -> None:
     """Raise an OptionError for a setting that changes an option which nothing would read.
 
-    Only where it is idle by what stands in the same file, in an earlier one or in no file: a flag, or a file
-    based on another, may switch off what the earlier one sets, options and all.
+    Only if it is unused because of a value in the same file, in an earlier one or in no file: a flag, or a file
+    based on another, may disable what an earlier file sets, options and all.
     """
     defaults = {name: o.default for name, o in options.items()}
     before = defaults | {s.option.name: _convert(s) for s in preset}
@@ -169,30 +272,33 @@ def _refuse_idle(settings, preset, values, options):
 
     for setting in settings:
         opt, level = setting.option, sources.index(setting.source)
-        reasons = _idle_for(opt, defaults | values, options)
+        reasons = _why_unused(opt, defaults | values, options)
         if reasons and values[opt.name] != before[opt.name] and all(decided.get(name, -1) <= level for name in reasons):
-            told = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
-            raise _error(f"{setting.place} would change nothing, for {told}; leave {opt.name} out, or change that")
+            because = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
+            change = f"the {next(iter(reasons))}" if len(reasons) == 1 else "one of these"
+            raise _error(f"{setting.place} has no effect because {because}; remove it or change {change}")
 
 
-def _idle_for(opt, values, options, asked=()):
-    """Name -> value of what makes an option idle; empty if anything reads it. ``asked``: options on the way here."""
-    for case in opt.idle:
-        reasons = [_rest(name, rests, opt, values, options, asked) for name, rests in case.items()]
+def _why_unused(opt: Option, values: Mapping[str, Any], options: Options, path: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Option -> value of the reasons why nothing reads ``opt``; empty if something does. path: options on the way."""
+    for condition in opt.unused_when:
+        reasons = [_why_inactive(name, inactive, opt, values, options, path) for name, inactive in condition.items()]
         if all(reasons):
             return {name: value for reason in reasons for name, value in reason.items()}
     return {}
 
 
-def _rest(name, rests, opt, values, options, asked):
-    """Why the option ``name`` gives ``opt`` nothing to do: its value is among ``rests``, or it is idle itself."""
-    if name in asked:
-        return {}  # for it would be idle by its own value
+def _why_inactive(
+    name: str, inactive: Any, opt: Option, values: Mapping[str, Any], options: Options, path: tuple[str, ...]
+) -> dict[str, Any]:
+    """Why the option ``name`` does not use ``opt``: its value is among ``inactive``, or it is unused itself."""
+    if name in path:
+        return {}  # it would be unused by its own value
     value = values.get(name, options[name].default)
-    return {name: value} if value in rests else _idle_for(options[name], values, options, (*asked, opt.name))
+    return {name: value} if value in inactive else _why_unused(options[name], values, options, (*path, opt.name))
 
 
-def _convert(setting):
+def _convert(setting: Setting) -> Any:
     opt, text, place, _ = setting
     if text is None:
         text = "none" if "none" in opt.choices else ""
@@ -203,11 +309,12 @@ def _convert(setting):
         raise _error(f"{place} cannot be {text!r}; it takes {opt.allowed}{near}") from None
 
 
-def _value(opt, text):
+def _value(opt: Option, text: str) -> Any:
     if opt.default is None and not text:
         return None
-    if opt.own and ":" in text:
+    if opt.custom and is_custom(text):
         return text
+    text = opt.aliases.get(text, text)
     if opt.choices:
         word = {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(text.lower(), text.lower())
         return opt.choices[opt.choices.index(text if text in opt.choices else word)]
@@ -222,19 +329,19 @@ def _value(opt, text):
     return _number(opt, opt.kind, text)
 
 
-def _number(opt, kind, text):
+def _number(opt: Option, kind: type, text: str) -> float:
     number = kind(text)
     if abs(number) == inf or not opt.low <= number <= opt.high:  # NaN fails the bounds
         raise ValueError("not finite, or out of bounds")
     return number
 
 
-def _read_flags(argv, options):
+def _read_flags(argv: Sequence[str], options: Options) -> list[Setting]:
     table, words, settings = _flag_table(options), list(argv), []
     while words:
         flag, equals, text = words.pop(0).partition("=")
         if not _is_flag(flag):
-            raise _error(f"unexpected word {flag + equals + text!r}; an option starts with --")
+            raise _error(f"unexpected argument {flag + equals + text!r}; an option starts with --")
         name = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
         if name not in table:
             raise _error(f"unknown option {flag}{_nearest(name, {o: f'--{o}' for o in options})}")
@@ -252,50 +359,61 @@ def _read_flags(argv, options):
     return settings
 
 
-def _flag_table(options):
+def _flag_table(options: Options) -> dict[str, tuple[Option, str | None]]:
     """Spelling -> its option, and the text that the flag stands for without a value (None: it needs one)."""
     table = {}
     for opt in options.values():
-        for flag in (f"--{opt.name}", "--" + f"{opt.section}.{opt.name}".lstrip("."), *opt.flags):
+        dotted = [f"--{section}.{opt.name}" for section in (opt.section, *opt.former_sections) if section]
+        for flag in (f"--{opt.name}", *dotted, *opt.flags):
             table[flag] = opt, "true" if opt.kind is bool else None
         if opt.kind is bool:
             table[f"--no_{opt.name}"] = opt, "false"
     return table
 
 
-def _is_flag(word):
+def _is_flag(word: str) -> bool:
     return re.match(r"--|-[A-Za-z]", word) is not None  # -2 and -.5 are values
 
 
-def _read_yaml(path, options, above=()):
+def _read_yaml(
+    path: Any, options: Options, foreign: Mapping[str, Options] | None = None, above: tuple[Path, ...] = ()
+) -> list[Setting]:
     """Settings of a YAML file, after those of the file that its key ``base`` names, relative to it.
 
-    above: the files whose base this one is. A block ``expect`` states results and is not read here.
+    foreign: sections of other programs, which are checked and left out. above: the files whose base this one is.
+    A block ``expect`` states results and is not read here.
     """
+    foreign = foreign or {}
     options = {name: o for name, o in options.items() if o.section != "call"}
-    names = {o.section for o in options.values()} - {""}
-    below, settings = [], []
+    names = {section for o in options.values() for section in (o.section, *o.former_sections)} - {""}
+    below: list[Setting] = []
+    settings: list[Setting] = []
     for key, node, place in _items(_compose(path), path, "the file must hold names and values"):
         if key == "expect":
             _items(node, path, "expect must hold names and values")
         elif key == "base":
-            below = _read_base(path, node, place, options, above)
-        elif key in names:
+            below = _read_base(path, node, place, options, foreign, above)
+        elif key in names or key in foreign:
             inner = _items(node, path, f"{key} is a section: write {key}: {{NAME: VALUE}}")
-            settings += [_yaml_setting(key, *item, options) for item in inner]
+            found = [_yaml_setting(key, *item, options if key in names else foreign[key]) for item in inner]
+            settings += found if key in names else []
+            for setting in found:
+                _convert(setting)
         else:
             settings.append(_yaml_setting("", key, node, place, options))
     return below + [setting._replace(source=str(path)) for setting in settings]
 
 
-def _read_base(path, node, place, options, above):
+def _read_base(
+    path: Any, node: Any, place: str, options: Options, foreign: Mapping[str, Options], above: tuple[Path, ...]
+) -> list[Setting]:
     base = Path(path).parent / str(node.value)
     if node.id != "scalar" or base.resolve() in above:
         raise _error(f"{place}: base names one other YAML file, which is not based on this one")
-    return _read_yaml(base, options, (*above, Path(path).resolve()))
+    return _read_yaml(base, options, foreign, (*above, Path(path).resolve()))
 
 
-def _compose(path):
+def _compose(path: Any) -> Any:
     try:
         return yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
     except OSError as error:
@@ -306,7 +424,7 @@ def _compose(path):
         raise _error(f"{path} is not a text file: {error.reason}") from None
 
 
-def _items(node, path, problem):
+def _items(node: Any, path: Any, problem: str) -> Iterable[tuple[str, Any, str]]:
     """``(key, value node, file:line)`` of each line of a mapping, which may be empty."""
     if node is None or _is_null(node):
         return []
@@ -323,13 +441,13 @@ def _items(node, path, problem):
     return items.values()
 
 
-def _is_null(node):
+def _is_null(node: Any) -> bool:
     return node.id == "scalar" and node.style is None and node.value.lower() in ("", "~", "null")
 
 
-def _yaml_setting(section, name, node, place, options):
+def _yaml_setting(section: str, name: str, node: Any, place: str, options: Options) -> Setting:
     opt, dotted = options.get(name), f"{section}.{name}".lstrip(".")
-    if opt is None or opt.section != section:
+    if opt is None or section not in (opt.section, *opt.former_sections):
         homes = {o.section: o.section for o in options.values() if o.section}
         homes |= {key: f"{o.section}: {{{key}: ...}}" if o.section else key for key, o in options.items()}
         raise _error(f"{place}: unknown key {dotted}{_nearest(name, homes)}")
@@ -341,7 +459,7 @@ def _yaml_setting(section, name, node, place, options):
 
 
 class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data):
+    def ignore_aliases(self, data: Any) -> bool:
         return True
 
 
@@ -350,18 +468,20 @@ _Dumper.add_representer(
 )
 
 
-def _error(message):
+def _error(message: str) -> OptionError:
     return OptionError(" ".join(message.split()))
 
 
-def _nearest(word, spellings, otherwise="; --help lists them"):
+def _nearest(word: str, spellings: Mapping[str, str], otherwise: str = "; --help lists them") -> str:
     """A clause with the spellings of the names nearest to the last part of ``word``."""
     word = word.split(".")[-1].lstrip("-")
     near = [word] if word in spellings else difflib.get_close_matches(word, spellings, n=2)
     return f"; did you mean {' or '.join(spellings[name] for name in near)}?" if near else otherwise
 
 
-def _help(options, config_class, description, method_files, examples):
+def _help(
+    options: Options, config_class: type, description: str, method_files: Mapping[str, Any] | None, examples: str
+) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
     from_method = {s.option: _convert(s) for s in _method_settings([], options, method_files)}
     blocks = [
@@ -376,7 +496,7 @@ def _help(options, config_class, description, method_files, examples):
     return "\n\n".join(blocks)
 
 
-def _help_entry(opt, from_method, width):
+def _help_entry(opt: Option, from_method: Mapping[Option, Any], width: int) -> str:
     value = "NAME" if opt.choices else {bool: "", int: "N", float: "X", tuple: "X,X,X", str: "TEXT"}[opt.kind]
     facts = [opt.allowed] if opt.choices else []
     facts.append(f"default {_shown(opt.default)}")
@@ -393,7 +513,7 @@ def _help_entry(opt, from_method, width):
     )
 
 
-def _shown(value):
+def _shown(value: Any) -> str:
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     return {"": "empty", "True": "true", "False": "false", "None": "none"}.get(str(value), str(value))

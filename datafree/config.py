@@ -5,104 +5,131 @@ RGAL's published flags are kept. Fields are grouped into sections for YAML files
 and for ``--help``; a name occurs once in a program, so the short flag and the
 dotted one (``--schedule.g_steps 400``) mean the same. ``datafree/cli.py`` fills
 these classes from method files, YAML files and flags and checks every value.
+Nothing here imports torch, so that mistakes in options are reported at once.
 """
 
-from dataclasses import asdict, dataclass, field, fields
-from typing import ClassVar, Literal
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any, ClassVar, Literal
+
+from datafree import schedule
+from datafree.errors import OptionError
+from datafree.synthesis import SourcesWithout
+
+Condition = Mapping[str, Any]
 
 
-def option(default, help, **metadata):
+def option(
+    default: Any,
+    help: str,
+    *,
+    flags: Collection[str] = (),
+    low: float | None = None,
+    high: float | None = None,
+    unused_when: Condition | tuple[Condition, ...] = (),
+    custom: bool = False,
+    affects_result: bool = True,
+    former_sections: tuple[str, ...] = (),
+    aliases: Mapping[str, str] | None = None,
+) -> Any:
     """A dataclass field with its sentence of help.
 
-    Metadata: ``flags`` (further spellings, such as ``-j``), ``low`` and ``high``
-    (inclusive bounds of a number), ``idle`` (a case, or a tuple of cases, of other
-    options and values: while all of a case have such a value, or are idle
-    themselves, nothing reads this one), ``own`` (beside the choices, path/to/file.py:Class may be given).
+    flags: further spellings, such as ``-j``. low, high: inclusive bounds of a number.
+    unused_when: conditions {option: values}, under any of which nothing reads this option; a condition holds while each
+    of its options has one of the values, or is itself unused.
+    custom: path/to/file.py:Class is accepted beside the choices.
+    affects_result: False for an option that says where and how a run happens, or names a file whose contents matter and
+    not its name.
+    former_sections: sections that had the option in earlier versions, whose YAML files still set it there.
+    aliases: former names of choices.
     """
-    if isinstance(metadata.get("idle"), dict):
-        metadata["idle"] = (metadata["idle"],)
-    return field(default=default, metadata={"help": help, **metadata})
+    metadata = {
+        "help": help,
+        "flags": tuple(flags),
+        "unused_when": unused_when if isinstance(unused_when, tuple) else (unused_when,),
+        "custom": custom,
+        "affects_result": affects_result,
+        "former_sections": former_sections,
+        "aliases": dict(aliases or {}),
+    }
+    bounds = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
+    return field(default=default, metadata={**metadata, **bounds})
 
 
-# Options that say where and how a run happens, or name a file of which the contents matter and not the name.
-SURROUNDINGS = {
-    "save_dir",
-    "log_tag",
-    "device",
-    "threads",
-    "deterministic",
-    "resume",
-    "evaluate_only",
-    "print_freq",
-    "eval_every",
-    "grid_every",
-    "workers",
-    "data_root",
-    "card",
-    "eval",
-    "download",
-    "teacher_weights",
-    "student_weights",
-    "weights",
-    "teacher_acc",
-    "view_cache",
-    "compile",
-}
-# Sources that make no images; those that keep none in a pool; those without a generator, or without one for a round.
-CONTROL = {"source": ("noise", "real")}
-NO_POOL = {"source": ("generator", "noise", "real")}
-NO_GENERATOR = {"source": ("pixels", "noise", "real")}
-NO_ROUNDS = {"source": ("pixels", "generator", "noise", "real")}
+CONTROL = {"source": SourcesWithout("synthesises")}
+NO_POOL = {"source": SourcesWithout("keeps_pool")}
+NO_GENERATOR = {"source": SourcesWithout("has_generator")}
+NO_ROUNDS = {"source": SourcesWithout("has_rounds")}
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
-STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
+NO_STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
 
 
 @dataclass
 class Run:
     """Where and how the program runs, and what it leaves behind."""
 
-    save_dir: str = option("runs", "Folder under which every run gets a folder of its own.")
-    log_tag: str = option("", "Name of this run's folder; seed<seed> when empty.")
+    save_dir: str = option("runs", "Folder in which each run gets its own folder.", affects_result=False)
+    log_tag: str = option("", "Name of this run's folder; seed<seed> if empty.", affects_result=False)
     seed: int = option(0, "Seed of python, numpy and torch.", low=0)
-    device: str = option("auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.")
+    device: str = option(
+        "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.", affects_result=False
+    )
     precision: Literal["none", "bf16", "fp16"] = option("none", "Number format of the forward passes; none is fp32.")
     compile: Literal["off", "default", "reduce-overhead"] = option(
-        "off", "torch.compile of the networks, by its mode: minutes once, then faster steps; the last is for a GPU."
+        "off",
+        "Mode of torch.compile for the networks: minutes to compile, then faster steps; reduce-overhead needs a GPU.",
+        affects_result=False,
     )
-    threads: int = option(0, "CPU threads; 0 leaves torch's own choice.", low=0)
-    deterministic: bool = option(False, "Only deterministic kernels on the GPU; the CPU always repeats exactly.")
+    threads: int = option(0, "CPU threads; 0 leaves torch's default.", low=0, affects_result=False)
+    deterministic: bool = option(
+        False, "Use deterministic GPU kernels only; CPU runs are always reproducible.", affects_result=False
+    )
     resume: str = option(
         "none",
-        "none, auto (this run's last checkpoint if there is one) or a checkpoint's path.",
-        idle={"evaluate_only": (True,)},
+        "none, auto (this run's last checkpoint if there is one) or the path of a checkpoint.",
+        unused_when={"evaluate_only": (True,)},
+        affects_result=False,
     )
-    evaluate_only: bool = option(False, "Load, evaluate on the test set, print and stop.")
+    evaluate_only: bool = option(False, "Load, evaluate on the test set, print and exit.", affects_result=False)
     print_freq: int = option(
-        0, "Optimiser steps between two log lines within an epoch; 0 logs once an epoch.", flags=("-p",), low=0
+        0,
+        "Optimiser steps between two log lines within an epoch; 0 logs once per epoch.",
+        flags=("-p",),
+        low=0,
+        affects_result=False,
     )
     eval_every: int = option(
         1,
-        "Epochs between two evaluations on the test set; the last epoch always has one.",
+        "Epochs between two evaluations on the test set; the last epoch is always evaluated.",
         low=1,
-        idle={"eval": ("none",)},
+        unused_when={"eval": ("none",)},
+        affects_result=False,
     )
-    grid_every: int = option(10, "Epochs between two image grids; the first and the last epoch always draw one.", low=1)
-    workers: int = option(2, "Processes that decode images of data sets too large for memory.", flags=("-j",), low=0)
+    grid_every: int = option(
+        10, "Epochs between two image grids; the first and the last epoch always have one.", low=1, affects_result=False
+    )
+    workers: int = option(
+        2, "Processes that decode images of data sets too large for memory.", flags=("-j",), low=0, affects_result=False
+    )
 
 
 @dataclass
 class Data:
-    """Which images the networks are for; distillation reads the test set at most."""
+    """The images that the networks are for; distillation reads the test set at most."""
 
-    dataset: str = option("cifar10", "Name of a registered data set, or of a folder under data_root.")
-    data_root: str = option("data", "Folder that holds, or will hold, the data sets.")
-    card: str = option("", "YAML file with shape, classes, mean and std, for data without files on this machine.")
-    eval: Literal["test", "none"] = option("test", "What the student is evaluated on; none needs no data at all.")
+    dataset: str = option("cifar10", "Name of a registered data set, or of a folder in data_root.")
+    data_root: str = option("data", "Folder that contains the data sets, or into which they go.", affects_result=False)
+    card: str = option(
+        "", "YAML file with shape, classes, mean and std, for data without files on this machine.", affects_result=False
+    )
+    eval: Literal["test", "none"] = option(
+        "test", "Images for evaluation; none needs no data at all.", affects_result=False
+    )
     crop_padding: int = option(4, "Pixels of zero padding before the random crop; 0 does not crop.", low=0)
     flip: Literal["card", "on", "off"] = option(
-        "card", "Mirror images at random; card: where the data set's card allows it, which that of digits does not."
+        "card", "Random horizontal flip; card: if the data set's card allows it, which that of digits does not."
     )
-    download: bool = option(True, "Download a registered data set that is missing, where that is possible.")
+    download: bool = option(True, "Download a registered data set that is missing, if possible.", affects_result=False)
 
 
 @dataclass
@@ -110,28 +137,41 @@ class Teacher:
     """The frozen network whose knowledge is transferred."""
 
     teacher: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
-    teacher_weights: str = option("", "Its weights; checkpoints/pretrained/<dataset>_<teacher>.pth when empty.")
+    teacher_weights: str = option(
+        "",
+        "File of its weights, or folder of the run that trained it; checkpoints/pretrained/<dataset>_<teacher>.pth if "
+        "empty.",
+        affects_result=False,
+    )
     teacher_mean: tuple[float, ...] = option(
-        (), "Its input mean per channel, in [0, 1]; when empty what its file states, else the card's.", low=0, high=1
+        (),
+        "Its input mean per channel, in [0, 1]; if empty, the one stored with its weights, or else the data card's.",
+        low=0,
+        high=1,
     )
     teacher_std: tuple[float, ...] = option(
-        (), "Its input standard deviation per channel, found in the same way.", low=1e-6, high=1
+        (), "Its input standard deviation per channel; defaults like the mean.", low=1e-6, high=1
     )
     teacher_acc: float = option(
         0.0,
-        "Top-1 (%) it should reach; one point less is called out. 0: unknown.",
+        "Expected teacher top-1 (%); a warning is logged if it is more than one point lower. 0: no check.",
         low=0,
         high=100,
-        idle={"eval": ("none",)},
+        unused_when={"eval": ("none",)},
+        affects_result=False,
     )
 
 
 @dataclass
 class Student:
-    """The network that learns."""
+    """The network that is trained."""
 
-    student: str = option("wrn16_1", "Named as the teacher is.")
-    student_weights: str = option("", "Weights to start from (or to evaluate); random when empty.")
+    student: str = option("wrn16_1", "Model, named like the teacher.")
+    student_weights: str = option(
+        "",
+        "File or run folder of weights to start from, or to evaluate; randomly initialised if empty.",
+        affects_result=False,
+    )
 
 
 @dataclass
@@ -143,156 +183,197 @@ class Schedule:
     )
     ep_steps: int = option(400, "Student steps of an epoch; a multiple of kd_steps.", low=1)
     kd_steps: int = option(400, "Student steps of a round.", low=1)
-    g_steps: int = option(400, "Synthesis steps of a round.", low=1, idle=CONTROL)
+    g_steps: int = option(400, "Synthesis steps of a round.", low=1, unused_when=CONTROL)
     warmup: int = option(
-        0, "First epochs that only make images, without the terms that look at the student.", low=0, idle=CONTROL
+        0,
+        "First epochs that only synthesise images, without the terms that use the student.",
+        low=0,
+        unused_when=CONTROL,
+    )
+    synthesis_rounds: int | None = option(
+        None,
+        "First rounds of the run that synthesise; in later ones the student trains on the pool as it is. Empty: all.",
+        low=1,
+        unused_when=NO_POOL,
     )
 
 
 @dataclass
 class Synthesis:
-    """Phase 1: images are made by inverting the teacher. Weights of 0 cost nothing."""
+    """Phase 1: images are synthesised by inverting the teacher. A term of weight 0 is not computed."""
 
-    IDLE: ClassVar = (CONTROL,)  # of every option here but the source that names no other
+    # Of every option here that states no condition of its own, except the source.
+    UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (CONTROL,)
 
     source: Literal["inversion", "pixels", "generator", "noise", "real"] = option(
         "inversion",
-        "Where images come from: a generator trained for each round, pixels that are trained themselves, "
-        "one generator all along whose images are not kept, noise, the training set, or a class of yours.",
-        own=True,
+        "Source of images: a generator optimised in each round, pixels optimised directly, one generator trained "
+        "throughout whose images are not kept, noise, the training set, or a user-defined class.",
+        custom=True,
     )
     synthesis_batch_size: int = option(256, "Images of a synthesis step; those of a round enter the pool.", low=1)
     pool_size: int = option(
-        0, "Images that the pool holds before it forgets the oldest; 0 holds all.", low=0, idle=NO_POOL
+        0, "Capacity of the image pool, which drops the oldest images; 0 keeps all.", low=0, unused_when=NO_POOL
     )
-    nz: int = option(256, "Dimension of the generator's noise.", low=1, idle=NO_GENERATOR)
-    ngf: int = option(64, "Width of the generator.", low=1, idle=NO_GENERATOR)
+    balanced_sampling: bool = option(
+        False,
+        "Sample every student batch from the pool with equal numbers of each target class.",
+        unused_when=NO_POOL,
+        former_sections=("distill",),
+    )
+    nz: int = option(256, "Dimension of the generator's latent z.", low=1, unused_when=NO_GENERATOR)
+    ngf: int = option(64, "Width of the generator.", low=1, unused_when=NO_GENERATOR)
     lr_g: float = option(1e-3, "Adam's learning rate for the generator, or for the pixels.", low=0)
-    lr_z: float = option(
-        None, "The same for the noise, lr_g when empty; 0 keeps the noise fixed.", low=0, idle=NO_ROUNDS
+    lr_z: float | None = option(
+        None,
+        "Adam's learning rate for the latents, lr_g if empty; 0 keeps them fixed.",
+        low=0,
+        unused_when=(NO_ROUNDS, NO_GENERATOR),
     )
     generator_init: Literal["random", "reptile", "maml"] = option(
         "random",
-        "Weights a round starts from: new random ones, or a start that learns from the rounds.",
-        idle=NO_ROUNDS,
+        "Generator weights at the start of a round: re-initialised, or a meta-learned initialisation.",
+        unused_when=(NO_ROUNDS, NO_GENERATOR),
     )
     meta_rate: float = option(
         1.0,
-        "Step of the learned start: reptile's share of the way to a round's last weights "
-        "(1 carries on from them), maml's Adam rate in units of lr_g x g_steps.",
+        "Outer step size. reptile: interpolation from the round's initial to its final weights (1: keep the final). "
+        "maml: outer Adam rate as a multiple of lr_g * g_steps.",
         low=0,
         high=1,
-        idle={"generator_init": ("random",)},
+        unused_when={"generator_init": ("random",)},
     )
     reset_epoch: int = option(
         0,
-        "Epoch in which the learned start's first layer is drawn anew, once; 0 never.",
+        "Epoch at which the first layer of the meta-learned initialisation is re-initialised, once; 0: never.",
         low=0,
-        idle={"generator_init": ("random",)},
+        unused_when={"generator_init": ("random",)},
     )
     class_noise: float = option(
-        0.0, "Distance from 0 of each class's own centre of the noise; 0 draws all alike.", low=0, idle=NO_ROUNDS
+        0.0,
+        "Norm of a class-specific mean added to the latent z; 0: z does not depend on the class.",
+        low=0,
+        unused_when=(NO_ROUNDS, NO_GENERATOR),
     )
     keep: Literal["best", "last"] = option(
-        "best", "The step of a round whose batch is kept: lowest loss, or last.", idle=NO_POOL
+        "best", "Step of a round whose batch enters the pool: the one of lowest loss, or the last.", unused_when=NO_POOL
     )
     bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.", low=0)
     bn_reduction: Literal["norm", "mse", "gaussian"] = option(
         "norm",
-        "Distance of statistics per layer: sum of L2 norms, mean squares, or KL of Gaussians.",
-        idle={"bn": (0,)},
+        "Distance of the statistics of a layer: sum of L2 norms, mean squared error, or KL divergence of Gaussians.",
+        unused_when={"bn": (0,)},
     )
     bn_momentum: float = option(
-        0.0, "Share of the rounds before in the statistics that are compared.", low=0, high=0.999, idle={"bn": (0,)}
+        0.0,
+        "Weight of earlier rounds in the batch statistics, as an exponential moving average.",
+        low=0,
+        high=0.999,
+        unused_when={"bn": (0,)},
     )
-    oh: float = option(0.0, "Weight of the teacher's cross entropy.", low=0)
-    oh_target: Literal["asked", "answered"] = option(
-        "asked",
-        "The class of that cross entropy: the one asked for, or the teacher's own answer (DAFL).",
-        idle={"oh": (0,)},
+    oh: float = option(0.0, "Weight of the teacher's cross-entropy.", low=0)
+    oh_target: Literal["target", "predicted"] = option(
+        "target",
+        "Class in that cross-entropy: the target class, or the teacher's own prediction (DAFL).",
+        unused_when={"oh": (0,)},
+        aliases={"asked": "target", "answered": "predicted"},
     )
-    adv: float = option(0.0, "Weight of the student's disagreement with the teacher.", low=0)
+    adv: float = option(0.0, "Weight of the adversarial term, the disagreement of student and teacher.", low=0)
     adv_distance: Literal["kl", "js", "l1"] = option(
-        "kl", "Its distance: KL divergence, Jensen-Shannon (ADI), or L1 of the logits (DFAD).", idle={"adv": (0,)}
+        "kl",
+        "Its distance: KL divergence, Jensen-Shannon divergence (ADI), or L1 of the logits (DFAD).",
+        unused_when={"adv": (0,)},
     )
     adv_T: float = option(
-        1.0, "Temperature of the divergences.", low=1e-6, idle=({"adv": (0,)}, {"adv_distance": ("l1",)})
+        1.0, "Temperature of its divergences.", low=1e-6, unused_when=({"adv": (0,)}, {"adv_distance": ("l1",)})
     )
     adv_where: Literal["agree", "all"] = option(
         "agree",
-        "Images that it looks at: those of which both name the same class (RGAL, CMI), or all.",
-        idle={"adv": (0,)},
+        "Images that it applies to: those on which student and teacher predict the same class (RGAL, CMI), or all.",
+        unused_when={"adv": (0,)},
     )
     act: float = option(0.0, "Weight of the teacher's activation strength (DAFL).", low=0)
     balance: float = option(0.0, "Weight of the class balance over the batch (DAFL).", low=0)
     cr: float = option(0.0, "Weight of the contrast with earlier images (CMI).", low=0)
-    cr_T: float = option(0.2, "Temperature of that contrast.", low=1e-6, idle={"cr": (0,)})
+    cr_T: float = option(0.2, "Temperature of that contrast.", low=1e-6, unused_when={"cr": (0,)})
     tv: float = option(0.0, "Weight of the images' total variation.", low=0)
     l2: float = option(0.0, "Weight of the images' L2 norm.", low=0)
 
 
 @dataclass
 class Relation:
-    """RGAL's triplets: confuse in synthesis, separate in the student."""
+    """RGAL's triplet losses: confuse classes in synthesis, separate them in the student."""
 
-    triplet: float = option(0.0, "Weight of the triplets in synthesis.", low=0, idle=({"relation": ("off",)}, CONTROL))
+    triplet: float = option(
+        0.0, "Weight of the triplet loss in synthesis.", low=0, unused_when=({"relation": ("off",)}, CONTROL)
+    )
     relation: Literal["paper", "release", "off"] = option(
         "paper",
-        "Their direction in synthesis: the paper's (spread classes, mix them), the released code's, or none.",
-        idle=({"triplet": (0,)}, CONTROL),
+        "Its direction: the paper's (spread classes, mix them), the released code's, or no triplet loss.",
+        unused_when=({"triplet": (0,)}, CONTROL),
     )
     triplet_target: Literal["student", "teacher"] = option(
-        "student", "Whose features the synthesis triplets look at.", idle={"triplet": (0,)}
+        "student", "Network whose features it uses.", unused_when={"triplet": (0,)}
     )
-    start_layer: int = option(2, "First stage that is looked at, counted from 0 (negative: from the end).", idle=STAGES)
-    end_layer: int = option(4, "Stage before which the look ends.", idle=STAGES)
-    margin: float = option(0.2, "Margin of both triplet losses.", low=0, idle=NO_TRIPLETS)
+    start_layer: int = option(
+        2, "First stage that the triplet losses use, counted from 0 (negative: from the end).", unused_when=NO_STAGES
+    )
+    end_layer: int = option(4, "Stage after the last one that they use.", unused_when=NO_STAGES)
+    margin: float = option(0.2, "Margin of both triplet losses.", low=0, unused_when=NO_TRIPLETS)
     sampling: Literal["focal", "distance", "uniform"] = option(
         "focal",
-        "How synthesis draws the other-class sample: a band, distance weighted, or evenly.",
-        idle={"triplet": (0,)},
+        "Negative sampling in synthesis: within a band of distances, distance-weighted, or uniform.",
+        unused_when={"triplet": (0,)},
     )
     sampling_space: Literal["embedding", "logits"] = option(
         "embedding",
-        "Distances for drawing: the teacher's embedding, or logits (the teacher's, then the student's).",
-        idle=NO_TRIPLETS,
+        "Distances for negative sampling: of the teacher's embeddings, or of logits (in synthesis the teacher's, in "
+        "student training the student's).",
+        unused_when=NO_TRIPLETS,
     )
-    striplet: float = option(0.0, "Weight of the triplets in student training.", low=0)
+    striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0)
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global",
-        "What they look at: the penultimate feature, the chosen stages, or the logits.",
-        idle={"striplet": (0,)},
+        "Features that it uses: the embedding, the chosen stages, or the logits.",
+        unused_when={"striplet": (0,)},
     )
     striplet_sampling: Literal["focal", "distance", "uniform"] = option(
-        "distance", "How student training draws the other-class sample.", idle={"striplet": (0,)}
+        "distance", "Negative sampling in student training.", unused_when={"striplet": (0,)}
     )
+
+    def validate(self) -> None:
+        """Raise an OptionError if the stages are none."""
+        if 0 < self.end_layer <= self.start_layer:
+            raise OptionError(
+                f"start_layer {self.start_layer} is not before end_layer {self.end_layer}, so no stage is used; "
+                "lower --start_layer"
+            )
 
 
 @dataclass
 class Distill:
-    """Phase 2: the student learns the teacher's answers on the images."""
+    """Phase 2: the student matches the teacher's outputs on the images."""
 
-    batch_size: int = option(128, "Pool images of a student step.", low=1)
+    learner: Literal["distill"] = option(
+        "distill", "How the student is trained: by the terms below, or by a user-defined class.", custom=True
+    )
+    batch_size: int = option(128, "Images of a student step.", low=1)
     pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
-    balanced_sampling: bool = option(False, "Draw every batch evenly over the classes asked for.", idle=NO_POOL)
-    view_cache: int = option(
+    view_cache: int | None = option(
         None,
-        "Most megabytes for the teacher's answers to views, so that it is not asked twice. "
-        "Empty: a quarter of the free memory on the CPU, none on a GPU. Not for mixup, "
-        "gram_loss and at_loss.",
+        "Memory limit in MB of the cache of teacher outputs per view. Empty: a quarter of the free memory on the CPU, "
+        "none on a GPU. Not with mixup, gram_loss and at_loss.",
         low=0,
-        idle=NO_POOL,
+        unused_when=NO_POOL,
+        affects_result=False,
     )
-    mixup: float = option(0.0, "Share of the views that are blended with another one of the batch.", low=0, high=1)
-    lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
-    momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
-    weight_decay: float = option(1e-4, "SGD's weight decay.", flags=("--wd",), low=0)
+    mixup: float = option(0.0, "Fraction of the views that are blended with another view of the batch.", low=0, high=1)
     T: float = option(
-        20.0, "Temperature of the KL divergence.", low=1e-6, idle=({"kd": (0,)}, {"kd_distance": ("l1",)})
+        20.0, "Temperature of the KL divergence.", low=1e-6, unused_when=({"kd": (0,)}, {"kd_distance": ("l1",)})
     )
-    kd: float = option(1.0, "Weight of the distance from the teacher's answers.", low=0)
+    kd: float = option(1.0, "Weight of the distance to the teacher's logits.", low=0)
     kd_distance: Literal["kl", "l1"] = option(
-        "kl", "That distance: KL divergence, or L1 of the logits (DFAD).", idle={"kd": (0,)}
+        "kl", "That distance: KL divergence, or L1 of the logits (DFAD).", unused_when={"kd": (0,)}
     )
     cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.", low=0)
     gram_loss: float = option(
@@ -301,16 +382,27 @@ class Distill:
     at_loss: float = option(0.0, "Weight of the distance of attention maps (ZSKT).", low=0)
     custom_steps: float = option(
         1.0,
-        "Share of the run in which the channel, gram, attention and triplet terms act.",
+        "Fraction of the run in which the channel, Gram, attention and triplet terms are active.",
         low=0,
         high=1,
-        idle={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)},
+        unused_when={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)},
     )
 
-    @property
-    def views_recur(self):
-        """Whether a view is shown as it is and met again, and pooled answers to it suffice: the view cache's case."""
-        return not (self.mixup or self.gram_loss or self.at_loss)
+
+@dataclass
+class Optim:
+    """The optimiser of the network that is trained: SGD, whose learning rate follows a cosine to 0."""
+
+    lr: float = option(0.1, "Initial learning rate.", low=0, former_sections=("distill", "training"))
+    momentum: float = option(0.9, "Momentum.", low=0, high=1, former_sections=("distill", "training"))
+    weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, former_sections=("distill", "training"))
+
+
+@dataclass
+class ScratchOptim(Optim):
+    __doc__ = Optim.__doc__
+
+    weight_decay: float = option(5e-4, "Weight decay.", flags=("--wd",), low=0, former_sections=("distill", "training"))
 
 
 @dataclass
@@ -318,12 +410,13 @@ class Training:
     """Supervised training on real images."""
 
     model: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
-    weights: str = option("", "Weights to start from (or to evaluate); random when empty.")
+    weights: str = option(
+        "",
+        "File or run folder of weights to start from, or to evaluate; randomly initialised if empty.",
+        affects_result=False,
+    )
     epochs: int = option(200, "Epochs; the learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
     batch_size: int = option(128, "Images of a step.", low=1)
-    lr: float = option(0.1, "SGD's learning rate at the start.", low=0)
-    momentum: float = option(0.9, "SGD's momentum.", low=0, high=1)
-    weight_decay: float = option(5e-4, "SGD's weight decay.", flags=("--wd",), low=0)
 
 
 @dataclass
@@ -338,11 +431,17 @@ class DistillConfig:
     synthesis: Synthesis = field(default_factory=Synthesis)
     relation: Relation = field(default_factory=Relation)
     distill: Distill = field(default_factory=Distill)
+    optim: Optim = field(default_factory=Optim)
     method: str = option(
         "rgal",
-        "Name of a file in configs/methods/, whose settings come before yours, or a source of images of your own.",
-        own=True,
+        "Name of a file in configs/methods/, whose settings your own override, or a user-defined source of images.",
+        custom=True,
     )
+
+    def validate(self) -> None:
+        """Raise an InputError for options that do not go together."""
+        schedule.Schedule.of(self.schedule, self.distill.batch_size)
+        self.relation.validate()
 
 
 @dataclass
@@ -352,16 +451,15 @@ class ScratchConfig:
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
     training: Training = field(default_factory=Training)
+    optim: ScratchOptim = field(default_factory=ScratchOptim)
+
+    def validate(self) -> None:
+        """Every combination of these options can run."""
 
 
-def settings(config):
-    """A configuration as one dict, option -> value, without SURROUNDINGS."""
-    flat = {}
-    for name, value in reversed(asdict(config).items()):  # what stands outside the sections comes last, and leads
-        flat.update(value if isinstance(value, dict) else {name: value})
-    return {name: value for name, value in flat.items() if name not in SURROUNDINGS}
+CONFIGS = (DistillConfig, ScratchConfig)  # of all programs: a method file may have sections of any
 
 
-def sections(config_class):
+def sections(config_class: type) -> dict[str, type]:
     """Name -> class of the sections of a program's options, in the order of ``--help``."""
     return {f.name: f.default_factory for f in fields(config_class) if isinstance(f.default_factory, type)}

@@ -1,48 +1,52 @@
-"""Every loss term but the triplets, as a function of tensors. All reduce to an unweighted scalar in fp32."""
+"""Every loss term except the triplet losses, as a function of tensors. All give an unweighted scalar in fp32."""
 
 import math
+from collections.abc import Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datafree.batchnorm import LayerStatistics
 from datafree.errors import InputError
-from datafree.hooks import pooled
+from datafree.features import FeatureTap, pooled
 from datafree.runtime import autocast
 
 
-def kl_divergence(logits, target_logits, T=1.0):
+def kl_divergence(logits: Tensor, target_logits: Tensor, T: float = 1.0) -> Tensor:
     """KL(softmax(target / T) || softmax(logits / T)) per sample, (N, C) twice -> (N,)."""
     log_p = F.log_softmax(target_logits.float() / T, dim=1)
     log_q = F.log_softmax(logits.float() / T, dim=1)
     return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
-def distillation(student_logits, teacher_logits, T):
+def distillation(student_logits: Tensor, teacher_logits: Tensor, T: float) -> Tensor:
     """Batch mean of the KL divergence at temperature T, times T^2 (Hinton et al. 2015)."""
     return kl_divergence(student_logits, teacher_logits, T).mean() * T**2
 
 
-def js_divergence(logits, target_logits, T=1.0):
+def js_divergence(logits: Tensor, target_logits: Tensor, T: float = 1.0) -> Tensor:
     """Jensen-Shannon divergence of the softmaxes at temperature T per sample, (N, C) twice -> (N,), in [0, ln 2]."""
     log_p, log_q = (F.log_softmax(x.float() / T, dim=1) for x in (target_logits, logits))
     log_m = torch.logaddexp(log_p, log_q) - math.log(2)
     return 0.5 * (log_p.exp() * (log_p - log_m) + log_q.exp() * (log_q - log_m)).sum(1)
 
 
-def l1_distance(logits, target_logits, T=1.0):
-    """Mean absolute difference of the logits per sample, (N, C) twice -> (N,); T is of no use here (DFAD)."""
+def l1_distance(logits: Tensor, target_logits: Tensor, T: float = 1.0) -> Tensor:
+    """Mean absolute difference of the logits per sample, (N, C) twice -> (N,); T has no effect (DFAD)."""
     return (target_logits.float() - logits.float()).abs().mean(1)
 
 
 DISTANCES = {"kl": kl_divergence, "js": js_divergence, "l1": l1_distance}
 
 
-def adversarial(student_logits, teacher_logits, distance="kl", T=1.0, where="agree"):
-    """L_adv: minus a distance of the answers.
+def adversarial(
+    student_logits: Tensor, teacher_logits: Tensor, distance: str = "kl", T: float = 1.0, where: str = "agree"
+) -> Tensor:
+    """L_adv: minus a distance of the logits.
 
-    distance: ``kl`` (RGAL, CMI, ZSKT), ``js`` (ADI), ``l1`` (DFAD). where: ``agree``, only of the images for which
-    teacher and student name the same class, others count as 0 (RGAL, CMI), or ``all``.
+    distance: ``kl`` (RGAL, CMI, ZSKT), ``js`` (ADI), ``l1`` (DFAD). where: ``agree``, only images for which
+    teacher and student predict the same class, others count as 0 (RGAL, CMI), or ``all``.
     """
     apart = DISTANCES[distance](student_logits, teacher_logits, T)
     if where == "agree":
@@ -50,10 +54,9 @@ def adversarial(student_logits, teacher_logits, distance="kl", T=1.0, where="agr
     return -apart.mean()
 
 
-def bn_distance(statistics, reduction):
-    """L_bn: distance of the batch's statistics to the running ones, summed or averaged over layers.
+def bn_distance(statistics: Sequence[LayerStatistics], reduction: str) -> Tensor:
+    """L_bn: distance of the batch statistics to the running ones, summed or averaged over layers.
 
-    statistics: (mean, variance, running mean, running variance) per layer, each (C,).
     reduction: ``norm`` sums ||var - running|| + ||mean - running|| over layers (DeepInversion, CMI,
     RGAL); ``mse`` averages the mean squares over layers (GDFQ); ``gaussian`` averages, over channels
     and layers, the KL divergence of the batch's Gaussian from the running one (ABD).
@@ -72,32 +75,33 @@ def bn_distance(statistics, reduction):
     return total if reduction == "norm" else total / len(layers)
 
 
-def one_hot(teacher_logits, targets):
-    """L_oh: cross entropy of the teacher with the class asked for."""
+def one_hot(teacher_logits: Tensor, targets: Tensor) -> Tensor:
+    """L_oh: cross-entropy of the teacher with the target classes."""
     return F.cross_entropy(teacher_logits.float(), targets)
 
 
-def activation(embed):
+def activation(embed: Tensor) -> Tensor:
     """L_act: minus the mean absolute embedding (DAFL)."""
     return -embed.float().abs().mean()
 
 
-def balance(teacher_logits):
+def balance(teacher_logits: Tensor) -> Tensor:
     """L_bal: negative entropy of the batch's mean softmax; lowest when all classes occur equally (DAFL)."""
     mean = teacher_logits.float().softmax(1).mean(0)
     return (mean * mean.clamp_min(1e-12).log()).sum()
 
 
-def total_variation(images):
+def total_variation(images: Tensor) -> Tensor:
     """L_tv: sum over 4 directions of the norm of neighbour differences (DeepInversion)."""
     right = images[:, :, :, 1:] - images[:, :, :, :-1]
     down = images[:, :, 1:, :] - images[:, :, :-1, :]
     diagonal = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]
     other = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
-    return sum(torch.linalg.vector_norm(d.float()) for d in (right, down, diagonal, other))
+    norms = [torch.linalg.vector_norm(d.float()) for d in (right, down, diagonal, other)]
+    return sum(norms)  # type: ignore[return-value]
 
 
-def l2_norm(images):
+def l2_norm(images: Tensor) -> Tensor:
     """L_l2: the L2 norm of the batch (DeepInversion)."""
     return torch.linalg.vector_norm(images.float())
 
@@ -105,65 +109,73 @@ def l2_norm(images):
 class StageProjection(nn.Module):
     """Learned 1x1 convolutions from the student's stages to the widths of the teacher's.
 
-    Stages are paired where both networks have the same spatial size; if no sizes agree, from
-    the last stage backwards. So networks with different numbers of stages go together.
+    Stages of the same spatial size are paired; if no sizes agree, from the last stage backwards. So
+    networks with different numbers of stages can be combined.
     """
 
-    def __init__(self, student, teacher):
+    def __init__(self, student: FeatureTap, teacher: FeatureTap):
         super().__init__()
         self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes)
         self.project = nn.ModuleList(
             nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs
         )
 
-    def channel(self, student_stages, teacher_stages):
+    def channel(self, student_stages: Sequence[Tensor], teacher_pooled: Sequence[Tensor]) -> Tensor:
         """L_cd: sum over stages of mse(GAP(conv1x1(S)), GAP(T)); averaging commutes with the projection."""
-        with autocast(teacher_stages[-1].device, "none"):
-            return sum(
-                F.mse_loss(project(pooled(student_stages[s]).float()), pooled(teacher_stages[t]).float())
+        with autocast(teacher_pooled[-1].device, "none"):
+            terms = [
+                F.mse_loss(project(pooled(student_stages[s]).float()), teacher_pooled[t].float())
                 for project, (s, t) in zip(self.project, self.pairs)
-            )
+            ]
+        return sum(terms)  # type: ignore[return-value]
 
-    def gram(self, student_stages, teacher_stages):
+    def gram(self, student_stages: Sequence[Tensor], teacher_stages: Sequence[Tensor]) -> Tensor:
         """L_gram: per-pixel mse, each channel weighted by how little it correlates with the others.
 
         weight_c = 1 - minmax_c(sum over columns of T's channel Gram matrix) + 1e-3, per image.
         """
         with autocast(teacher_stages[-1].device, "none"):
-            return sum(
+            terms = [
                 self._gram(project, student_stages[s].float(), teacher_stages[t].float())
                 for project, (s, t) in zip(self.project, self.pairs)
-            )
+            ]
+        return sum(terms)  # type: ignore[return-value]
 
-    def _gram(self, project, stage, target):
+    @staticmethod
+    def _gram(project: nn.Module, stage: Tensor, target: Tensor) -> Tensor:
         mapped = F.conv2d(stage, project.weight[:, :, None, None], project.bias)
         if mapped.shape[2:] != target.shape[2:]:
             mapped = F.adaptive_avg_pool2d(mapped, target.shape[2:])
         return (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
 
 
-def attention(student_stages, teacher_stages, pairs):
+def attention(
+    student_stages: Sequence[Tensor], teacher_stages: Sequence[Tensor], pairs: Sequence[tuple[int, int]]
+) -> Tensor:
     """L_at: mse of the normalised attention maps, summed over stages (Zagoruyko and Komodakis 2017, as in ZSKT).
 
     An attention map is a stage's mean square over channels, (N, C, H, W) -> (N, H W), of norm 1.
     """
-    return sum(
+    terms = [
         F.mse_loss(
             _attention_map(student_stages[s], teacher_stages[t].shape[2:]),
             _attention_map(teacher_stages[t], teacher_stages[t].shape[2:]),
         )
         for s, t in pairs
-    )
+    ]
+    return sum(terms)  # type: ignore[return-value]
 
 
-def _attention_map(stage, size):
+def _attention_map(stage: Tensor, size: Sequence[int]) -> Tensor:
     squares = stage.float().square().mean(1, keepdim=True)
     if squares.shape[2:] != size:
         squares = F.adaptive_avg_pool2d(squares, size)
     return F.normalize(squares.flatten(1))
 
 
-def pair_stages(student_sizes, teacher_sizes):
+def pair_stages(
+    student_sizes: Sequence[Sequence[int]], teacher_sizes: Sequence[Sequence[int]]
+) -> list[tuple[int, int]]:
     """Index pairs (student stage, teacher stage): those of equal size, else from the last one backwards."""
     for role, sizes in (("student", student_sizes), ("teacher", teacher_sizes)):
         if not sizes:
@@ -175,7 +187,7 @@ def pair_stages(student_sizes, teacher_sizes):
     return equal or [(len(student_sizes) - i, len(teacher_sizes) - i) for i in range(count, 0, -1)]
 
 
-def gram_weights(stage):
+def gram_weights(stage: Tensor) -> Tensor:
     """Channel weights (N, C) in [1e-3, 1 + 1e-3] of a stage (N, C, H, W), from its Gram matrix's row sums."""
     flat = stage.flatten(2)
     # The row sums of flat @ flat^T, without the C x C matrix.
@@ -184,8 +196,8 @@ def gram_weights(stage):
     return 1 - (rows - low) / (high - low).clamp_min(1e-12) + 1e-3
 
 
-def info_nce(local, anchor, bank, T):
-    """L_cr: every local view finds its own global view among those of the batch and the bank's earlier instances (CMI).
+def info_nce(local: Tensor, anchor: Tensor, bank: Tensor, T: float) -> Tensor:
+    """L_cr: every local view must match its own global view among those of the batch and earlier instances (CMI).
 
     local, anchor: (N, D); bank: (K, D). All L2-normalised here. T: temperature.
     """

@@ -3,44 +3,51 @@
 import math
 
 import torch
+from torch import Tensor
 
-from datafree.relation import FOCAL_BAND, pairwise_distance
+from datafree.config import Relation
+from datafree.network import Network
+from datafree.relation import FOCAL_BAND, SPACES, pairwise_distance
+from datafree.synthesis.base import BaseSynthesis
 
 NEAR_DUPLICATE = 0.02  # root mean square difference of two images in [0, 1]
 
 
 class Watch:
-    """Called once an epoch -> (numbers of the source's latest images, alarms)."""
+    """Called once per epoch -> (metrics of the source's latest images, warnings)."""
 
-    def __init__(self, source, teacher, student, space):
-        self.source, self.teacher, self.student, self.space = source, teacher, student, space
-        self.first = None
+    def __init__(self, source: BaseSynthesis, teacher: Network, student: Network, triplets: Relation):
+        self.source, self.teacher, self.student = source, teacher, student
+        self.space = triplets.sampling_space if triplets.triplet or triplets.striplet else "embedding"
+        self.first: dict[str, float] | None = None
 
-    def __call__(self):
+    def __call__(self) -> tuple[dict[str, float], list[str]]:
         now = describe(*self.source.latest(), self.teacher, self.student, self.space)
         self.first = self.first or now
-        return now, [] if self.source.control else alarms(now, self.first)
+        return now, alarms(now, self.first) if self.source.traits.synthesises else []
 
 
 @torch.no_grad()
-def describe(images, targets, teacher, student, space="embedding"):
-    """Named numbers about a batch of images (N, C, H, W) in [0, 1]; all but classes_hit are shares or distances.
+def describe(
+    images: Tensor, targets: Tensor | None, teacher: Network, student: Network, space: str = "embedding"
+) -> dict[str, float]:
+    """Metrics of a batch of images (N, C, H, W) in [0, 1]; all but classes_hit are fractions or distances.
 
-    targets: the classes asked for, (N,), or None. space: where the relation draws (embedding | logits).
+    targets: target classes (N,), or None. space: of negative sampling (embedding | logits).
     Distances are between L2-normalised teacher embeddings.
     """
     with student.frozen():
-        answer, student_labels = teacher.features(images), student(images).argmax(1)
-    labels, count = answer.logits.argmax(1), len(images)
+        features, student_labels = teacher.features(images), student(images).argmax(1)
+    labels, count = features.logits.argmax(1), len(images)
     share = torch.bincount(labels, minlength=teacher.num_classes) / count
     entropy = torch.special.entr(share).sum()
     highest = math.log(min(teacher.num_classes, count))
     numbers = {
         "label_entropy": entropy / highest if highest else torch.ones(()),  # one image cannot spread
         "classes_hit": (share > 0).sum(),
-        "teacher_confidence": answer.logits.float().softmax(1).amax(1).mean(),
+        "teacher_confidence": features.logits.float().softmax(1).amax(1).mean(),
         "student_agreement": (labels == student_labels).float().mean(),
-        **_relations(answer.embed, answer.embed if space == "embedding" else answer.logits, labels),
+        **_relations(features.embed, getattr(features, SPACES[space]), labels),
         **_pixels(images),
     }
     if targets is not None:
@@ -48,8 +55,8 @@ def describe(images, targets, teacher, student, space="embedding"):
     return {name: value.item() for name, value in numbers.items()}
 
 
-def _relations(embed, space, labels):
-    """Spread of the classes, and how many anchors find a partner and a sample inside the focal band."""
+def _relations(embed: Tensor, space: Tensor, labels: Tensor) -> dict[str, Tensor]:
+    """Spread of the classes, and the fraction of anchors with a positive, and with a negative in the focal band."""
     other = labels[:, None] != labels[None, :]
     same = ~other & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     distance, drawn = pairwise_distance(embed), pairwise_distance(space)
@@ -64,8 +71,8 @@ def _relations(embed, space, labels):
     }
 
 
-def _pixels(images):
-    """How different the pictures are: mean and nearest root mean square distance of their pixels."""
+def _pixels(images: Tensor) -> dict[str, Tensor]:
+    """How different the images are: mean and nearest root mean square distance of their pixels."""
     flat = images.float().flatten(1)
     rms = torch.cdist(flat, flat) / math.sqrt(flat.shape[1])
     apart = rms + torch.eye(len(flat), device=flat.device) * 1e9
@@ -75,10 +82,10 @@ def _pixels(images):
     }
 
 
-def alarms(now, first):
-    """Sentences about numbers of :func:`describe` that tell of a collapse: what was seen, why, what to change.
+def alarms(now: dict[str, float], first: dict[str, float]) -> list[str]:
+    """Warnings about metrics of :func:`describe` that indicate a collapse: observation, cause, remedy.
 
-    first: the numbers of the run's first described epoch.
+    first: the metrics of the run's first epoch.
     """
     found = []
     if now["label_entropy"] < 0.5:
@@ -89,18 +96,19 @@ def alarms(now, first):
     agreement = now.get("target_agreement", 1.0)
     if agreement < 0.3 and agreement <= first.get("target_agreement", 1.0):
         found.append(
-            f"the teacher agrees with only {agreement:.0%} of the classes asked for: "
-            "the synthesis is too short or overruled; raise --g_steps or --oh, or lower --adv"
+            f"the teacher agrees with only {agreement:.0%} of the target classes: "
+            "synthesis is too short or other terms dominate; raise --g_steps or --oh, or lower --adv"
         )
     if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
         found.append(
-            "the images are half as different as in the beginning (pixel distance "
+            "the images are half as diverse as in the first epoch (pixel distance "
             f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; "
             "raise --triplet or --adv"
         )
     if now["near_duplicates"] > 0.2:
         found.append(
-            f"{now['near_duplicates']:.0%} of the images are near-duplicates: the noise is ignored; raise --triplet"
+            f"{now['near_duplicates']:.0%} of the images are near-duplicates: the generator ignores its latents; "
+            "raise --triplet"
         )
     chance = 1 / now["classes_hit"]
     if now["student_agreement"] < min(1.5 * chance, chance + 0.05) and now["classes_hit"] > 1:

@@ -2,13 +2,13 @@
 
     for every epoch:
         for every round:
-            source.synthesize()                      phase 1: images from the teacher
+            source.round(...)                        phase 1: images from the teacher
             for every student step:
-                learner.step(*source.sample(n))      phase 2: the student learns from images
+                learner.step(source.batch(n))        phase 2: the student is trained on images
         evaluate, log, draw, save
 
-The engine knows two things only: a source that makes images (``synthesis/``) and a learner that
-takes them (``learners/``). Distillation, its controls and teacher training are choices of the two.
+The engine knows only a source of images (``synthesis/``) and a learner that is trained on them
+(``learners/``). Distillation, its controls and teacher training are choices of the two.
 """
 
 import math
@@ -17,43 +17,66 @@ import signal
 import sys
 import time
 from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from datafree import checkpoint
+from datafree.config import Run
 from datafree.errors import InputError
+from datafree.evaluators import scores_line
+from datafree.grids import draw_grid, grid_rows
+from datafree.learners.base import Learner
+from datafree.logger import RunFolder
 from datafree.runtime import StopSignal, load_rng_state, rng_state
+from datafree.schedule import Schedule
+from datafree.synthesis.base import BaseSynthesis
+
+FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
 
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
-    schedule: epochs, rounds (per epoch), kd_steps, warmup, batch_size.
-    evaluate: () -> {acc1, acc5, loss} in %, or None where there is nothing to evaluate on.
-    describe: () -> (numbers of the latest images, alarms), or None.
-    facts: plain values saved beside the student's weights; its ``settings`` (option -> value) must be the same
-    when the run is resumed, but for the epochs.
+    run: the section of the options. evaluate: () -> {acc1, acc5 (%), loss}, or None if there is no test set.
+    monitor: () -> (metrics of the latest images, warnings), called after each epoch, or None.
+    metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
+    when the run is resumed, except the number of epochs.
     """
 
-    def __init__(self, learner, source, schedule, folder, run, *, evaluate=None, describe=None, facts=None):
+    def __init__(
+        self,
+        learner: Learner,
+        source: BaseSynthesis,
+        schedule: Schedule,
+        folder: RunFolder,
+        run: Run,
+        *,
+        evaluate: Callable[[], dict[str, float]] | None = None,
+        monitor: Callable[[], tuple[dict[str, float], list[str]]] | None = None,
+        metadata: dict[str, Any] | None = None,
+    ):
         self.learner, self.source, self.schedule, self.folder, self.run = learner, source, schedule, folder, run
-        self.evaluate, self.describe, self.facts = evaluate, describe, facts or {}
+        self.evaluate, self.monitor, self.metadata = evaluate, monitor, metadata or {}
         self.position = {"epoch": 0, "round": 0, "step": 0}
         self.means = Means()
-        self.best = {"acc1": -1.0, "epoch": -1}
+        self.best: dict[str, float] = {"acc1": -1.0, "epoch": -1}
         self.seconds = {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0}
-        self.result = {}
+        self.result: dict[str, Any] = {}
 
-    def train(self):
-        """Run the remaining epochs -> the last epoch's numbers. A stop signal saves and exits with 128 + its number."""
+    def train(self) -> dict[str, Any]:
+        """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
         s, at = self.schedule, self.position
         with (
             StopSignal() as stop,
             tqdm(
-                total=self._steps_until(s.epochs),
-                initial=self._steps_until(at["epoch"]),
+                total=s.steps_until(s.epochs),
+                initial=s.steps_until(at["epoch"]),
                 unit="step",
                 desc="epoch",
                 smoothing=0.05,
@@ -61,50 +84,42 @@ class Engine:
                 mininterval=0.1 if sys.stderr.isatty() else 30,
             ) as self.bar,
         ):
-            self.source.tick = self.bar.update
+            self.source.tick = self.bar.update  # type: ignore[method-assign]
             while at["epoch"] < s.epochs:
                 self.bar.set_description(f"epoch {at['epoch'] + 1}/{s.epochs}")
                 self._epoch(stop)
                 if stop.received:
                     self._save_run()
-                    self.folder.log("Stopped by a signal; everything is saved, --resume auto goes on from here.")
+                    self.folder.log("Stopped by a signal; everything is saved, --resume auto continues from here.")
                     raise SystemExit(128 + signal.Signals[stop.received])
                 self._close_epoch()
         return self.result
 
-    def _steps_until(self, epoch):
-        """Steps of both phases in the epochs before ``epoch``."""
-        s = self.schedule
-        return s.rounds * (epoch * self.source.g_steps + max(epoch - s.warmup, 0) * s.kd_steps)
-
-    def _epoch(self, stop):
+    def _epoch(self, stop: StopSignal) -> None:
         at, s = self.position, self.schedule
         warm = at["epoch"] < s.warmup
         while at["round"] < s.rounds and not stop.received:
-            if at["step"] == 0:
+            if at["step"] == 0 and s.synthesises(at["epoch"], at["round"]):
                 self._synthesize(with_student=not warm)
             with self._clock("student"):
-                # Once a round's images are made it takes a step, or resuming would make them again.
+                # Once a round's images are made, one step follows, or resuming would make them again.
                 while at["step"] < s.kd_steps and not warm and not (stop.received and at["step"]):
                     self._student_step()
             if warm or at["step"] == s.kd_steps:
                 require_finite(self.means.values(), "mean of")
                 at["round"], at["step"] = at["round"] + 1, 0
 
-    def _synthesize(self, with_student):
-        self.source.epoch, self.source.with_student = self.position["epoch"], with_student
+    def _synthesize(self, with_student: bool) -> None:
         with self._clock("synthesis"), out_of_memory_in("synthesis", "--synthesis_batch_size"):
-            terms = self.source.synthesize()
+            terms = self.source.round(self.position["epoch"], with_student)
         require_finite(terms, "synthesis term")
         self.means.add("synthesis", terms)
 
-    def _student_step(self):
+    def _student_step(self) -> None:
         at, s = self.position, self.schedule
-        done = (at["epoch"] * s.rounds + at["round"]) * s.kd_steps + at["step"]
+        done = s.student_steps_done(**at)
         with out_of_memory_in("a training step", "--batch_size"):
-            terms = self.learner.step(
-                *self.source.sample(s.batch_size), progress=done / (s.epochs * s.rounds * s.kd_steps)
-            )
+            terms = self.learner.step(self.source.batch(s.batch_size), s.progress(**at))
         self.means.add("student", terms)
         at["step"] += 1
         self.bar.update()
@@ -112,77 +127,74 @@ class Engine:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
 
-    def _close_epoch(self):
+    def _close_epoch(self) -> None:
         """Evaluate, log, draw and save; then the next epoch begins."""
         epoch = self.position["epoch"]
         last = epoch == self.schedule.epochs - 1
-        numbers = require_finite(self.means.values(), "mean of")
-        if self.describe:
-            described, warnings = self.describe()
-            numbers.update({f"images/{name}": value for name, value in described.items()})
+        metrics: dict[str, Any] = require_finite(self.means.values(), "mean of")
+        if self.monitor:
+            of_images, warnings = self.monitor()
+            metrics.update({f"images/{name}": value for name, value in of_images.items()})
             for warning in warnings if epoch >= self.schedule.warmup else ():
                 self.folder.log(f"[Alarm] {warning}")
-        improved = self._evaluate(epoch, numbers) if last or (epoch + 1) % self.run.eval_every == 0 else False
-        numbers.update(
-            self.learner.numbers(),
+        improved = self._evaluate(epoch, metrics) if last or (epoch + 1) % self.run.eval_every == 0 else False
+        metrics.update(
+            self.learner.metrics(),
             lr=self.learner.lr,
             images=self.source.images_made,
             **{f"seconds/{name}": value for name, value in self.seconds.items()},
         )
-        self.result = numbers
-        self.folder.metrics(epoch, numbers)
+        self.result = metrics
+        self.folder.metrics(epoch, metrics)
         if last or epoch % self.run.grid_every == 0:
             self._draw(epoch)
         self.position.update(epoch=epoch + 1, round=0, step=0)
         self.means = Means()
         self._save_epoch(improved)
 
-    def _evaluate(self, epoch, numbers):
-        """Add the test numbers and log them -> whether this epoch is the best so far."""
+    def _evaluate(self, epoch: int, metrics: dict[str, Any]) -> bool:
+        """Add the test scores and log them -> whether this epoch is the best so far."""
         if self.evaluate is None:
             return False
         self.learner.network.eval()
         with self._clock("evaluation"):
-            numbers.update(self.evaluate())
-        improved = numbers["acc1"] > self.best["acc1"]
+            scores = self.evaluate()
+        improved = scores["acc1"] > self.best["acc1"]
         if improved:
-            self.best = {"acc1": numbers["acc1"], "epoch": epoch}
-        numbers["best_acc1"] = self.best["acc1"]
-        self.folder.log(
-            f"[Eval] Epoch={epoch} Acc@1={numbers['acc1']:.4f} Acc@5={numbers['acc5']:.4f} "
-            f"Loss={numbers['loss']:.4f} Lr={self.learner.lr:.4f}"
-        )
+            self.best = {"acc1": scores["acc1"], "epoch": epoch}
+        metrics.update(scores, best_acc1=self.best["acc1"])
+        self.folder.log(f"[Eval] Epoch={epoch} {scores_line(scores)} Lr={self.learner.lr:.4f}")
         return improved
 
-    def _draw(self, epoch):
-        images, targets = self.source.latest()
-        self.folder.grid(f"epoch_{epoch:04d}", *grid_rows(images, targets))
+    def _draw(self, epoch: int) -> None:
+        self.folder.grid(epoch, draw_grid(*grid_rows(*self.source.latest())))
 
     @contextmanager
-    def _clock(self, phase):
+    def _clock(self, phase: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to a phase; the GPU is waited for once, at its end."""
         started = time.perf_counter()
         yield
-        if self.learner.device.type == "cuda":
-            torch.cuda.synchronize(self.learner.device)
+        if self.learner.network.device.type == "cuda":
+            torch.cuda.synchronize(self.learner.network.device)
         self.seconds[phase] += time.perf_counter() - started
 
-    def _save_run(self):
-        """Write last.pth, which a run is resumed from."""
+    def _save_run(self) -> None:
+        """Write last.pth, from which the run can be resumed."""
         checkpoint.save(self.folder.checkpoints / "last.pth", self.state_dict())
 
-    def _save_epoch(self, improved):
-        """Write last.pth and the student alone; the same as best where this epoch is the best so far."""
+    def _save_epoch(self, improved: bool) -> None:
+        """Write last.pth and the trained weights alone; the same as best if this epoch is the best so far."""
         folder = self.folder.checkpoints
         self._save_run()
-        facts = {**self.facts, "epoch": self.position["epoch"], "acc1": self.result.get("acc1")}
-        checkpoint.save(folder / "student_last.pth", {"state_dict": self.learner.network.model.state_dict(), **facts})
+        metadata = {**self.metadata, "epoch": self.position["epoch"], "acc1": self.result.get("acc1")}
+        checkpoint.save(folder / "model_last.pth", {"state_dict": self.learner.network.model.state_dict(), **metadata})
         if improved:
             checkpoint.link(folder / "last.pth", folder / "best.pth")
-            checkpoint.link(folder / "student_last.pth", folder / "student_best.pth")
+            checkpoint.link(folder / "model_last.pth", folder / "model_best.pth")
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {
+            "format": FORMAT,
             "learner": self.learner.state_dict(),
             "source": self.source.state_dict(),
             "rng": rng_state(),
@@ -191,12 +203,18 @@ class Engine:
             "best": dict(self.best),
             "seconds": dict(self.seconds),
             "result": dict(self.result),
-            "facts": dict(self.facts),
+            "metadata": dict(self.metadata),
         }
 
-    def load(self, path):
-        """Go on from a checkpoint of this run, or of one that differs in no more than its length."""
+    def load(self, path: Path) -> None:
+        """Continue from a checkpoint of this run, or of one that differs only in its length."""
         state = checkpoint.load(path)
+        checkpoint.require(state, "learner", "source", path=path)
+        if state.get("format") != FORMAT:
+            raise InputError(
+                f"{path} has the checkpoint format {state.get('format', 1)} of another version, not {FORMAT}; finish "
+                "its run with the commit in its env.json, or start a new one by --log_tag NEW"
+            )
         checkpoint.require(state, *self.state_dict(), path=path)
         self._check_origin(state, path)
         try:
@@ -207,7 +225,7 @@ class Engine:
                 f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the "
                 "options that it was written with"
             ) from error
-        self.means.load_state_dict(state["means"], self.learner.device)
+        self.means.load_state_dict(state["means"], self.learner.network.device)
         for name in ("position", "best", "seconds", "result"):
             setattr(self, name, state[name])
         load_rng_state(state["rng"])
@@ -217,13 +235,13 @@ class Engine:
             f"student step {self.position['step']}."
         )
 
-    def _check_origin(self, state, path):
-        theirs, ours = (facts.get("settings", {}) for facts in (state["facts"], self.facts))
+    def _check_origin(self, state: dict[str, Any], path: Path) -> None:
+        theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
         for name in theirs | ours:
             if name != "epochs" and theirs.get(name) != ours.get(name):
                 raise InputError(
                     f"{path} is of a run with --{name} {theirs.get(name)}, not {ours.get(name)}; resume "
-                    "with the options that it was written with, or begin anew under --log_tag NEW"
+                    "with the options that it was written with, or start a new run by --log_tag NEW"
                 )
         if state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
@@ -235,39 +253,40 @@ class Engine:
 class Means:
     """Running means of terms, kept on the device so that no step waits for the host."""
 
-    def __init__(self):
-        self.sums, self.counts = {}, defaultdict(int)
+    def __init__(self) -> None:
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = defaultdict(int)
 
-    def add(self, phase, terms):
+    def add(self, phase: str, terms: Mapping[str, Tensor]) -> None:
         for name, value in terms.items():
             key = f"{phase}/{name}"
             self.sums[key] = self.sums[key] + value.float() if key in self.sums else value.float()
             self.counts[key] += 1
 
-    def values(self):
+    def values(self) -> dict[str, Tensor]:
         return {key: total / self.counts[key] for key, total in self.sums.items()}
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
-    def load_state_dict(self, state, device):
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {key: total.to(device) for key, total in state["sums"].items()}
         self.counts = defaultdict(int, state["counts"])
 
 
 @contextmanager
-def out_of_memory_in(phase, remedy):
-    """The block's out of memory, on whatever device, as one sentence."""
+def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory in the block, on any device, into one sentence."""
     try:
         yield
     except RuntimeError as error:
         if not re.search("out of memory|can't allocate memory", str(error)):
             raise
-        raise InputError(f"the memory does not suffice for {phase}; lower {remedy}, or use smaller networks") from error
+        raise InputError(f"out of memory during {phase}; lower {remedy}, or use smaller networks") from error
 
 
-def require_finite(terms, where):
-    """Terms as floats; a term that is not finite stops the run and is named."""
+def require_finite(terms: Mapping[str, Tensor], where: str) -> dict[str, float]:
+    """The terms as floats; raises InputError with the name of one that is not finite."""
     if not terms:
         return {}
     values = dict(zip(terms, torch.stack([term.float() for term in terms.values()]).tolist()))
@@ -278,14 +297,3 @@ def require_finite(terms, where):
                 "check the teacher; the last epoch's checkpoint is kept"
             )
     return values
-
-
-def grid_rows(images, targets, per_class=8, classes=10):
-    """Images, captions and columns of a grid that reads by class: one row for each of the first 10 classes."""
-    if targets is None:
-        return images[: per_class * classes], None, per_class
-    shown = targets.unique()[:classes]
-    members = [(targets == target).nonzero().flatten() for target in shown]
-    columns = min(per_class, *(len(m) for m in members)) if len(members) > 1 else per_class
-    chosen = torch.cat([m[:columns] for m in members])
-    return images[chosen], [f"class {target}" for target in shown.tolist()], columns

@@ -32,6 +32,11 @@ def evaluate(network, split, batch_size=500, name="network"):
     return {"acc1": 100 * top1 / len(split), "acc5": 100 * top5 / len(split), "loss": loss / len(split)}
 
 
+def scores_line(scores: dict[str, float]) -> str:
+    """Test scores as the log shows them."""
+    return f"Acc@1={scores['acc1']:.4f} Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}"
+
+
 def _sums(logits, labels):
     """Images right at the first and among five answers, summed loss, images with non-finite logits."""
     answers = logits.topk(min(5, logits.shape[1]), dim=1).indices

@@ -1,61 +1,199 @@
 """A model as the methods see it: it takes images or views in [0, 1] and normalises them itself."""
 
+import copy
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from datafree.hooks import FeatureTap
+from datafree import checkpoint
+from datafree.datasets.cards import DatasetCard
+from datafree.errors import InputError
+from datafree.features import Features, FeatureTap
+from datafree.models.factory import build_model, find_model
+from datafree.plugins import short_name
+
+
+def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
+    if not metadata.get(key):
+        raise InputError(f"{path} does not state the {key} of its network; name the model and give a data card")
+    return metadata[key]
+
+
+def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
+    """The card of the images that a file of weights is for."""
+    shape, classes, mean, std = (_stated(metadata, key, path) for key in ("shape", "num_classes", "mean", "std"))
+    name = metadata.get("dataset") or path.stem
+    try:
+        return DatasetCard(name, *shape, num_classes=classes, mean=tuple(mean), std=tuple(std))
+    except TypeError:
+        raise InputError(f"{path} states an image shape {shape}, which is not [channels, height, width]") from None
+
+
+def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
+    """``values`` of a mean or std, which must be one number per channel."""
+    low = 1e-6 if key == "std" else 0
+    numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
+    if not numbers or len(values) != card.channels or not all(low <= v <= 1 for v in values):
+        raise InputError(
+            f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the {card.channels} channels of "
+            f"{card.name}; correct --{role}_{key}, or the file of its weights, if that states it"
+        )
+    return tuple(values)
 
 
 class Network(nn.Module):
     """``model`` with its own normalisation and a tap on its features.
 
-    Each network carries the mean and standard deviation that it was trained with, so that a
+    Each network has the mean and standard deviation that it was trained with, so that a
     teacher and a student with different ones see the same views.
 
-    shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units. origin: what the file of its
-    weights says of them (acc1, epoch, dataset, ...), if there is one.
+    shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units. metadata: what the file of its
+    weights states (acc1, epoch, dataset, ...), if there is one.
     """
 
-    def __init__(self, model, shape, mean, std, name="network", origin=None):
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        mean: Sequence[float],
+        std: Sequence[float],
+        name: str = "network",
+        metadata: dict[str, Any] | None = None,
+    ):
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
-        self.name, self.origin = name, origin or {}
+        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.shape, self.name, self.metadata = tuple(shape), name, metadata or {}
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
-        self.tap = FeatureTap(model, shape)
+        self.mean: Tensor
+        self.std: Tensor
+        self.tap = FeatureTap(model, self.shape)
+        self.compile_mode: str | None = None
+        self._classes: slice | None = None
+
+    @classmethod
+    def build(
+        cls,
+        model: str,
+        card: DatasetCard,
+        *,
+        num_classes: int = 0,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        role: str = "network",
+    ) -> "Network":
+        """The network called ``model``, randomly initialised, for the images of ``card``.
+
+        num_classes, mean, std: instead of the card's. role: what messages call it.
+        """
+        module = build_model(model, num_classes or card.num_classes, card.channels)
+        mean, std = (_checked(role, key, v or getattr(card, key), card) for key, v in (("mean", mean), ("std", std)))
+        return cls(module, card.shape, mean, std, f"{role} {short_name(model)}")
+
+    @classmethod
+    def from_file(
+        cls,
+        path: str | Path,
+        model: str = "",
+        card: DatasetCard | None = None,
+        *,
+        num_classes: int = 0,
+        mean: Sequence[float] = (),
+        std: Sequence[float] = (),
+        role: str = "network",
+    ) -> "Network":
+        """The network whose weights are in the file ``path``, or in the folder of a run.
+
+        Files that this program writes state their model, shape, number of classes, mean and standard deviation, so that
+        nothing else is needed. Arguments take the place of what the file states; with a ``card`` so do its shape and
+        its number of classes, and its mean and std are used if the file states none.
+        Raises InputError for what is neither given nor stated, and for weights that do not fit the model.
+        """
+        if model:
+            find_model(model)  # an unknown name is reported before a missing file
+        path = checkpoint.weights_file(path)
+        weights, metadata = checkpoint.read_weights(path)
+        model, card = model or _stated(metadata, "model", path), card or _stated_card(metadata, path)
+        given = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
+        network = cls.build(model, card, num_classes=num_classes, role=role, **given)
+        checkpoint.load_weights(network.model, weights, path)
+        network.metadata = metadata
+        return network
 
     @property
-    def num_classes(self):
-        return self.tap.num_classes
+    def num_classes(self) -> int:
+        classes = range(self.tap.num_classes)
+        return len(classes if self._classes is None else classes[self._classes])
 
-    def normalise(self, views):
+    @property
+    def device(self) -> torch.device:
+        return self.mean.device
+
+    def normalise(self, views: Tensor) -> Tensor:
         return ((views - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
 
-    def forward(self, views):
+    def forward(self, views: Tensor) -> Tensor:
         """Views (N, C, H, W) in [0, 1] -> logits (N, classes)."""
-        return self.model(self.normalise(views))
+        return self._restricted(self.model(self.normalise(views)))
 
-    def features(self, views):
-        """Views (N, C, H, W) in [0, 1] -> :class:`datafree.hooks.Features`."""
-        return self.tap(self.normalise(views))
+    def features(self, views: Tensor) -> Features:
+        """Views (N, C, H, W) in [0, 1] -> :class:`datafree.features.Features`."""
+        features = self.tap(self.normalise(views))
+        if self._classes is None:
+            return features
+        return Features(self._restricted(features.logits), features.embed, features.stages)
 
-    def compiled(self, mode):
+    def _restricted(self, logits: Tensor) -> Tensor:
+        return logits if self._classes is None else logits[:, self._classes]
+
+    def restricted_to(self, classes: range) -> "Network":
+        """This network, with the same parameters, whose logits are those of ``classes`` alone.
+
+        So a student of old and new classes can be compared with a teacher of the old ones.
+        """
+        if classes.step != 1 or not 0 <= classes.start < classes.stop <= self.tap.num_classes:
+            raise InputError(f"the {self.name} has {self.tap.num_classes} classes, which do not include {classes}")
+        other = copy.copy(self)
+        other._classes = slice(classes.start, classes.stop)
+        return other._recompiled()
+
+    def copy(self) -> "Network":
+        """A network of its own with equal weights, hooks and modes."""
+        return copy.deepcopy(self)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
+        other = self.__class__.__new__(self.__class__)
+        memo[id(self)] = other
+        state = {key: value for key, value in self.__dict__.items() if key not in ("features", "_compiled_call_impl")}
+        other.__dict__.update(copy.deepcopy(state, memo))
+        return other._recompiled()
+
+    def _recompiled(self) -> "Network":
+        """The copy of a compiled network, compiled for itself."""
+        self.__dict__.pop("features", None)
+        self._compiled_call_impl = None
+        return self if self.compile_mode is None else self.compiled(self.compile_mode)
+
+    def compiled(self, mode: str) -> "Network":
         """Run by torch.compile from now on: ``default`` fuses, ``reduce-overhead`` replays CUDA graphs too."""
         torch._dynamo.config.cache_size_limit = 32  # both roles, modes and phases of all networks share one code
+        self.compile_mode = mode
         self.compile(mode=mode)
-        self.features = torch.compile(self.features, mode=mode)
+        self.features = torch.compile(self.features, mode=mode)  # type: ignore[method-assign]
         return self
 
-    def freeze(self):
-        """Eval mode for good and no weight gradients: what a teacher is."""
+    def freeze(self) -> "Network":
+        """Permanently in evaluation mode, without weight gradients: as a teacher is."""
         self.eval().requires_grad_(False)
         return self
 
     @contextmanager
-    def frozen(self):
-        """Eval mode and no weight gradients inside the block; as before afterwards."""
+    def frozen(self) -> Iterator["Network"]:
+        """Evaluation mode and no weight gradients inside the block; as before afterwards."""
         modes = {module: module.training for module in self.modules()}
         wanted = [parameter.requires_grad for parameter in self.parameters()]
         self.eval().requires_grad_(False)

@@ -1,23 +1,37 @@
 """The image pool: every synthetic image of the run, as bytes in memory on the device."""
 
 import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from datafree.errors import InputError
 from datafree.runtime import free_memory
 
 
-class ImagePool:
-    """A uint8 ring of images (N, C, H, W) with the classes asked for; the oldest are forgotten at ``capacity``.
+class Batch(NamedTuple):
+    """Images (N, C, H, W) in [0, 1], their target classes (N,) and their ids (N,) in the pool, None if there are none.
 
-    It lives and dies with its run: nothing an earlier run left is ever drawn.
+    Equal ids are equal images, so that outputs of the teacher can be cached.
     """
 
-    def __init__(self, capacity, shape, num_classes, device):
+    images: Tensor
+    targets: Tensor | None = None
+    ids: Tensor | None = None
+
+
+class ImagePool:
+    """A uint8 ring buffer of images (N, C, H, W) with their target classes; beyond ``capacity`` the oldest are dropped.
+
+    It belongs to one run: images of earlier runs are never sampled.
+    """
+
+    def __init__(self, capacity: int, shape: Sequence[int], num_classes: int, device: torch.device):
         self.capacity, self.shape, self.num_classes, self.device = capacity, tuple(shape), num_classes, device
         size, free = capacity * math.prod(shape), free_memory(device)
-        if size > free:  # else the system might grant it, and kill the run once the pool fills
+        if size > free:  # or the system might grant it, and kill the run once the pool fills
             raise InputError(
                 f"a pool of {capacity:,} images of {tuple(shape)} takes {size / 1e9:.1f} GB but "
                 f"{free / 1e9:.1f} are free; give a smaller --pool_size"
@@ -26,25 +40,25 @@ class ImagePool:
         self.targets = torch.empty(capacity, dtype=torch.long, device=device)
         self.added = 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return min(self.added, self.capacity)
 
-    def add(self, images, targets):
-        """Append images (N, C, H, W) in [0, 1], rounded to bytes, and their targets (N,)."""
+    def add(self, images: Tensor, targets: Tensor) -> None:
+        """Append images (N, C, H, W) in [0, 1], rounded to bytes, and their target classes (N,)."""
         if tuple(images.shape[1:]) != self.shape:
             raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit into a pool of {self.shape}")
         place = (self.added + torch.arange(len(images), device=self.device)) % self.capacity
-        last = slice(-self.capacity, None)  # of a batch larger than the pool, for no place may occur twice
+        last = slice(-self.capacity, None)  # of a batch larger than the pool, because no place may occur twice
         pixels = images[last].detach().float().mul(255).round_().clamp_(0, 255)
         self.images[place[last]] = pixels.to(torch.uint8)
         self.targets[place[last]] = targets[last]
         self.added += len(images)
 
-    def sample(self, n, balanced=False):
-        """Random images (n, C, H, W) in [0, 1], their targets and their numbers in order of making, from 0.
+    def sample(self, n: int, balanced: bool = False) -> Batch:
+        """n random images; their ids count them in the order in which they were added, from 0.
 
-        Without repeats while the pool is large enough. balanced: the same number of every class (up to one), as far
-        as the pool has it.
+        Without replacement while the pool is large enough. balanced: equally many of every class (up to one), as far
+        as the pool has them.
         """
         size = len(self)
         if balanced:
@@ -54,31 +68,31 @@ class ImagePool:
         if n > size:
             order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
         newest = self.added - 1
-        return *self._at(order), newest - (newest - order) % self.capacity
+        return Batch(*self._at(order), newest - (newest - order) % self.capacity)
 
-    def newest(self, n):
-        """The last n images added, or as many as are held, with their targets."""
+    def newest(self, n: int) -> tuple[Tensor, Tensor]:
+        """The last n images added, or as many as are held, with their target classes."""
         return self._at(torch.arange(self.added - min(n, len(self)), self.added, device=self.device) % self.capacity)
 
-    def _at(self, places):
+    def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
         return self.images[places].float().div_(255), self.targets[places]
 
-    def _class_order(self, size):
+    def _class_order(self, size: int) -> Tensor:
         """A random order in which the k-th image of every class comes before the (k+1)-th of any."""
         shuffled = torch.randperm(size, device=self.device)
         by_class = shuffled[self.targets[shuffled].argsort(stable=True)]
         classes = self.targets[by_class]
         start = torch.searchsorted(classes, torch.arange(self.num_classes, device=self.device))
         rank = torch.arange(size, device=self.device) - start[classes]
-        # Ties between classes are broken at random, so that no class is favoured by its number.
+        # Ties between classes are broken at random, so that no class is favoured by its index.
         return by_class[(rank + torch.rand(size, device=self.device) * 0.5).argsort()]
 
-    def state_dict(self):
-        # Copies, for a checkpoint of a slice would hold the whole capacity.
+    def state_dict(self) -> dict[str, Any]:
+        # Copies, because a checkpoint of a slice would hold the whole capacity.
         size = len(self)
         return {"images": self.images[:size].clone(), "targets": self.targets[:size].clone(), "added": self.added}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         size = len(state["images"])
         if size != min(state["added"], len(self.images)):
             raise InputError(

@@ -1,77 +1,112 @@
-"""The teacher's answers to views of pool images, kept: what it said of a view once it need not say again.
+"""Cache of teacher outputs, one entry per augmented view of a pool image.
 
-A frozen teacher in evaluation mode answers a view alike whatever else the batch holds, and padded crops with mirroring
-give an image only 2 (2 padding + 1)^2 views. So the answers are right up to rounding, and to the bit on the CPU as far
-as tried, unlike one answer per image for all its views.
+The output of a frozen teacher for a view does not depend on the rest of the batch, and padded crops with flipping
+give an image only 2 (2 padding + 1)^2 views. So cached outputs are right up to rounding, and to the bit on the CPU as
+far as tried, unlike one output per image for all of its views.
 """
 
+from collections.abc import Collection
+from typing import TYPE_CHECKING
+
 import torch
+from torch import Tensor
 
-from datafree.hooks import Features, pooled
+from datafree.batchnorm import is_batch_independent
+from datafree.errors import InputError, OptionError
+from datafree.features import Features
+from datafree.network import Network
+from datafree.pool import ImagePool
+from datafree.runtime import free_memory
 
-PASS = 32  # A pass has a multiple of it: few shapes, and none so small that other kernels do it, which round otherwise.
+if TYPE_CHECKING:
+    from datafree.learners.base import Learner
+    from datafree.session import Session
+    from datafree.synthesis.base import BaseSynthesis
+
+# Misses are padded to a multiple of 32, so that the same kernels (and rounding) are used as for full batches.
+PAD_TO = 32
 
 
 class ViewCache:
-    """Asks the teacher about new views only; memory is bounded, and a view that meets a full place takes it.
+    """Runs the teacher on new views only. Memory is bounded: a view overwrites another one with the same place.
 
-    teacher: a frozen Network. wanted: which of "logits", "embed", "stages" are needed (stages are kept pooled, as
-    matrices). possible: how many views there are at a time. megabytes: bound of the memory, which the CPU gives as it
-    fills, and a GPU at once.
+    teacher: a frozen Network. fields: which of "logits", "embed" and "pooled" to keep. possible: how many views exist
+    at a time. megabytes: limit of the memory, which the CPU allocates as it fills, and a GPU at once.
     """
 
-    def __init__(self, teacher, wanted, possible, megabytes):
+    def __init__(self, teacher: Network, fields: Collection[str], possible: int, megabytes: int):
         self.teacher, self.possible = teacher, possible
-        tap, device = teacher.tap, teacher.mean.device
-        widths = {"logits": [tap.num_classes], "embed": [tap.embed_dim], "stages": tap.stage_channels}
-        self.wanted = {name: widths[name] for name in widths if name in wanted}
-        width = sum(map(sum, self.wanted.values()))
+        tap, device = teacher.tap, teacher.device
+        widths = {"logits": [tap.num_classes], "embed": [tap.embed_dim], "pooled": tap.stage_channels}
+        self.widths = {name: widths[name] for name in widths if name in fields}
+        width = sum(map(sum, self.widths.values()))
         self.bytes_per_view = 4 * width + 8
         self.places = max(1, min(possible, megabytes * 10**6 // self.bytes_per_view))
-        self.values = torch.empty(self.places + 1, width, device=device)  # the last row is for what nobody keeps
+        self.values = torch.empty(self.places + 1, width, device=device)  # the last row is never read
         self.keys = torch.full((self.places,), -1, device=device)
-        self._known, self._drawn = torch.zeros((), dtype=torch.long, device=device), 0
+        self._hits, self._lookups = torch.zeros((), dtype=torch.long, device=device), 0
 
-    def __len__(self):
+    def __len__(self) -> int:
         return self.places
 
     @torch.no_grad()
-    def features(self, views, keys):
-        """Views (N, C, H, W) with their keys (N,), the same key for the same view alone -> :class:`Features`.
-
-        What is not wanted is None; stages are (N, C_l).
-        """
+    def features(self, views: Tensor, keys: Tensor) -> Features:
+        """The teacher's Features of ``views`` (N, C, H, W), of which equal ``keys`` (N,) are the same view."""
         places = keys % self.places
         known = self.keys[places] == keys
         values, new = self.values[places], (~known).nonzero().flatten()
         if len(new):
-            values[new] = fresh = self._ask(views, new)
+            values[new] = fresh = self._run_teacher(views, new)
             self._keep(places[new], keys[new], fresh)
-        self._known += known.sum()
-        self._drawn += len(keys)
+        self._hits += known.sum()
+        self._lookups += len(keys)
         return self._unpack(values)
 
-    def hit_rate(self):
-        """Share of the views that were known, since the last call of this; None if there were no views."""
-        rate = self._known.item() / self._drawn if self._drawn else None
-        self._known.zero_()
-        self._drawn = 0
+    def hit_rate(self) -> float | None:
+        """Fraction of the views that were cached, since the last call; None if there were no views."""
+        rate = self._hits.item() / self._lookups if self._lookups else None
+        self._hits.zero_()
+        self._lookups = 0
         return rate
 
-    def _ask(self, views, new):
-        filled = new[torch.arange(-(-len(new) // PASS) * PASS, device=new.device) % len(new)]
-        answer = self.teacher.features(views[filled])
-        parts = {"logits": [answer.logits], "embed": [answer.embed], "stages": map(pooled, answer.stages)}
-        return torch.cat([part.float() for name in self.wanted for part in parts[name]], 1)[: len(new)]
+    def _run_teacher(self, views: Tensor, new: Tensor) -> Tensor:
+        padded = new[torch.arange(-(-len(new) // PAD_TO) * PAD_TO, device=new.device) % len(new)]
+        features = self.teacher.features(views[padded])
+        parts = {"logits": [features.logits], "embed": [features.embed], "pooled": features.pooled}
+        return torch.cat([part.float() for name in self.widths for part in parts[name]], 1)[: len(new)]
 
-    def _keep(self, places, keys, values):
+    def _keep(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
         self.keys[places] = keys
-        # Of two new views with one place one has it now; the other is written where nothing is read.
+        # Of two new views with the same place one has it now; the other is written to the row that is never read.
         self.values[torch.where(self.keys[places] == keys, places, self.places)] = values
 
-    def _unpack(self, values):
-        widths = [width for name in self.wanted for width in self.wanted[name]]
-        parts = iter(values.split(widths, 1))
-        found = {name: [next(parts) for _ in self.wanted[name]] for name in self.wanted}
+    def _unpack(self, values: Tensor) -> Features:
+        parts = iter(values.split([width for widths in self.widths.values() for width in widths], 1))
+        found = {name: [next(parts) for _ in widths] for name, widths in self.widths.items()}
         logits, embed = (found[name][0] if name in found else None for name in ("logits", "embed"))
-        return Features(logits, embed, found.get("stages", []))
+        return Features(logits, embed, pooled=found.get("pooled"))
+
+
+def build_cache(session: "Session", teacher: Network, source: "BaseSynthesis", learner: "Learner") -> ViewCache | None:
+    """A cache for what the learner reads of its teacher, within --view_cache; None if it has no use.
+
+    Raises OptionError if --view_cache asks for one that has no use, and InputError if it does not fit.
+    """
+    megabytes, fields = session.config.distill.view_cache, learner.cached_fields
+    if megabytes and not fields:
+        raise OptionError(
+            "--view_cache has no effect with --mixup, whose views do not recur, nor with --gram_loss and --at_loss, "
+            "which read whole maps; remove it, or those"
+        )
+    wanted = session.device.type == "cpu" if megabytes is None else megabytes > 0
+    pool = getattr(source, "pool", None)
+    if not wanted or not fields or not isinstance(pool, ImagePool) or not is_batch_independent(teacher):
+        return None
+    free = max(0, free_memory(session.device) - pool.images.nbytes) // 10**6  # which the pool has not touched yet
+    possible = pool.capacity * session.augment.count
+    cache = ViewCache(teacher, fields, possible, free // 4 if megabytes is None else min(megabytes, free))
+    if megabytes and megabytes > free and len(cache) < possible:
+        raise InputError(
+            f"--view_cache {megabytes} does not fit beside the pool into the {free} MB that are free; lower it"
+        )
+    return cache

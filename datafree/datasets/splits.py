@@ -2,9 +2,12 @@
 
 import copy
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
@@ -64,6 +67,29 @@ class Shuffle:
         self.seed, self.drawn, self._pass = state["seed"], state["drawn"], None
 
 
+class Split(Protocol):
+    """Images and labels of a split of a data set, on ``device``."""
+
+    num_classes: int
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def __len__(self) -> int: ...
+
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
+        ...
+
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
+        """Images (float, in [0, 1]) and labels of the next ``n`` indices of an endless shuffled stream."""
+        ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass
 class TensorSplit:
     """Images and labels on one device: uint8 (N, C, H, W) and int64 (N,)."""
@@ -77,6 +103,10 @@ class TensorSplit:
 
     def __len__(self):
         return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.images.device
 
     def to(self, device):
         """Move to ``device`` and return self."""

@@ -1,1 +1,3 @@
-"""What a student step does with the images (phase 2)."""
+"""Learners: what a student step does with the images (phase 2)."""
+
+LEARNERS = {"distill": "datafree.learners.distill:DistillLearner"}

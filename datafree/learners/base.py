@@ -1,76 +1,94 @@
 """What the engine asks of a learner: steps, and a state to resume from."""
 
 import math
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from datafree.runtime import autocast
+from datafree.config import Optim
+from datafree.network import Network
+from datafree.pool import Batch
+from datafree.update import Update, detached
+
+if TYPE_CHECKING:
+    from datafree.view_cache import ViewCache
 
 
 class Learner:
-    """A student with its optimiser (SGD, cosine to 0 over all steps) and what else its loss trains.
+    """A network with its optimiser and learning rate schedule, and anything else that its loss trains.
 
-    A learner of one's own overrides :meth:`loss`.
+    A user-defined learner overrides :meth:`loss`, and :meth:`prepare` if it does not train in training mode.
 
-    network: the student. extra: further parameters that are trained along. total_steps: steps of
-    the whole run, over which the learning rate falls from ``settings.lr`` to 0.
+    network: what is trained. schedule: steps once after each update.
+    cached_fields: the fields of the teacher's Features that a :class:`datafree.view_cache.ViewCache` would have to keep
+    for the loss; none if it has no use for one. cache: that cache, if there is one.
     """
 
-    def __init__(self, network, settings, total_steps, extra=(), precision="none"):
-        self.network, self.precision = network, precision
-        self.device = network.mean.device
-        self.optimizer = torch.optim.SGD(
-            [*network.parameters(), *extra], settings.lr, settings.momentum, weight_decay=settings.weight_decay
-        )
-        # In closed form, so that a resumed run may be longer than it was.
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2
-        )
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+    cached_fields: tuple[str, ...] = ()
+    cache: "ViewCache | None" = None
 
-    def loss(self, images, targets, numbers, progress):
-        """Weighted loss and unweighted terms, name -> scalar tensor.
+    def __init__(
+        self, network: Network, optimizer: torch.optim.Optimizer, schedule: LRScheduler, precision: str = "none"
+    ):
+        self.network, self.optimizer, self.schedule = network, optimizer, schedule
+        self.update = Update(network, precision)
 
-        images (N, C, H, W) in [0, 1]; targets (N,) or None; numbers (N,) that tell one image of the source from
-        another, or None; progress in [0, 1) of the run.
+    def prepare(self) -> None:
+        """Put the network into the mode in which it is trained; called before each step."""
+        self.network.train()
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Weighted loss of a batch, and its unweighted terms, name -> scalar tensor.
+
+        progress: position in the run, in [0, 1).
         """
         raise NotImplementedError
 
-    def step(self, images, targets, numbers=None, *, progress=0.0):
-        """One update of the student -> detached terms, name -> scalar tensor."""
-        self.network.train()
-        torch.compiler.cudagraph_mark_step_begin()  # what the step before made may be overwritten
-        with autocast(self.device, self.precision):
-            loss, terms = self.loss(images, targets, numbers, progress)
-        self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
+    def step(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
+        """One update of the network -> detached terms, name -> scalar tensor."""
+        self.prepare()
+        _, terms = self.update(lambda: self.loss(batch, progress), [self.optimizer])
         self.schedule.step()
-        return {name: term.detach() for name, term in terms.items()}
+        return detached(terms)
 
-    def numbers(self):
-        """What else is worth logging about the steps since the last call, name -> number."""
+    def metrics(self) -> dict[str, float]:
+        """Further numbers to log about the steps since the last call, by name."""
         return {}
 
     @property
-    def lr(self):
+    def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
-    def parts(self):
+    def parts(self) -> dict[str, Any]:
         """Everything with a state, name -> object with state_dict and load_state_dict."""
         return {
             "student": self.network.model,
             "optimizer": self.optimizer,
             "schedule": self.schedule,
-            "scaler": self.scaler,
+            "scaler": self.update.scaler,
         }
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self.parts().items()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts().items():
             part.load_state_dict(state[name])
-        for group, rate in zip(self.optimizer.param_groups, self.schedule.base_lrs):
-            group["lr"] = rate * self.schedule.lr_lambdas[0](self.schedule.last_epoch)
+        if isinstance(self.schedule, LambdaLR):  # a resumed run may be longer than it was, and its cosine with it
+            for group, rate, factor in zip(
+                self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas
+            ):
+                group["lr"] = rate * factor(self.schedule.last_epoch)
+
+
+def sgd(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.SGD:
+    """The optimiser of the section optim."""
+    return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+
+
+def cosine_to_zero(optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
+    """A learning rate that falls along half a cosine to 0 over the steps of the whole run; in closed form."""
+    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2)

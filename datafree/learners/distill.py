@@ -1,11 +1,19 @@
-"""Phase 2 of RGAL: the student learns the teacher's answers, its stages, and to keep classes apart."""
+"""Phase 2 of RGAL: the student matches the teacher's outputs and stages, and keeps classes apart."""
+
+from functools import partial
+from typing import Any
 
 import torch
+from torch import Tensor
 
 from datafree import criterions, relation
-from datafree.augment import mixup, shift_flip
+from datafree.augment import CropFlip, mixup, shift_flip
 from datafree.errors import InputError
-from datafree.learners.base import Learner
+from datafree.features import Features
+from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.network import Network
+from datafree.pool import Batch
+from datafree.terms import Term, fields_read, weighted_sum
 
 
 class DistillLearner(Learner):
@@ -13,95 +21,95 @@ class DistillLearner(Learner):
 
     RGAL's phase 2 has L_kd = KL_T T^2, L_cd and L_tri; L_at is ZSKT's, and the L1 distance as L_kd is DFAD's.
 
-    settings, triplets: the Distill and Relation sections. augment: :class:`datafree.augment.CropFlip`. cache: a
-    :class:`datafree.view_cache.ViewCache` of this teacher for images that have numbers, or None.
+    config: its sections distill, relation, optim and run are read. total_steps: student steps of the whole run.
     """
 
-    def __init__(self, student, teacher, augment, settings, triplets, total_steps, precision="none", cache=None):
-        others = (settings.cd_loss, settings.gram_loss, settings.at_loss, triplets.striplet)
-        if not settings.kd and (settings.custom_steps < 1 or not any(others)):
-            raise InputError(
-                "with --kd 0 the student has no loss"
-                + (f" after custom_steps {settings.custom_steps:g} of the run" if any(others) else "")
-                + "; give --kd a weight, or --cd_loss, --gram_loss, --at_loss or --striplet one and "
-                "--custom_steps 1"
-            )
-        projects = settings.cd_loss or settings.gram_loss
-        self.projection = None
-        if projects:
-            self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.mean.device)
-        extra = self.projection.parameters() if projects else ()
-        super().__init__(student, settings, total_steps, extra, precision)
-        if cache is not None and not settings.views_recur:
-            raise ValueError("a view cache knows neither blended views nor whole maps")
-        if settings.at_loss:
-            self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes)
-        self.teacher, self.augment, self.settings, self.triplets = teacher, augment, settings, triplets
-        self.cache = cache
+    def __init__(self, student: Network, teacher: Network, augment: CropFlip, config: Any, total_steps: int):
+        self.teacher, self.augment = teacher, augment
+        self.config, self.settings, self.triplets = config, config.distill, config.relation
+        self.projection: criterions.StageProjection | None = None
+        if self.settings.cd_loss or self.settings.gram_loss:
+            self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.device)
+        self.terms = [term for term in self._all_terms(student) if term.weight]
+        self._require_loss()
+        optimizer = sgd(
+            [*student.parameters(), *(self.projection.parameters() if self.projection else ())], config.optim
+        )
+        super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
-    def loss(self, images, targets, numbers, progress):
-        views, teacher = self._show(images, numbers)
-        student = self.network.features(views)
-        weights = {"kd": self.settings.kd, **self._feature_weights(progress)}
-        terms = {name: getattr(self, f"_{name}")(student, teacher) for name, weight in weights.items() if weight}
-        return sum(weights[name] * term for name, term in terms.items()), terms
+    def _all_terms(self, student: Network) -> list[Term]:
+        """Every term: its weight, its function of (teacher, student), and the fields that it reads of both."""
+        s, feature_term = self.settings, partial(Term, until=self.settings.custom_steps)
+        terms = [Term("kd", s.kd, self._kd, teacher=("logits",), student=("logits",))]
+        if project := self.projection:
+            channel, gram = project.channel, project.gram
+            terms += [
+                feature_term("cd_loss", s.cd_loss, lambda t, s: channel(s.stages, t.pooled), ("pooled",), ("stages",)),
+                feature_term("gram_loss", s.gram_loss, lambda t, s: gram(s.stages, t.stages), ("stages",), ("stages",)),
+            ]
+        if s.at_loss:
+            pairs = criterions.pair_stages(student.tap.stage_sizes, self.teacher.tap.stage_sizes)
+            attention = partial(self._attention, pairs)
+            terms.append(feature_term("at_loss", s.at_loss, attention, ("stages",), ("stages",)))
+        space = ("embed",) if self.triplets.sampling_space == "embedding" else ()
+        read = ("embed", "logits", "stages")
+        return [*terms, feature_term("striplet", self.triplets.striplet, self._striplet, ("logits", *space), read)]
+
+    def _require_loss(self) -> None:
+        if not any(term.until >= 1 for term in self.terms):
+            after = f" after custom_steps {self.settings.custom_steps:g} of the run" if self.terms else ""
+            raise InputError(
+                f"with --kd 0 the student has no loss{after}; give --kd a weight, or --cd_loss, --gram_loss, --at_loss "
+                "or --striplet one and --custom_steps 1"
+            )
+
+    @property
+    def cached_fields(self) -> tuple[str, ...]:  # type: ignore[override]
+        """None for blended views, which do not recur, nor for terms that read whole maps."""
+        fields = fields_read(self.terms, "teacher")
+        return () if self.settings.mixup or "stages" in fields else fields
+
+    def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        views, teacher = self._views(batch)
+        return weighted_sum([t for t in self.terms if progress < t.until], teacher, self.network.features(views))
 
     @torch.no_grad()
-    def _show(self, images, numbers):
-        """Views of the images, two of each if asked, and the teacher's Features of them."""
-        times = 2 if self.settings.pair_sample else 1
+    def _views(self, batch: Batch) -> tuple[Tensor, Features]:
+        """Augmented views of the images, two of each with pair_sample, and the teacher's Features of them."""
+        images, times = batch.images, 2 if self.settings.pair_sample else 1
         shift, flip = self.augment.draw(times * len(images), images.device)
         views = shift_flip(images, shift, flip)
         if self.settings.mixup:
             views = mixup(views, self.settings.mixup)
-        if self.cache is None or numbers is None:
+        if self.cache is None or batch.ids is None:
             return views, self.teacher.features(views)
-        keys = numbers.repeat(times) * self.augment.count + self.augment.number(shift, flip)
+        keys = batch.ids.repeat(times) * self.augment.count + self.augment.number(shift, flip)
         return views, self.cache.features(views, keys)
 
-    def _feature_weights(self, progress):
-        """The terms beside L_kd act in the first ``custom_steps`` of the run."""
-        if progress >= self.settings.custom_steps:
-            return {}
-        return {
-            **{name: getattr(self.settings, name) for name in ("cd_loss", "gram_loss", "at_loss")},
-            "striplet": self.triplets.striplet,
-        }
-
-    def _kd(self, student, teacher):
+    def _kd(self, teacher: Features, student: Features) -> Tensor:
         if self.settings.kd_distance == "l1":
             return criterions.l1_distance(student.logits, teacher.logits).mean()
         return criterions.distillation(student.logits, teacher.logits, self.settings.T)
 
-    def _cd_loss(self, student, teacher):
-        return self.projection.channel(student.stages, teacher.stages)
+    @staticmethod
+    def _attention(pairs: list[tuple[int, int]], teacher: Features, student: Features) -> Tensor:
+        return criterions.attention(student.stages, teacher.stages, pairs)
 
-    def _gram_loss(self, student, teacher):
-        return self.projection.gram(student.stages, teacher.stages)
-
-    def _at_loss(self, student, teacher):
-        return criterions.attention(student.stages, teacher.stages, self.pairs)
-
-    def _striplet(self, student, teacher):
+    def _striplet(self, teacher: Features, student: Features) -> Tensor:
+        r = self.triplets
         layers = {
             "global": [student.embed],
             "logits": [student.logits],
-            "features": relation.triplet_layers(student, self.triplets),
-        }[self.triplets.striplet_feature]
-        space = teacher.embed if self.triplets.sampling_space == "embedding" else student.logits
-        return relation.relation_loss(
-            layers,
-            teacher.logits.argmax(1),
-            space.detach(),
-            self.triplets.margin,
-            self.triplets.striplet_sampling,
-            relation.SEPARATE,
-        )
+            "features": relation.triplet_layers(student, r),
+        }[r.striplet_feature]
+        space = teacher.embed if r.sampling_space == "embedding" else student.logits
+        labels = teacher.logits.argmax(1)
+        return relation.relation_loss(layers, labels, space.detach(), r.margin, r.striplet_sampling, relation.SEPARATE)
 
-    def numbers(self):
+    def metrics(self) -> dict[str, float]:
         rate = self.cache.hit_rate() if self.cache else None
         return {} if rate is None else {"view_cache/hit_rate": rate}
 
-    def parts(self):
+    def parts(self) -> dict[str, Any]:
         projection = {"projection": self.projection} if self.projection else {}
         return {**super().parts(), **projection}

@@ -1,1 +1,57 @@
-"""Sources of images and the objective that they are made under (phase 1)."""
+"""Sources of images (phase 1) by name, with what the options need to know of each, without importing torch."""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from datafree.plugins import is_custom, load_object
+
+
+@dataclass(frozen=True)
+class Traits:
+    """What a source is. An option that only sources with other traits read is refused as having no effect.
+
+    synthesises: optimises images under the terms of the objective; False for a control such as noise, for which
+    collapse warnings are disabled too. keeps_pool: the images of a round enter a pool. has_generator: images are the
+    output of a generator. has_rounds: a round optimises one batch, from an initialisation of its own.
+    """
+
+    synthesises: bool = True
+    keeps_pool: bool = True
+    has_generator: bool = True
+    has_rounds: bool = True
+
+
+CONTROL = Traits(synthesises=False, keeps_pool=False, has_generator=False, has_rounds=False)
+
+
+class Source(NamedTuple):
+    """Where a source's class is, as ``module:class``, and its traits."""
+
+    path: str
+    traits: Traits
+
+
+SOURCES = {
+    "inversion": Source("datafree.synthesis.inversion:InversionSynthesis", Traits()),
+    "pixels": Source("datafree.synthesis.inversion:PixelSynthesis", Traits(has_generator=False)),
+    "generator": Source(
+        "datafree.synthesis.generative:GenerativeSynthesis", Traits(keeps_pool=False, has_rounds=False)
+    ),
+    "noise": Source("datafree.synthesis.controls:NoiseSource", CONTROL),
+    "real": Source("datafree.synthesis.controls:RealSource", CONTROL),
+}
+
+
+def traits_of(source: str) -> Traits:
+    """The traits of a source by name; of a user-defined class, those of its attribute ``traits``."""
+    return getattr(load_object(source), "traits", Traits()) if is_custom(source) else SOURCES[source].traits
+
+
+class SourcesWithout:
+    """The names of all sources that lack a trait, as a container: ``"noise" in SourcesWithout("keeps_pool")``."""
+
+    def __init__(self, trait: str):
+        self.trait = trait
+
+    def __contains__(self, source: str) -> bool:
+        return not getattr(traits_of(source), self.trait)

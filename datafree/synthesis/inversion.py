@@ -1,36 +1,44 @@
 """Images by inverting the frozen teacher, round by round: through a generator, or as pixels."""
 
 from functools import partial
+from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
+from datafree.models.generator import Generator
+from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
-from datafree.synthesis.optimised import RoundSynthesis
+from datafree.synthesis.optimised import Render, RoundSynthesis
 
 
 class InversionSynthesis(RoundSynthesis):
-    """Phase 1 of RGAL, CMI and Fast: per round, Adam on a generator and on the noise of one batch.
+    """Phase 1 of RGAL, CMI and Fast: per round, Adam on a generator and on the latents of one batch.
 
-    ``generator_init`` says what a round starts from: ``random``, new weights (CMI, RGAL); ``reptile``, weights that
-    follow the rounds (Nichol et al. 2018), with Adam's state; ``maml``, weights that the gradients of all of a round's
-    steps move through an Adam of their own (first-order MAML, Finn et al. 2017, as Fast has it). A learned start
-    makes a few steps a round enough. Such a generator sees ever new noise, so it can follow the classes asked for
-    only if the noise tells them, or is learned fast: ``class_noise`` moves each class's noise its own way.
+    ``generator_init`` is the initialisation of a round: ``random``, new weights (CMI, RGAL); ``reptile``, weights that
+    follow the rounds (Nichol et al. 2018), with Adam's state; ``maml``, weights that the gradients of all steps of a
+    round move through an outer Adam (first-order MAML, Finn et al. 2017, as in Fast). With a meta-learned
+    initialisation a few steps per round are enough. Such a generator sees new latents in every round, so it can follow
+    the target classes only if these are in the latents, or if it learns fast: ``class_noise`` adds a class-specific
+    mean to them.
     """
 
-    def __init__(self, objective, generator, *arguments, **options):
-        super().__init__(objective, *arguments, **options)
-        self.generator, settings = generator, self.settings
+    traits: ClassVar[Traits] = SOURCES["inversion"].traits
+
+    def __init__(self, teacher: Any, student: Any, augment: Any, card: Any, config: Any, device: Any = "cpu"):
+        super().__init__(teacher, student, augment, card, config, device)
+        settings = self.settings
+        self.generator = Generator(settings.nz, settings.ngf, card.shape).to(self.device)
         self.optimizer, self.meta_optimizer = self._new_optimizer(), None
         if settings.generator_init == "maml":
             rate = settings.meta_rate * settings.lr_g * self.g_steps
-            self.meta_optimizer = torch.optim.Adam(generator.parameters(), rate, ADAM_BETAS)
+            self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), rate, ADAM_BETAS)
         directions = torch.randn(self.num_classes, settings.nz, device=self.device)
         self.centres = settings.class_noise * F.normalize(directions)
         self.reset_done = not settings.reset_epoch
 
-    def _begin_round(self, targets):
+    def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         settings = self.settings
         z = torch.randn(len(targets), settings.nz, device=self.device) + self.centres[targets]
         if settings.generator_init == "random":
@@ -48,41 +56,38 @@ class InversionSynthesis(RoundSynthesis):
         z_optimizer = torch.optim.Adam([z.requires_grad_()], lr_z, ADAM_BETAS)
         return partial(self.generator, z), [self.optimizer, z_optimizer]
 
-    def _between(self):
+    def _before_step(self) -> None:
         if self.settings.generator_init == "maml":
             for total, parameter in zip(self.meta_gradient, self.generator.parameters()):
                 # A step in fp16 that overflowed counts as none, as it does for the inner optimiser.
-                total += parameter.grad.nan_to_num(0, 0, 0) if self.scaler.is_enabled() else parameter.grad
+                overflows = self.update.scaler.is_enabled()
+                total += parameter.grad.nan_to_num(0, 0, 0) if overflows else parameter.grad
 
     @torch.no_grad()
-    def _end_round(self):
-        """Move the learned start, from which the generator goes on."""
+    def _end_round(self) -> None:
+        """Move the meta-learned initialisation, from which the generator continues."""
         if self.settings.generator_init == "reptile":
             for parameter, start in zip(self.generator.parameters(), self.start):
                 parameter.copy_(start.lerp(parameter, self.settings.meta_rate))
-        elif self.settings.generator_init == "maml":
+        elif self.meta_optimizer is not None:
             for parameter, start, gradient in zip(self.generator.parameters(), self.start, self.meta_gradient):
                 parameter.copy_(start)
                 parameter.grad = gradient
             self.meta_optimizer.step()
 
-    def _new_optimizer(self):
+    def _new_optimizer(self) -> torch.optim.Adam:
         return torch.optim.Adam(self.generator.parameters(), self.settings.lr_g, ADAM_BETAS)
 
-    def _parts(self):
-        """What a round takes over from the one before, and the generator."""
+    def _parts(self) -> dict[str, Any]:
+        """The generator, and what a round takes over from the one before."""
         kept = {"random": {}, "reptile": {"optimizer": self.optimizer}, "maml": {"meta_optimizer": self.meta_optimizer}}
         return {"generator": self.generator, **kept[self.settings.generator_init]}
 
-    def state_dict(self):
-        return {
-            **super().state_dict(),
-            **{name: part.state_dict() for name, part in self._parts().items()},
-            "centres": self.centres,
-            "reset_done": self.reset_done,
-        }
+    def state_dict(self) -> dict[str, Any]:
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**super().state_dict(), **parts, "centres": self.centres, "reset_done": self.reset_done}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
@@ -92,18 +97,19 @@ class InversionSynthesis(RoundSynthesis):
 class PixelSynthesis(RoundSynthesis):
     """DeepInversion (Yin et al., CVPR 2020): per round, Adam on the pixels of one batch, from Gaussian noise.
 
-    They move in the teacher's normalised units, in which ``lr_g`` is, and are cut to [0, 1] after each step.
+    They move in the teacher's normalised units, as does ``lr_g``, and are clipped to [0, 1] after each step.
     """
 
-    def _begin_round(self, targets):
-        teacher = self.objective.teacher
+    traits: ClassVar[Traits] = SOURCES["pixels"].traits
+
+    def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         self.pixels = torch.randn(len(targets), *self.pool.shape, device=self.device)
-        self._cut()
+        self._clip()
         optimizer = torch.optim.Adam([self.pixels.requires_grad_()], self.settings.lr_g, ADAM_BETAS)
-        optimizer.register_step_post_hook(lambda *_: self._cut())
-        return lambda: self.pixels * teacher.std + teacher.mean, [optimizer]
+        optimizer.register_step_post_hook(lambda *_: self._clip())
+        return lambda: self.pixels * self.teacher.std + self.teacher.mean, [optimizer]
 
     @torch.no_grad()
-    def _cut(self):
-        teacher = self.objective.teacher
-        self.pixels.copy_(self.pixels.clamp(-teacher.mean / teacher.std, (1 - teacher.mean) / teacher.std))
+    def _clip(self) -> None:
+        mean, std = self.teacher.mean, self.teacher.std
+        self.pixels.copy_(self.pixels.clamp(-mean / std, (1 - mean) / std))

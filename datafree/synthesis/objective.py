@@ -1,134 +1,148 @@
-"""The loss that images are synthesised under: a weighted sum of terms, each computed only if it is wanted."""
+"""The loss under which images are synthesised: a weighted sum of terms, of which those of weight 0 are not computed."""
 
 from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from datafree import criterions, relation
+from datafree.batchnorm import BatchNormTap, LayerStatistics
+from datafree.config import Relation, Synthesis
 from datafree.errors import InputError
-from datafree.hooks import BatchNormTap
+from datafree.features import Features
 from datafree.synthesis.contrast import InstanceContrast
+from datafree.terms import Term, weighted_sum
+
+if TYPE_CHECKING:
+    from datafree.network import Network
 
 ADAM_BETAS = (0.5, 0.999)
-TERMS = ("bn", "oh", "adv", "act", "balance", "cr", "tv", "l2")
 DIRECTIONS = {"paper": relation.CONFUSE, "release": relation.SEPARATE}
+
+
+class Synthesised(NamedTuple):
+    """A batch of synthesised images (N, C, H, W) in [0, 1] and their target classes (N,)."""
+
+    images: Tensor
+    targets: Tensor
 
 
 class SynthesisObjective:
     """L_syn = sum of weight * term over the terms of nonzero weight (RGAL, phase 1).
 
-    ``settings`` and ``triplets`` are the Synthesis and Relation sections of the configuration.
-    A weight of 0 costs neither the term nor the forward pass that it alone would need.
+    settings, triplets: the sections synthesis and relation of the configuration.
+    A term of weight 0 costs neither its computation nor the forward pass that only it would need.
     """
 
-    def __init__(self, settings, triplets, teacher, student):
+    def __init__(self, settings: Synthesis, triplets: Relation, teacher: "Network", student: "Network"):
         self.settings, self.triplets, self.teacher, self.student = settings, triplets, teacher, student
-        self.weights = {name: getattr(settings, name) for name in TERMS}
-        self.weights["triplet"] = 0.0 if triplets.relation == "off" else triplets.triplet
-        self.scored = teacher if triplets.triplet_target == "teacher" else student  # by the triplets
-        self.wanted()
         self.bn_tap = BatchNormTap(teacher)
-        if self.weights["bn"] and not self.bn_tap.layers:
+        self.bn_average: list[tuple[Tensor, Tensor]] = []  # (mean, variance) of each layer, over the rounds so far
+        self.contrast: InstanceContrast | None = None
+        self.optimizers: list[torch.optim.Optimizer] = []  # of what the objective itself learns
+        self.terms = [term for term in self._all_terms() if term.weight]
+        names = {term.name for term in self.active()}
+        if "bn" in names and not self.bn_tap.layers:
             raise InputError(
                 f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
-                "(and lean on --oh, --adv, --tv, --l2 instead)"
+                "(and rely on --oh, --adv, --tv, --l2 instead)"
             )
-        self.bn_average = []  # (mean, variance) of each layer, over the rounds so far
-        self.contrast, self.optimizers = None, []  # what the objective itself learns, and how
-        if self.weights["cr"]:
-            self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.mean.device)
+        if "cr" in names:
+            self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.device)
             self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g)]
 
-    def __call__(self, images, views, targets, with_student=True):
+    def _all_terms(self) -> list[Term]:
+        """Every term: its weight, its function of (teacher, student, batch), and the fields that it reads of both."""
+        s, logits = self.settings, ("logits",)
+        return [
+            Term("bn", s.bn, self._bn, teacher=("batch_norm",)),
+            Term("oh", s.oh, self._oh, teacher=logits),
+            Term("adv", s.adv, self._adv, teacher=logits, student=logits),
+            Term("act", s.act, lambda teacher, *_: criterions.activation(teacher.embed), teacher=("embed",)),
+            Term("balance", s.balance, lambda teacher, *_: criterions.balance(teacher.logits), teacher=logits),
+            Term("cr", s.cr, self._cr, teacher=("embed", "pooled")),
+            Term("tv", s.tv, lambda *given: criterions.total_variation(given[2].images)),
+            Term("l2", s.l2, lambda *given: criterions.l2_norm(given[2].images)),
+            self._triplet_term(),
+        ]
+
+    def __call__(
+        self, images: Tensor, views: Tensor, targets: Tensor, with_student: bool = True
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and unweighted terms of a batch.
 
-        images, views: (N, C, H, W) in [0, 1]; targets: (N,), the classes asked for.
-        with_student: whether terms that look at the student take part.
+        images, views: (N, C, H, W) in [0, 1]; targets: target classes (N,).
+        with_student: whether terms that use the student take part.
         """
-        wanted = self.wanted(with_student)
-        with self.bn_tap if "bn" in wanted else nullcontext():
-            teacher = self.teacher.features(views)
-        looks_at_student = "adv" in wanted or ("triplet" in wanted and self.scored is self.student)
-        student = self.student.features(views) if looks_at_student else None
-        terms = {
-            name: getattr(self, f"_{name}")(images, teacher, student, targets)
-            for name in self.weights
-            if name in wanted
-        }
-        return sum(self.weights[name] * term for name, term in terms.items()), terms
+        terms = self.active(with_student)
+        with self.bn_tap if any(term.name == "bn" for term in terms) else nullcontext():
+            teacher = self.teacher.features(views).with_batch_norm(self.bn_tap.statistics)
+        student = self.student.features(views) if any(term.student for term in terms) else Features()
+        return weighted_sum(terms, teacher, student, Synthesised(images, targets))
 
-    def wanted(self, with_student=True):
-        """Names of the terms to compute; InputError where there is none."""
-        wanted = {name for name, weight in self.weights.items() if weight}
-        if not with_student:
-            wanted -= {"adv"} | ({"triplet"} if self.scored is self.student else set())
-        if not wanted:
+    def active(self, with_student: bool = True) -> list[Term]:
+        """The terms to compute; InputError if there is none."""
+        terms = [term for term in self.terms if with_student or not term.student]
+        if not terms:
             raise InputError(
                 "no synthesis term has a weight"
                 + ("" if with_student else " during --warmup")
                 + "; give one, such as --bn 1 and --oh 1"
             )
-        return wanted
+        return terms
 
     @torch.no_grad()
-    def end_round(self, images):
-        """Remember a round: its images (N, C, H, W) for the contrast, its last statistics for the running average."""
+    def end_round(self, images: Tensor) -> None:
+        """Remember a round: its images (N, C, H, W) for the contrast, its last statistics for the moving average."""
         if self.contrast:
             self.contrast.remember(images)
         if self.settings.bn_momentum:
-            self.bn_average = [(mean.clone(), var.clone()) for mean, var, *_ in self._bn_statistics()]
+            averaged = self._averaged(self.bn_tap.statistics)
+            self.bn_average = [(layer.mean.clone(), layer.variance.clone()) for layer in averaged]
 
-    def _bn_statistics(self):
-        """The batch's statistics per layer, as moved by ``bn_momentum`` from those of the rounds before."""
+    def _averaged(self, statistics: list[LayerStatistics]) -> list[LayerStatistics]:
+        """The batch statistics of each layer, averaged with those of earlier rounds if ``bn_momentum`` is set."""
         if not self.bn_average:
-            return self.bn_tap.statistics
+            return statistics
         share = 1 - self.settings.bn_momentum
         return [
-            (old_mean.lerp(mean, share), old_var.lerp(var, share), *running)
-            for (old_mean, old_var), (mean, var, *running) in zip(self.bn_average, self.bn_tap.statistics)
+            layer._replace(mean=mean.lerp(layer.mean, share), variance=variance.lerp(layer.variance, share))
+            for (mean, variance), layer in zip(self.bn_average, statistics)
         ]
 
-    def _bn(self, images, teacher, student, targets):
-        return criterions.bn_distance(self._bn_statistics(), self.settings.bn_reduction)
+    def _bn(self, teacher: Features, student: Features, batch: Synthesised) -> Tensor:
+        return criterions.bn_distance(self._averaged(teacher.batch_norm), self.settings.bn_reduction)
 
-    def _oh(self, images, teacher, student, targets):
-        asked = self.settings.oh_target == "asked"
-        return criterions.one_hot(teacher.logits, targets if asked else teacher.logits.argmax(1))
+    def _oh(self, teacher: Features, student: Features, batch: Synthesised) -> Tensor:
+        predicted = self.settings.oh_target == "predicted"
+        return criterions.one_hot(teacher.logits, teacher.logits.argmax(1) if predicted else batch.targets)
 
-    def _adv(self, images, teacher, student, targets):
-        settings = self.settings
-        return criterions.adversarial(
-            student.logits, teacher.logits, settings.adv_distance, settings.adv_T, settings.adv_where
-        )
+    def _adv(self, teacher: Features, student: Features, batch: Synthesised) -> Tensor:
+        s = self.settings
+        return criterions.adversarial(student.logits, teacher.logits, s.adv_distance, s.adv_T, s.adv_where)
 
-    def _act(self, images, teacher, student, targets):
-        return criterions.activation(teacher.embed)
+    def _cr(self, teacher: Features, student: Features, batch: Synthesised) -> Tensor:
+        assert self.contrast is not None  # made with the weight of this term
+        return self.contrast(batch.images, teacher)
 
-    def _balance(self, images, teacher, student, targets):
-        return criterions.balance(teacher.logits)
+    def _triplet_term(self) -> Term:
+        """RGAL's triplet loss on the features of teacher or student, with labels and distances of the teacher."""
+        r = self.triplets
+        of_teacher, space = r.triplet_target == "teacher", relation.SPACES[r.sampling_space]
 
-    def _tv(self, images, teacher, student, targets):
-        return criterions.total_variation(images)
+        def triplet(teacher: Features, student: Features, batch: Synthesised) -> Tensor:
+            layers = relation.triplet_layers(teacher if of_teacher else student, r)
+            labels, negatives_from = teacher.logits.argmax(1), getattr(teacher, space).detach()
+            return relation.relation_loss(layers, labels, negatives_from, r.margin, r.sampling, DIRECTIONS[r.relation])
 
-    def _l2(self, images, teacher, student, targets):
-        return criterions.l2_norm(images)
+        scored = ("embed", "stages")
+        weight = 0.0 if r.relation == "off" else r.triplet
+        if of_teacher:
+            return Term("triplet", weight, triplet, teacher=("logits", *scored))
+        return Term("triplet", weight, triplet, teacher=("logits", space), student=scored)
 
-    def _cr(self, images, teacher, student, targets):
-        return self.contrast(images, teacher)
-
-    def _triplet(self, images, teacher, student, targets):
-        scored = student if self.scored is self.student else teacher
-        space = teacher.embed if self.triplets.sampling_space == "embedding" else teacher.logits
-        return relation.relation_loss(
-            relation.triplet_layers(scored, self.triplets),
-            teacher.logits.argmax(1),
-            space.detach(),
-            self.triplets.margin,
-            self.triplets.sampling,
-            DIRECTIONS[self.triplets.relation],
-        )
-
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         contrast = {"contrast": self.contrast.state_dict()} if self.contrast else {}
         return {
             **contrast,
@@ -136,10 +150,10 @@ class SynthesisObjective:
             "bn_average": list(self.bn_average),
         }
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.contrast:
             self.contrast.load_state_dict(state["contrast"])
         for optimizer, saved in zip(self.optimizers, state["optimizers"]):
             optimizer.load_state_dict(saved)
-        device = self.teacher.mean.device
-        self.bn_average = [tuple(part.to(device) for part in layer) for layer in state["bn_average"]]
+        device = self.teacher.device
+        self.bn_average = [(mean.to(device), variance.to(device)) for mean, variance in state["bn_average"]]

@@ -1,113 +1,155 @@
 """What the sources that optimise images share: one update under the objective, and rounds that fill a pool."""
 
-import torch
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
 
-from datafree.runtime import autocast
+import torch
+from torch import Tensor
+
+from datafree.datasets.cards import DatasetCard
+from datafree.errors import InputError
+from datafree.pool import Batch, ImagePool
+from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
+from datafree.synthesis.objective import SynthesisObjective
+from datafree.update import Update, detached
+
+if TYPE_CHECKING:
+    from datafree.network import Network
+
+Render = Callable[[], Tensor]  # () -> images (N, C, H, W) in [0, 1], differentiable
 
 
 class OptimisedSynthesis(BaseSynthesis):
-    """Images that are made by steps on the weighted loss of a :class:`SynthesisObjective`.
+    """Images that are optimised under the weighted terms of a :class:`SynthesisObjective`.
 
-    augment: images -> views. settings: the Synthesis section. g_steps: steps of a round.
+    It reads the sections synthesis, relation, schedule and run of its ``config``.
     """
 
-    def __init__(self, objective, augment, settings, g_steps, precision="none"):
-        self.objective, self.augment, self.settings, self.g_steps = objective, augment, settings, g_steps
-        self.precision, self.device = precision, objective.teacher.mean.device
-        self.num_classes = objective.teacher.num_classes
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == "fp16")
+    def __init__(
+        self,
+        teacher: "Network",
+        student: "Network",
+        augment: Callable[[Tensor], Tensor],
+        card: DatasetCard,
+        config: Any,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(teacher, student, augment, card, config, device)
+        self.settings, self.g_steps, self.num_classes = config.synthesis, config.schedule.g_steps, teacher.num_classes
+        self.objective = SynthesisObjective(config.synthesis, config.relation, teacher, student)
+        if config.schedule.warmup:
+            self.objective.active(with_student=False)  # refuses a warm-up without terms before the run begins
+        self.update = Update(teacher, config.run.precision)
 
-    def _targets(self):
-        """A batch of classes to ask for, sorted so that a grid reads by class."""
+    def _targets(self) -> Tensor:
+        """A batch of target classes, sorted so that a grid reads by class."""
         n = self.settings.synthesis_batch_size
         return torch.randint(self.num_classes, (n,), device=self.device).sort().values
 
-    def _update(self, make, targets, optimizers, between=None):
+    def _step(
+        self,
+        render: Render,
+        targets: Tensor,
+        optimizers: Sequence[torch.optim.Optimizer],
+        before_step: Callable[[], Any] | None = None,
+    ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
         """One step of ``optimizers`` -> the images before it, their loss and terms.
 
-        make: () -> images in [0, 1], differentiable. between: called when all gradients are known.
+        before_step: called after the backward pass, before the optimisers step.
         """
-        optimizers = [*optimizers, *self.objective.optimizers]
-        torch.compiler.cudagraph_mark_step_begin()  # what the step before made may be overwritten
-        with autocast(self.device, self.precision):
-            images = make()
+
+        def compute() -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
+            images = render()
             loss, terms = self.objective(images, self.augment(images), targets, self.with_student)
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
-        for optimizer in optimizers:
-            self.scaler.unscale_(optimizer)
-        if between:
-            between()
-        for optimizer in optimizers:
-            self.scaler.step(optimizer)
-        self.scaler.update()
-        return images.detach().float(), loss.detach(), {name: term.detach() for name, term in terms.items()}
+            return loss, (images, terms)
 
-    def state_dict(self):
-        return {"scaler": self.scaler.state_dict(), "objective": self.objective.state_dict()}
+        loss, (images, terms) = self.update(compute, [*optimizers, *self.objective.optimizers], before_step)
+        return images.detach().float(), loss, detached(terms)
 
-    def load_state_dict(self, state):
-        self.scaler.load_state_dict(state["scaler"])
+    def state_dict(self) -> dict[str, Any]:
+        return {"scaler": self.update.scaler.state_dict(), "objective": self.objective.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.update.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"])
 
 
 class RoundSynthesis(OptimisedSynthesis):
     """Phase 1 of RGAL, CMI, Fast and DeepInversion: a round is ``g_steps`` steps on one batch, which enters the pool.
 
-    What is optimised is said by :meth:`_begin_round`, and by :meth:`_between` and :meth:`_end_round` where there is
-    more to do. pool: :class:`datafree.pool.ImagePool`. balanced: draw the classes asked for evenly.
+    A subclass states what is optimised by :meth:`_begin_round`, and by :meth:`_before_step` and :meth:`_end_round` if
+    there is more to do.
     """
 
-    def __init__(self, objective, augment, pool, settings, g_steps, *, balanced=False, precision="none"):
-        super().__init__(objective, augment, settings, g_steps, precision)
-        self.pool, self.balanced = pool, balanced
+    def __init__(
+        self,
+        teacher: "Network",
+        student: "Network",
+        augment: Callable[[Tensor], Tensor],
+        card: DatasetCard,
+        config: Any,
+        device: torch.device | str = "cpu",
+    ):
+        super().__init__(teacher, student, augment, card, config, device)
+        self.pool = make_pool(config, card, self.device)
 
     @property
-    def images_made(self):
+    def images_made(self) -> int:  # type: ignore[override]
         return self.pool.added
 
-    def _begin_round(self, targets):
-        """() -> images (N, C, H, W) in [0, 1] of these targets (N,), and the optimisers of what they are made from."""
+    def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
+        """A function that renders images of these target classes (N,), and the optimisers of its parameters."""
         raise NotImplementedError
 
-    def _between(self):
-        """Called in each step between gradients and updates."""
+    def _before_step(self) -> None:
+        """Called in each step after the backward pass, before the optimisers step."""
 
-    def _end_round(self):
+    def _end_round(self) -> None:
         """Called after a round's last step."""
 
-    def synthesize(self):
+    def synthesize(self) -> dict[str, Tensor]:
         targets = self._targets()
-        make, optimizers = self._begin_round(targets)
-        kept, of_kept = torch.zeros(len(targets), *self.pool.shape, device=self.device), {}
+        render, optimizers = self._begin_round(targets)
+        kept, kept_terms = torch.zeros(len(targets), *self.pool.shape, device=self.device), {}
         lowest = torch.full((), float("inf"), device=self.device)
         with self.objective.student.frozen():
             for _ in range(self.g_steps):
-                images, loss, terms = self._update(make, targets, optimizers, self._between)
+                images, loss, terms = self._step(render, targets, optimizers, self._before_step)
                 better = (loss < lowest) | (self.settings.keep == "last")
                 # Chosen on the device, so that no step waits for the host.
                 lowest, kept = torch.where(better, loss, lowest), torch.where(better, images, kept)
-                of_kept = {
-                    name: torch.where(better | lowest.isinf(), term, of_kept.get(name, term))
+                kept_terms = {
+                    name: torch.where(better | lowest.isinf(), term, kept_terms.get(name, term))
                     for name, term in terms.items()
                 }
                 self.tick()
         self._end_round()
         self.pool.add(kept, targets)
         self.objective.end_round(kept)
-        return of_kept
+        return kept_terms
 
-    def sample(self, n):
-        return self.pool.sample(n, self.balanced)
+    def sample(self, n: int) -> Batch:
+        return self.pool.sample(n, self.settings.balanced_sampling)
 
-    def latest(self):
+    def latest(self) -> tuple[Tensor, Tensor | None]:
         return self.pool.newest(self.settings.synthesis_batch_size)
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "pool": self.pool.state_dict()}
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.pool.load_state_dict(state["pool"])
+
+
+def make_pool(config: Any, card: DatasetCard, device: torch.device) -> ImagePool:
+    """A pool for all images of a run, or for ``pool_size``. Raises InputError if that cannot hold one round."""
+    size, batch = config.synthesis.pool_size, config.synthesis.synthesis_batch_size
+    if 0 < size < batch:
+        raise InputError(
+            f"--pool_size {size} cannot hold the images of one round; raise it to --synthesis_batch_size {batch} or "
+            "more, or give 0 to keep all"
+        )
+    images = Schedule.of(config.schedule, batch).total_synthesis_rounds * batch
+    return ImagePool(min(size or images, images), card.shape, card.num_classes, device)

@@ -1,0 +1,49 @@
+"""Image grids: which images of a batch to show, and the picture of them."""
+
+import math
+from collections.abc import Sequence
+
+import torch
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+from torch.nn.functional import interpolate, pad
+from torchvision.utils import make_grid
+
+GAP, CAPTION = 2, 15  # pixels around an image of a grid, and below one with a caption
+
+
+def draw_grid(images: Tensor, labels: Sequence[str] | None = None, columns: int = 8) -> Image.Image:
+    """PIL image of ``images`` (N,C,H,W in [0,1]), each enlarged by a whole factor to at least 64 pixels.
+
+    ``labels``: a string per image, or per row of the grid, written below it (below its first image).
+    """
+    images = images.detach().float().cpu().nan_to_num(0).clamp(0, 1)
+    images = interpolate(images, scale_factor=max(1, math.ceil(64 / min(images.shape[-2:]))), mode="nearest")
+    (count, _, height, width), labels, columns = images.shape, labels or [], min(columns, len(images))
+    step = 1 if len(labels) == count else columns
+    if labels and len(labels) != math.ceil(count / step):
+        raise ValueError(f"{len(labels)} labels for {count} images in rows of {columns}")
+    font = ImageFont.load_default()
+    widest = max(map(font.getlength, labels), default=0)
+    right = GAP + max(0, math.ceil(widest / step) - width)
+    tiles = pad(images, (GAP, right, GAP, CAPTION if labels else GAP), value=1)
+    grid = make_grid(tiles, nrow=columns, padding=0)
+    picture = Image.fromarray((grid * 255).round().byte().permute(1, 2, 0).numpy())
+    for i, label in enumerate(labels):
+        row, column = divmod(i * step, columns)
+        corner = column * tiles.shape[-1] + GAP, row * tiles.shape[-2] + GAP + height
+        ImageDraw.Draw(picture).text(corner, label, fill="black", font=font)
+    return picture
+
+
+def grid_rows(
+    images: Tensor, targets: Tensor | None, per_class: int = 8, classes: int = 10
+) -> tuple[Tensor, list[str] | None, int]:
+    """Images, captions and columns of a grid with one row for each of the first 10 classes."""
+    if targets is None:
+        return images[: per_class * classes], None, per_class
+    shown = targets.unique()[:classes]
+    members = [(targets == target).nonzero().flatten() for target in shown]
+    columns = min(per_class, *(len(m) for m in members)) if len(members) > 1 else per_class
+    chosen = torch.cat([m[:columns] for m in members])
+    return images[chosen], [f"class {target}" for target in shown.tolist()], columns

@@ -1,0 +1,110 @@
+"""What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
+
+from datafree.config import DistillConfig
+from datafree.datasets.cards import DatasetCard
+from datafree.network import Network
+from datafree.plugins import is_custom
+from datafree.pool import ImagePool
+from datafree.relation import triplet_stages
+from datafree.schedule import Schedule
+from datafree.synthesis.base import BaseSynthesis
+from datafree.synthesis.objective import SynthesisObjective
+from datafree.synthesis.optimised import OptimisedSynthesis
+from datafree.view_cache import ViewCache
+
+
+def describe_distillation(
+    config: DistillConfig,
+    card: DatasetCard,
+    schedule: Schedule,
+    teacher: Network,
+    source: BaseSynthesis,
+    cache: ViewCache | None,
+) -> list[str]:
+    """The plan of a distillation."""
+    pair = f"{config.teacher.teacher} -> {config.student.student}"
+    lines = [
+        f"Plan: distilling {pair} on {describe_images(card)}, on {teacher.device}.",
+        describe_teacher(teacher),
+        describe_source(config.synthesis.source, teacher),
+    ]
+    if isinstance(source, OptimisedSynthesis):
+        lines += describe_triplets(source.objective)
+    if cache:
+        megabytes = len(cache) * cache.bytes_per_view / 1e6
+        lines.append(f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB.")
+    views = schedule.batch_size * (2 if config.distill.pair_sample else 1)
+    return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
+
+
+def describe_training(model: str, card: DatasetCard, images: int, schedule: Schedule, network: Network) -> list[str]:
+    """The plan of supervised training."""
+    return [
+        f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
+        f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {schedule.batch_size} images."
+    ]
+
+
+def describe_images(card: DatasetCard) -> str:
+    """Name, shape and classes of the images."""
+    return f"{card.name}, {'x'.join(map(str, card.shape))}, {card.num_classes} classes"
+
+
+def describe_teacher(teacher: Network) -> str:
+    """What its file states of the teacher, and its normalisation."""
+    stated = [
+        f"{key} {_rounded(teacher.metadata[key])}" for key in ("dataset", "epoch", "acc1") if key in teacher.metadata
+    ]
+    mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (teacher.mean, teacher.std))
+    return (
+        f"The {teacher.name} ({', '.join(stated) or 'its file states nothing else'}) normalises images by mean {mean}, "
+        f"std {std}."
+    )
+
+
+def describe_source(name: str, teacher: Network) -> str:
+    """Where the images come from, and whether that is data-free."""
+    kinds = {"noise": "Gaussian noise", "real": "the real training images: not data-free"}
+    made = f"by {name}" if is_custom(name) else f"from noise, guided by the {teacher.name}"
+    return f"Images: {kinds.get(name) or f'synthesised {made}; no training image is opened'}."
+
+
+def describe_triplets(objective: SynthesisObjective) -> list[str]:
+    """The features that the triplet loss of synthesis uses, if it has a weight."""
+    if not any(term.name == "triplet" for term in objective.terms):
+        return []
+    network = objective.teacher if objective.triplets.triplet_target == "teacher" else objective.student
+    channels, sizes = network.tap.stage_channels, network.tap.stage_sizes
+    stages = [
+        f"stage {i} of 0-{len(sizes) - 1} ({channels[i]}x{'x'.join(map(str, sizes[i]))})"
+        for i in triplet_stages(len(sizes), objective.triplets)
+    ]
+    return [f"Synthesis triplet loss: {network.name}, {', '.join(stages) or 'embedding'}."]
+
+
+def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int) -> str:
+    """Steps and images of the whole run. views: of a student step. images: of a synthesis step."""
+    cost = f"{schedule.total_student_steps:,} student steps of {views} views"
+    if source.g_steps:
+        rounds = schedule.total_synthesis_rounds
+        cost = f"{rounds:,} rounds of {source.g_steps} synthesis steps, and {cost}"
+    pool = getattr(source, "pool", None)
+    if isinstance(pool, ImagePool):
+        made, megabytes = schedule.total_synthesis_rounds * images, pool.images.nbytes / 1e6
+        cost += f"; {made:,} images, of which the pool keeps {pool.capacity:,} ({megabytes:.0f} MB)"
+    return f"Cost: {cost}."
+
+
+def check_teacher(accuracy: float, expected: float, num_classes: int) -> list[str]:
+    """A warning if the teacher's test accuracy (%) is below what is expected, or little more than chance."""
+    if accuracy >= max(expected - 1, 200 / num_classes):
+        return []
+    wanted = f"{expected:g} % was expected" if expected else "that is little more than chance"
+    return [
+        f"[Alarm] the teacher reaches only {accuracy:.2f} % ({wanted}); check --teacher_weights, --teacher_mean and "
+        "--teacher_std, because a student is no better than its teacher"
+    ]
+
+
+def _rounded(value: object) -> object:
+    return f"{value:.2f}" if isinstance(value, float) else value

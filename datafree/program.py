@@ -1,0 +1,51 @@
+"""The skeleton of a program: read the options, then plan and run its trainings."""
+
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from datafree import cli
+from datafree.config import CONFIGS
+from datafree.errors import exit_on_input_error
+
+__all__ = ["exit_on_input_error", "run"]
+
+if TYPE_CHECKING:
+    from datafree.session import Session
+    from datafree.training import Training
+
+
+def run(
+    config_class: type,
+    trainings: "Callable[[Session], Iterable[Training]]",
+    *,
+    description: str,
+    method_files: Mapping[str, Any] | None = None,
+    examples: str = "",
+    derive_card: bool = False,
+) -> None:
+    """Read the command line into a ``config_class``, then run what ``trainings`` yields, in turn.
+
+    trainings: session -> the trainings of the program; between two of them it may use the result of the first.
+    derive_card: whether the training images may be opened to derive the data card.
+    """
+    others = [other for other in CONFIGS if other is not config_class]
+    config, call = cli.parse(
+        config_class,
+        sys.argv[1:],
+        description=description,
+        method_files=method_files,
+        other_configs=others,
+        examples=examples,
+    )
+    if call.print_config:
+        print(cli.to_yaml(config), end="")
+        return
+    config.validate()
+    # These import torch, which takes seconds: --help and mistakes in options are answered before.
+    from datafree.session import Session
+    from datafree.training import run_training
+
+    session = Session(config, derive_card=derive_card, write=not call.dry_run)
+    for training in trainings(session):
+        run_training(session, training, dry_run=call.dry_run)

@@ -1,0 +1,92 @@
+"""How many steps of what a run takes; everything that counts steps or rounds asks here."""
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from datafree.errors import InputError
+
+
+class ScheduleOptions(Protocol):
+    """The options that :meth:`Schedule.of` reads, as those of :class:`datafree.config.Schedule`."""
+
+    epochs: int
+    ep_steps: int
+    kd_steps: int
+    g_steps: int
+    warmup: int
+    synthesis_rounds: int | None
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Epochs of rounds, each of some synthesis steps and some student steps.
+
+    rounds: of an epoch. kd_steps, g_steps: student and synthesis steps of a round; g_steps is 0 for a source that takes
+    no steps. batch_size: images of a student step. warmup: first epochs, in which images are synthesised and the
+    student is not trained. synthesis_rounds: the first rounds of the run that synthesise; None for all.
+    """
+
+    epochs: int
+    rounds: int
+    kd_steps: int
+    batch_size: int
+    g_steps: int = 0
+    warmup: int = 0
+    synthesis_rounds: int | None = None
+
+    @classmethod
+    def of(cls, options: ScheduleOptions, batch_size: int, g_steps: int | None = None) -> "Schedule":
+        """The schedule that the options make; g_steps: those of the source, if it has its own.
+
+        Raises InputError for options that do not go together.
+        """
+        o = options
+        if o.kd_steps > o.ep_steps:
+            raise InputError(
+                f"kd_steps {o.kd_steps} is more than ep_steps {o.ep_steps}, so an epoch would have no round; "
+                "lower --kd_steps or raise --ep_steps"
+            )
+        if left := o.ep_steps % o.kd_steps:
+            raise InputError(
+                f"ep_steps {o.ep_steps} is not a whole number of rounds of kd_steps {o.kd_steps}; "
+                f"give --ep_steps {o.ep_steps - left} or {o.ep_steps - left + o.kd_steps}"
+            )
+        if o.warmup >= o.epochs:
+            raise InputError(
+                f"warmup {o.warmup} leaves none of {o.epochs} epochs for the student; lower --warmup or raise --epochs"
+            )
+        rounds, steps = o.ep_steps // o.kd_steps, o.g_steps if g_steps is None else g_steps
+        return cls(o.epochs, rounds, o.kd_steps, batch_size, steps, o.warmup, o.synthesis_rounds)
+
+    def synthesises(self, epoch: int, round: int) -> bool:
+        """Whether this round (both counted from 0) begins with synthesis."""
+        return self.synthesis_rounds is None or epoch * self.rounds + round < self.synthesis_rounds
+
+    @property
+    def total_synthesis_rounds(self) -> int:
+        """Rounds of the whole run that synthesise."""
+        return self._synthesis_rounds_until(self.epochs)
+
+    @property
+    def total_student_steps(self) -> int:
+        """Student steps of the whole run, over which the learning rate falls."""
+        return self._student_steps_until(self.epochs)
+
+    def student_steps_done(self, epoch: int, round: int, step: int) -> int:
+        """Student steps taken before ``step`` of ``round`` of ``epoch``, had there been no warm-up."""
+        return (epoch * self.rounds + round) * self.kd_steps + step
+
+    def progress(self, epoch: int, round: int, step: int) -> float:
+        """The position in the run, in [0, 1)."""
+        return self.student_steps_done(epoch, round, step) / (self.epochs * self.rounds * self.kd_steps)
+
+    def steps_until(self, epoch: int) -> int:
+        """Steps of both phases in the epochs before ``epoch``, for the progress bar."""
+        return self._synthesis_rounds_until(epoch) * self.g_steps + self._student_steps_until(epoch)
+
+    def _synthesis_rounds_until(self, epoch: int) -> int:
+        rounds = epoch * self.rounds
+        return rounds if self.synthesis_rounds is None else min(rounds, self.synthesis_rounds)
+
+    def _student_steps_until(self, epoch: int) -> int:
+        return max(epoch - self.warmup, 0) * self.rounds * self.kd_steps

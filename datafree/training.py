@@ -1,0 +1,136 @@
+"""One run of the engine, from its plan to its summary."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from datafree import plan
+from datafree.cli import result_options, to_yaml
+from datafree.engine import Engine
+from datafree.evaluators import scores_line
+from datafree.learners.base import Learner
+from datafree.logger import RunFolder, table
+from datafree.network import Network
+from datafree.plugins import short_name
+from datafree.runtime import environment, peak_memory
+from datafree.schedule import Schedule
+from datafree.session import Session
+from datafree.synthesis.base import BaseSynthesis
+
+
+@dataclass
+class Training:
+    """What one run of the engine consists of.
+
+    model: name of the trained network, as given to its option. name: parts of the run folder's name.
+    plan: lines for the log. teacher: evaluated before the training, if there is one.
+    monitor: () -> (metrics of the latest images, warnings), called after each epoch.
+    finish: called with the run's folder after the last epoch.
+    """
+
+    learner: Learner
+    source: BaseSynthesis
+    schedule: Schedule
+    model: str
+    name: Sequence[str]
+    plan: Sequence[str]
+    teacher: Network | None = None
+    monitor: Callable[[], tuple[dict[str, float], list[str]]] | None = None
+    finish: Callable[[RunFolder], None] | None = None
+
+
+def run_training(session: Session, training: Training, dry_run: bool = False) -> None:
+    """Log the plan, train, and write the summary; a dry run prints the plan and writes nothing."""
+    if dry_run:
+        print("\n".join(training.plan))
+        return
+    with open_folder(session, training.name) as folder:
+        for line in training.plan:
+            folder.log(line)
+        columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
+        network = training.learner.network
+        engine = Engine(
+            training.learner,
+            training.source,
+            training.schedule,
+            folder,
+            session.run,
+            evaluate=(lambda: session.score(network) or {}) if session.test else None,
+            monitor=training.monitor,
+            metadata=weights_metadata(session, network, training.model),
+        )
+        resume(session, engine)
+        folder.record(to_yaml(session.config), environment(session.device))
+        result = engine.train()
+        summarise(session, engine, result, columns)
+        if training.finish:
+            training.finish(folder)
+
+
+def open_folder(session: Session, parts: Sequence[str]) -> RunFolder:
+    """The run's folder ``save_dir/<dataset>_<parts>/<tag>``."""
+    run = session.run
+    name = "_".join([session.card.name, *map(short_name, parts)])
+    root = Path(run.save_dir) / name / (run.log_tag or f"seed{run.seed}")
+    # The checkpoint of another folder starts a run here, which must not overwrite one that is here.
+    inside = run.resume != "none" and Path(run.resume).resolve().is_relative_to(root.resolve())
+    return RunFolder(root, name, resume=run.resume == "auto" or inside)
+
+
+def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> dict[str, float]:
+    """Log the teacher's test accuracy, with a warning if it is weak -> columns of the summary."""
+    scores = session.score(teacher)
+    if scores is None:
+        folder.log("No test set (--eval none): neither teacher nor student is evaluated.")
+        return {}
+    folder.log(f"[Eval] teacher {scores_line(scores)}")
+    for warning in plan.check_teacher(scores["acc1"], session.config.teacher.teacher_acc, session.card.num_classes):
+        folder.log(warning)
+    return {"teacher_acc1": scores["acc1"]}
+
+
+def weights_metadata(session: Session, network: Network, model: str) -> dict[str, Any]:
+    """Plain values stored with the weights of ``network``, enough to build and judge it."""
+    return {
+        "model": model,
+        "dataset": session.card.name,
+        "num_classes": network.num_classes,
+        "shape": list(network.shape),
+        "mean": network.mean.flatten().tolist(),
+        "std": network.std.flatten().tolist(),
+        "options": {**result_options(session.config), **session.digests},
+        "config": to_yaml(session.config),
+        "commit": environment(session.device)["commit"] or "",
+    }
+
+
+def resume(session: Session, engine: Engine) -> None:
+    """Load the checkpoint that --resume names, if it does."""
+    name, last = session.run.resume, engine.folder.checkpoints / "last.pth"
+    if name == "auto" and not last.is_file():
+        engine.folder.truncate_metrics(0)
+        engine.folder.log("Nothing to resume yet: the run starts from the beginning.")
+    elif name != "none":
+        engine.load(last if name == "auto" else Path(name))
+
+
+def summarise(session: Session, engine: Engine, result: dict[str, Any], columns: dict[str, float]) -> None:
+    """Write summary.json and log the result as a table. columns: further numbers, such as the teacher's accuracy."""
+    folder = engine.folder
+    summary = {
+        "run": folder.name,
+        "seed": session.run.seed,
+        **columns,
+        "last_acc1": result.get("acc1"),
+        "best_acc1": result.get("best_acc1"),
+        "images": engine.source.images_made,
+        **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()},
+        "memory_MB": peak_memory(session.device),
+    }
+    provenance = {"options": engine.metadata["options"], "environment": environment(session.device)}
+    folder.summary({**summary, **provenance})
+    if result.get("acc1") is not None:
+        folder.log(f"Last: {result['acc1']:.4f}")
+        folder.log(f"Best: {result['best_acc1']:.4f} (chosen on the test set)")
+    folder.log(f"Everything is in {folder.root}\n" + table([summary]))

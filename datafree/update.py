@@ -1,0 +1,55 @@
+"""One optimiser step, as both phases take it."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from datafree.network import Network
+from datafree.runtime import autocast
+
+Result = TypeVar("Result")
+
+
+class Update:
+    """Forward pass in the run's precision, backward pass, step; with gradient scaling in fp16.
+
+    network: tells the device and whether networks are compiled.
+    """
+
+    def __init__(self, network: Network, precision: str = "none"):
+        self.network, self.precision = network, precision
+        self.scaler = torch.amp.GradScaler(network.device.type, enabled=precision == "fp16")
+
+    def __call__(
+        self,
+        compute: Callable[[], tuple[Tensor, Result]],
+        optimizers: Sequence[torch.optim.Optimizer],
+        before_step: Callable[[], Any] | None = None,
+    ) -> tuple[Tensor, Result]:
+        """Take one step of ``optimizers`` on the loss of ``compute`` -> its detached loss, and its second result.
+
+        compute: () -> scalar loss and anything else. before_step: called after the backward pass, when gradients are
+        unscaled, before the optimisers step.
+        """
+        if self.network.compile_mode is not None:
+            torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous step may be overwritten
+        with autocast(self.network.device, self.precision):
+            loss, result = compute()
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        self.scaler.scale(loss).backward()
+        for optimizer in optimizers:
+            self.scaler.unscale_(optimizer)
+        if before_step:
+            before_step()
+        for optimizer in optimizers:
+            self.scaler.step(optimizer)
+        self.scaler.update()
+        return loss.detach(), result
+
+
+def detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The terms of a loss for the log, without their graph."""
+    return {name: term.detach() for name, term in terms.items()}
