@@ -1,8 +1,9 @@
-"""The tables of names that the programs know: models, data sets, methods.
+"""The models, data sets and methods that the programs know by name.
 
-A name of yours is one line here, as ``MODELS["mynet"] = mynet`` with a factory
-``mynet(num_classes, in_channels=3)``, or ``DATASETS["mine"] = DatasetCard("mine", 3, 32, 32, 10, mean, std)``.
-A method is a YAML file in ``configs/methods/``: its name is the file's.
+To register another one, add a line here: ``MODELS["mynet"] = mynet`` with a factory
+``mynet(num_classes, in_channels=3)``, or a card with a function that loads its images:
+``DATASETS["mine"] = DatasetCard("mine", 3, 32, 32, 10, mean, std, loader="path/to/file.py:load")``.
+A method is a YAML file in ``configs/methods/``, named after the method.
 """
 
 from pathlib import Path

@@ -8,7 +8,6 @@ from datafree import program
 from datafree.config import ScratchConfig
 
 if TYPE_CHECKING:
-    from datafree.logger import RunFolder
     from datafree.session import Session
     from datafree.training import Training
 
@@ -25,7 +24,7 @@ def supervised(session: "Session") -> "Iterator[Training]":
     from datafree.plan import describe_training
     from datafree.schedule import Schedule
     from datafree.synthesis.controls import RealSource
-    from datafree.training import Training
+    from datafree.training import Training, publish_weights
 
     config, options = session.config, session.config.training
     network = session.network("model", options.model, options.weights)
@@ -45,27 +44,8 @@ def supervised(session: "Session") -> "Iterator[Training]":
         model=options.model,
         name=("scratch", options.model),
         plan=describe_training(options.model, session.card, len(split), schedule, network),
-        finish=lambda folder: publish(session, folder),
+        finish=lambda folder: publish_weights(session, folder, options.model),
     )
-
-
-def publish(session: "Session", folder: "RunFolder") -> None:
-    """Copy the last weights to where datafree_kd.py looks for a teacher, unless better ones are there."""
-    from datafree import checkpoint
-    from datafree.session import published_weights
-
-    source, place = (
-        checkpoint.weights_file(folder.root),
-        published_weights(session.card.name, session.config.training.model),
-    )
-    weights = checkpoint.load(source)
-    if place.exists():
-        there, here = checkpoint.stored_accuracy(place, weights["model"]), weights.get("acc1")
-        if there is None or here is None or here <= there:
-            folder.log(f"{place} stays as it is (top-1 {there}, these {here}); the new weights are {source}")
-            return
-    checkpoint.save(place, weights)
-    folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
 
 
 def main() -> None:

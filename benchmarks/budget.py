@@ -1,6 +1,6 @@
-"""The epochs of a run that would take so long: python -m benchmarks.budget SECONDS FOLDER...
+"""The number of epochs that fit into a time budget: python -m benchmarks.budget SECONDS FOLDER...
 
-By the seconds that an epoch of the finished runs below the folders took for synthesis and student, on average.
+By the mean seconds that an epoch of the finished runs below the folders took for synthesis and student training.
 """
 
 import statistics
@@ -11,11 +11,11 @@ from datafree.report import read_summaries
 
 
 def epochs_within(seconds, summaries):
-    """At least one with student steps; rounded to the nearest."""
+    """The nearest number of epochs, and at least one beyond the warm-up, so that the student is trained."""
     epoch = statistics.fmean(
-        (run.get("synthesis_s", 0) + run["student_s"]) / run["settings"]["epochs"] for run in summaries
+        (run.get("synthesis_s", 0) + run["student_s"]) / run["options"]["epochs"] for run in summaries
     )
-    return max(1 + summaries[0]["settings"].get("warmup", 0), round(seconds / epoch))
+    return max(1 + summaries[0]["options"].get("warmup", 0), round(seconds / epoch))
 
 
 def main():

@@ -1,9 +1,9 @@
 """Peak memory of a step of each phase: python -m benchmarks.memory [SETTING ...]
 
-A setting is TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH. Each phase runs in a process of its own, two steps of a batch of
-images (synthesis) or of as many views of half of them (student), and its peak is told above what it held before, with
-networks and generator built. Pool and view cache are told as what they take: 51,200 images, a million views. The peak
-of the CPU is known on Linux alone.
+A setting is TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH. Each phase takes two steps in a separate process, on a batch of
+images (synthesis) or on as many views of half as many images (student); its peak is given above the memory in use
+before them, when networks and generator exist already. The pool is one of 51,200 images, the view cache one of a
+million views. On the CPU the peak is known on Linux alone.
 """
 
 import subprocess
@@ -15,8 +15,7 @@ import torch
 from benchmarks.step import Ours
 from datafree.errors import InputError, exit_on_input_error
 from datafree.logger import table
-from datafree.runtime import choose_device, peak_memory
-from datafree.view_cache import ViewCache
+from datafree.runtime import choose_device, peak_memory, seed_everything
 
 SETTINGS = (
     "resnet20>resnet8,16,10,16,64",
@@ -30,23 +29,24 @@ PHASES = ("synthesis", "student")
 
 
 def measure(setting, phase):
-    """Print the peak (MB) of two steps of a phase above what is held before them; to be run in a fresh process."""
+    """Print the peak (MB) of two steps of a phase above the memory in use before them; for a fresh process."""
+    seed_everything(0, False)  # which lets cuDNN choose its kernels as in a run
     ours = build(setting)
-    device = ours.pool.device
-    before = held(device)
+    pool, device = ours.source.pool, ours.source.device
+    before = reset_peak(device)
     if phase == "student":
-        ours.pool.add(torch.rand(2 * ours.n, *ours.pool.shape), torch.zeros(2 * ours.n, dtype=torch.long))
+        pool.add(torch.rand(2 * ours.n, *pool.shape), torch.zeros(2 * ours.n, dtype=torch.long))
     for _ in range(2):
-        ours.synthesis_round(1) if phase == "synthesis" else ours.student_step()
+        ours.synthesis_step() if phase == "synthesis" else ours.student_step()
     print(round(peak_memory(device) - before))
 
 
-def held(device):
-    """MB in use now, from which on the peak is counted anew."""
+def reset_peak(device):
+    """Let the peak be that of what follows -> MB in use now."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: the peak of this process falls to what it holds
+    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of this process to its current use
     return peak_memory(device)
 
 
@@ -55,13 +55,12 @@ def build(setting):
         pair, pixels, classes, ngf, n = setting.split(",")
         return Ours(pair, (3, int(pixels), int(pixels)), int(ngf), int(n), choose_device("auto"), "none", int(classes))
     except ValueError:
-        raise InputError(f"{setting} is not TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH") from None
+        raise InputError(f"{setting} is not TEACHER>STUDENT,PIXELS,CLASSES,NGF,BATCH; give a setting as that") from None
 
 
 def row(setting):
     """A row (dict) of the table."""
-    ours = build(setting)
-    cache = ViewCache(ours.teacher, ("logits", "embed", "stages"), 1, 1)
+    cache = build(setting).cache
     peaks = {
         phase: int(
             subprocess.run(

@@ -1,9 +1,9 @@
-"""RGAL's two steps and its data the plain way, as a yardstick: what the released code is described to do.
+"""RGAL's two steps and its data loading in plain form, as a reference: what the released code is described to do.
 
-Eager fp32 in torch's default memory format; upsampling and convolution apart; networks in evaluation mode whose weights
-still gather gradients; hooks on the teacher's BatchNorm that work in both phases; triplets as lists of indices; the
-channel term on whole maps; a folder of PNG files that worker processes decode at every pass. The triplets' labels are
-given, for a teacher of random weights names one class.
+Eager fp32 in torch's default memory format; upsampling and convolution as separate layers; networks in evaluation mode
+whose weights still accumulate gradients; hooks on the teacher's BatchNorm that are active in both phases; triplets as
+lists of indices; the channel term on whole maps; a folder of PNG files that worker processes decode in every pass. The
+labels of the triplets are given, because a teacher with random weights predicts the same class for every image.
 """
 
 import math
@@ -16,13 +16,13 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from datafree.hooks import FeatureTap, pooled
+from datafree.features import FeatureTap, pooled
 
 MARGIN, TEMPERATURE = 0.2, 20.0
 
 
 def generator(nz, ngf, shape):
-    """Linear, then two doublings with convolutions: noise (N, nz) -> images of shape (C, H, W)."""
+    """Linear, then two doublings with convolutions: latents (N, nz) -> images of shape (C, H, W)."""
     channels, height, width = shape
     base = (2 * ngf, height // 4, width // 4)
     return nn.Sequential(
@@ -43,7 +43,7 @@ def generator(nz, ngf, shape):
 
 
 class Statistics:
-    """A hook that leaves the distance of a BatchNorm layer's input from its running statistics."""
+    """A hook that stores the distance of a BatchNorm layer's batch statistics to its running ones."""
 
     def __init__(self, layer):
         layer.register_forward_hook(self)
@@ -55,14 +55,14 @@ class Statistics:
 
 
 class Plain:
-    """Both phases for models of ``shape``-d images, with batches of n (synthesis) and n views (student)."""
+    """Both phases for images of ``shape`` (C, H, W), with n images per synthesis step and n views per student step."""
 
     def __init__(self, teacher, student, shape, ngf, n, device):
         teacher.to(device).eval()
         self.model = student.to(device)
         self.teacher, self.student = FeatureTap(teacher, shape), FeatureTap(student, shape)
         self.hooks = [Statistics(m) for m in teacher.modules() if isinstance(m, nn.BatchNorm2d)]
-        self.make = lambda: generator(256, ngf, shape).to(device)
+        self.make_generator = lambda: generator(256, ngf, shape).to(device)
         self.augment = nn.Sequential(v2.RandomCrop(shape[1:], padding=4), v2.RandomHorizontalFlip())
         self.normalise = v2.Normalize([0.5] * shape[0], [0.25] * shape[0])
         pairs = zip(self.student.stage_channels, self.teacher.stage_channels)
@@ -73,17 +73,17 @@ class Plain:
     def generate(self, z):
         return self.generator(z)
 
-    def ask_teacher(self, views):
+    def run_teacher(self, views):
         return self.teacher(views)
 
-    def ask_student(self, views):
+    def run_student(self, views):
         return self.student(views)
 
     def synthesis_round(self, steps):
         self.model.eval()
         z = torch.randn(self.n, 256, device=self.device, requires_grad=True)
         targets = torch.randint(self.classes, (self.n,), device=self.device)
-        self.generator, best = self.make(), math.inf
+        self.generator, best = self.make_generator(), math.inf
         optimizer = torch.optim.Adam([z, *self.generator.parameters()], 1e-3, (0.5, 0.999))
         for _ in range(steps):
             images = self.generate(z)
@@ -96,11 +96,11 @@ class Plain:
         return kept
 
     def synthesis_loss(self, views, targets):
-        teacher, student = self.ask_teacher(views), self.ask_student(views)
+        teacher, student = self.run_teacher(views), self.run_student(views)
         same = teacher.logits.argmax(1) == student.logits.argmax(1)
         gap = F.kl_div(F.log_softmax(student.logits, 1), F.softmax(teacher.logits, 1), reduction="none").sum(1)
         loss = sum(hook.distance for hook in self.hooks) + F.cross_entropy(teacher.logits, targets)
-        triplets = draw_triplets(teacher.logits.detach(), targets)
+        triplets = sample_triplets(teacher.logits.detach(), targets)
         layers = student.stages[2:4] or student.stages[-1:]
         return loss - (gap * same).mean() + 0.1 * sum(triplet_loss(pooled(x), triplets) for x in layers)
 
@@ -108,8 +108,8 @@ class Plain:
         """views (N, C, H, W), normalised; labels (N,)."""
         self.model.train()
         with torch.no_grad():
-            teacher = self.ask_teacher(views)
-        student = self.ask_student(views)
+            teacher = self.run_teacher(views)
+        student = self.run_student(views)
         T = TEMPERATURE
         loss = (
             F.kl_div(F.log_softmax(student.logits / T, 1), F.softmax(teacher.logits / T, 1), reduction="batchmean")
@@ -117,15 +117,15 @@ class Plain:
         )
         for project, ours, theirs in zip(self.project, student.stages, teacher.stages):
             loss = loss + 0.1 * F.mse_loss(pooled(project(ours)), pooled(theirs))
-        triplets = draw_triplets(student.logits.detach(), labels)
+        triplets = sample_triplets(student.logits.detach(), labels)
         loss = loss + 0.1 * triplet_loss(student.embed, triplets)
         self.sgd.zero_grad()
         loss.backward()
         self.sgd.step()
 
 
-def draw_triplets(space, labels):
-    """Indices of anchors, positives and drawn negatives, class by class."""
+def sample_triplets(space, labels):
+    """Indices (3, T) of anchors, positives and sampled negatives, class by class."""
     rows = F.normalize(space, dim=1)
     distance = (2 - 2 * rows @ rows.T).clamp_min(1e-8).sqrt().clamp_min(0.5)
     d = rows.shape[1]
@@ -150,7 +150,7 @@ def triplet_loss(features, triplets):
 
 
 class Folder(Dataset):
-    """PNG files under a folder, each as two augmented, normalised tensors."""
+    """The PNG files of a folder, each as two augmented, normalised views."""
 
     def __init__(self, root, size):
         self.paths = sorted(Path(root).glob("*.png"))
@@ -173,7 +173,7 @@ class Folder(Dataset):
 
 
 def batches(root, size, n, count, workers=2):
-    """``count`` batches of n images twice; the folder is listed and the workers start at every pass."""
+    """``count`` batches of two views of n images each; every pass lists the folder and starts the workers again."""
     while count > 0:
         for pair in DataLoader(Folder(root, size), n, shuffle=True, num_workers=workers, drop_last=True):
             yield torch.cat(pair)

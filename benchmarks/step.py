@@ -1,10 +1,10 @@
-"""What a step of each phase costs, beside the plain pipeline: python -m benchmarks.step [--pairs ...] [--batch ...]
+"""Cost of a step of each phase, beside the plain pipeline: python -m benchmarks.step [--pairs ...] [--batch ...]
 
-Both pipelines take their steps in turns within this process, and what is told is the median of the ratios of a turn,
-with its quartiles, so that a busy machine cannot favour one. Times are CPU seconds of all threads; on a GPU seconds,
-and the host waits after every part, so that the parts add up but the whole is slower than in a run. FLOP are counted
-by torch as two a multiplication; the peak is the best of a few convolutions, taken in turns with the steps. Weights are
-random. Everything is written to --json, too.
+Both pipelines take turns within this process. The reported ratio is the median over the turns, with its quartiles, so
+that a busy machine cannot favour one of them. Times are CPU seconds of all threads; on a GPU they are wall-clock
+seconds, and the host waits after every part, so that the parts add up but the whole is slower than in a run. FLOP are
+counted by torch, two per multiplication; the peak is the best of a few convolutions, timed in the same turns. Weights
+are random. --json writes all of it to a file, too.
 """
 
 import argparse
@@ -29,17 +29,16 @@ from tqdm import tqdm
 
 from benchmarks import plain
 from datafree.augment import CropFlip, shift_flip
-from datafree.config import Distill, Relation, Synthesis
+from datafree.config import Distill, DistillConfig, Relation, Run, Schedule, Synthesis
+from datafree.datasets.cards import DatasetCard
 from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
 from datafree.logger import table
-from datafree.models.custom import build_model
-from datafree.models.generator import Generator
+from datafree.models.factory import build_model
 from datafree.network import Network
 from datafree.pool import ImagePool
-from datafree.runtime import autocast, choose_device, environment, set_threads
+from datafree.runtime import autocast, choose_device, environment, seed_everything, set_threads
 from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective
 from datafree.view_cache import ViewCache
 
 PAIRS = {"wrn40_2>wrn16_1": (32, 64), "resnet34>resnet18": (32, 64), "resnet20>resnet8": (16, 16)}  # pixels, ngf
@@ -52,11 +51,10 @@ CASES = (
     "student, all views known",
 )
 PARTS = ("generator", "augmentation", "teacher", "student", "backward", "optimiser", "rest")
-RELATION = Relation(triplet=0.1, striplet=0.1)
 
 
 class Clock:
-    """Seconds of named parts; a part inside another is taken off the outer one."""
+    """Seconds of named parts; those of a nested part are not counted for the outer one."""
 
     def __init__(self, device):
         self.device, self.seconds, self.inner = device, Counter(), 0.0
@@ -77,7 +75,7 @@ class Clock:
 
     @contextmanager
     def timed(self, parts):
-        """Within it the methods (owner, name, part) are timed."""
+        """A context in which the methods given as (owner, name, part) are timed."""
         with ExitStack() as stack:
             for owner, name, part in parts:
                 stack.enter_context(mock.patch.object(owner, name, self._timed(getattr(owner, name), part)))
@@ -87,60 +85,47 @@ class Clock:
         return lambda *args, **kwargs: self.run(part, call, *args, **kwargs)
 
     def take(self):
-        """The seconds so far; then they begin anew."""
+        """The seconds since the last call, by part."""
         taken, self.seconds = self.seconds, Counter()
         return taken
 
 
 class Ours:
-    """The two phases as the programs run them, with n images a step of synthesis and n views a step of the student."""
+    """Both phases as the programs run them, with n images per synthesis step and n views per student step."""
 
     def __init__(self, pair, shape, ngf, n, device, precision, classes=10):
-        teacher, student = (
-            Network(build_model(name, classes), shape, (0.5,) * 3, (0.25,) * 3).to(device) for name in pair.split(">")
+        config = DistillConfig(
+            run=Run(precision=precision),
+            schedule=Schedule(g_steps=1),
+            synthesis=Synthesis(synthesis_batch_size=n, pool_size=4 * n, ngf=ngf, bn=1, oh=1, adv=1),
+            relation=Relation(triplet=0.1, striplet=0.1),
+            distill=Distill(pair_sample=True, cd_loss=0.1),
         )
-        self.teacher, self.student, self.crop, self.n = teacher.freeze(), student, CropFlip(4, True), n
-        settings = Synthesis(synthesis_batch_size=n, ngf=ngf, bn=1, oh=1, adv=1)
-        self.pool = ImagePool(4 * n, shape, classes, device)
-        self.source = InversionSynthesis(
-            SynthesisObjective(settings, RELATION, teacher, student),
-            Generator(256, ngf, shape).to(device),
-            self.crop,
-            self.pool,
-            settings,
-            1,
-            precision=precision,
-        )
-        self.learner = DistillLearner(
-            student, teacher, self.crop, Distill(pair_sample=True, cd_loss=0.1), RELATION, 10**6, precision
-        )
-        self.cache = None
+        card, crop = DatasetCard("random", *shape, classes, (0.5,) * 3, (0.25,) * 3), CropFlip(4, True)
+        self.teacher, self.student = (Network.build(name, card).to(device) for name in pair.split(">"))
+        self.source = InversionSynthesis(self.teacher.freeze(), self.student, crop, card, config, device)
+        self.learner = DistillLearner(self.student, self.teacher, crop, config, 10**6)
+        self.cache, self.n = ViewCache(self.teacher, self.learner.cached_fields, 2 * n, 10**3), n
 
-    def synthesis_round(self, steps):
-        self.source.g_steps = steps
+    def synthesis_step(self):
         self.source.synthesize()
 
     def student_step(self):
         self.learner.cache = None
-        self.learner.step(*self.source.sample(self.n // 2))
+        self.learner.step(self.source.sample(self.n // 2))
 
     def cached_step(self, known):
-        """A student step whose views are all known to the cache, or all new."""
-        images, targets, _ = self.source.sample(self.n // 2)
-        if self.cache is None:
-            self.cache = ViewCache(self.teacher, ("logits", "embed", "stages"), 2 * self.n, 10**3)
-        features = self.cache.features
-        keys = torch.arange(self.n, device=images.device)
+        """A student step with the view cache, of whose views all are cached, or none."""
+        features, keys = self.cache.features, torch.arange(self.n, device=self.source.device)
         if not known:
             self.cache.keys.fill_(-1)
-        self.cache.features = lambda views, _: features(views, keys)
         self.learner.cache = self.cache
-        self.learner.step(images, targets, torch.zeros(len(images), dtype=torch.long, device=images.device))
-        self.cache.features = features
+        with mock.patch.object(self.cache, "features", lambda views, _: features(views, keys)):
+            self.learner.step(self.source.sample(self.n // 2))
 
 
 def convolution_peak(device, precision, channels=(64, 128, 256)):
-    """Best FLOP/s of a few 3x3 convolutions in channels_last."""
+    """The best FLOP/s of a few 3x3 convolutions in channels_last."""
     clock, best = Clock(device), 0.0
     with torch.no_grad(), autocast(device, precision):
         for width in channels:
@@ -161,7 +146,7 @@ def count_flop(call):
 
 
 def compare(pair, n, args, device):
-    """Rows (dict) of one pair of networks and batch size: the cases of CASES, and the sizes of the view cache."""
+    """Rows (dict) of one pair of networks and batch size: one for each of CASES, and one for each size of the cache."""
     size, ngf = PAIRS[pair]
     ours = Ours(pair, (3, size, size), ngf, n, device, args.precision)
     theirs = plain.Plain(*(build_model(name, 10, 3) for name in pair.split(">")), (3, size, size), ngf, n, device)
@@ -171,7 +156,7 @@ def compare(pair, n, args, device):
             CASES,
             (
                 lambda: theirs.synthesis_round(1),
-                lambda: ours.synthesis_round(1),
+                ours.synthesis_step,
                 lambda: theirs.student_step(views, labels),
                 ours.student_step,
                 lambda: ours.cached_step(known=False),
@@ -179,7 +164,7 @@ def compare(pair, n, args, device):
             ),
         )
     )
-    ours.synthesis_round(1)  # the pool needs images
+    ours.synthesis_step()  # the pool must not be empty
     flop = {case: count_flop(call) for case, call in calls.items()}
     if args.compile != "off":
         ours.teacher.compiled(args.compile), ours.student.compiled(args.compile)
@@ -203,17 +188,17 @@ def compare(pair, n, args, device):
 
 
 def timed_methods(ours, theirs):
-    """(owner, name, part) of what is timed apart from the rest."""
+    """(owner, name, part) of the methods that are timed separately; everything else is the rest."""
     return [
         (ours.source.generator, "forward", "generator"),
         (theirs, "generate", "generator"),
         (ours.source, "augment", "augmentation"),
-        (ours.learner, "_show", "augmentation"),
+        (ours.learner, "_views", "augmentation"),
         (theirs, "augment", "augmentation"),
         (ours.teacher, "features", "teacher"),
-        (theirs, "ask_teacher", "teacher"),
+        (theirs, "run_teacher", "teacher"),
         (ours.student, "features", "student"),
-        (theirs, "ask_student", "student"),
+        (theirs, "run_student", "student"),
         (torch.Tensor, "backward", "backward"),
         (ours.learner.optimizer, "step", "optimiser"),
         (theirs.sgd, "step", "optimiser"),
@@ -222,7 +207,10 @@ def timed_methods(ours, theirs):
 
 
 def summarise(pair, n, case, turns, floor):
-    """A row: milliseconds of the median turn, the ratio to the plain step, how near the floor, and the parts."""
+    """A row: milliseconds of the median turn, the speedup over the plain step, the share of the peak, and the parts.
+
+    floor: seconds that the step would take at the peak.
+    """
     seconds = [sum(turn.values()) for turn in turns[case]]
     plainly = [sum(turn.values()) for turn in turns["plain " + case.partition(",")[0].removeprefix("plain ")]]
     low, ratio, high = quartiles([theirs / ours for theirs, ours in zip(plainly, seconds)])
@@ -245,7 +233,7 @@ def quartiles(values):
 
 
 def compare_data(images, args, size=32, n=128):
-    """A row: CPU seconds of what ``--data-steps`` student steps are fed, from a pool of so many images."""
+    """A row: CPU seconds to load the views of ``--data-steps`` student steps from a pool of ``images`` images."""
     pool = ImagePool(images, (3, size, size), 10, torch.device("cpu"))
     pool.add(torch.rand(images, 3, size, size), torch.zeros(images, dtype=torch.long))
     crop = CropFlip(4, True)
@@ -257,7 +245,7 @@ def compare_data(images, args, size=32, n=128):
             start = sum(os.times()[:4])
             for _ in plain.batches(root, size, n, args.data_steps):
                 pass
-            plainly.append(sum(os.times()[:4]) - start)  # of this process and of the workers that have ended
+            plainly.append(sum(os.times()[:4]) - start)  # of this process and of its finished workers
             start = time.process_time()
             for _ in range(args.data_steps):
                 shift_flip(pool.sample(n)[0], *crop.draw(2 * n, pool.device))
@@ -275,8 +263,8 @@ def compare_data(images, args, size=32, n=128):
 
 
 def average(turns, megabytes, bytes_per_view, images):
-    """Student steps of the published schedule with a view cache of so many megabytes, beside ours without and plain."""
-    share = known_share(megabytes * 10**6 // bytes_per_view, n=images)
+    """A row: the mean student step of the published schedule with a view cache of so many megabytes."""
+    share = expected_hit_rate(megabytes * 10**6 // bytes_per_view, n=images)
     plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CASES[2:])
     mean = [share * k + (1 - share) * n for n, k in zip(new, known)]
     low, ratio, high = quartiles([a / b for a, b in zip(plainly, mean)])
@@ -291,8 +279,8 @@ def average(turns, megabytes, bytes_per_view, images):
 
 
 @cache
-def known_share(places, epochs=200, steps=400, images=256, views=162, n=128):
-    """Share of the views of the published schedule's student steps that a cache of so many places knows; by drawing."""
+def expected_hit_rate(places, epochs=200, steps=400, images=256, views=162, n=128):
+    """The hit rate of a view cache with ``places`` places over the published schedule, by simulating its samples."""
     rng, known = np.random.default_rng(0), 0
     held = np.full(min(places, epochs * images * views), -1)
     for epoch in range(1, epochs + 1):
@@ -309,21 +297,26 @@ def main():
         prog="python -m benchmarks.step", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--pairs", nargs="*", choices=PAIRS, default=list(PAIRS), help="teacher>student")
-    parser.add_argument("--batch", nargs="*", type=int, default=[64, 256], help="images of a step (and views)")
-    parser.add_argument("--turns", type=int, default=5, help="turns of each pair and batch")
-    parser.add_argument("--cache", nargs="*", type=int, default=[1000, 4000, 16000], help="megabytes of view caches")
-    parser.add_argument("--pool", nargs="*", type=int, default=[1000, 10000, 50000], help="sizes for the data")
-    parser.add_argument("--data-steps", type=int, default=400, help="student steps that are fed")
-    parser.add_argument("--data-turns", type=int, default=3, help="turns of that")
-    parser.add_argument("--precision", choices=["none", "bf16", "fp16"], default="none", help="of ours")
-    parser.add_argument("--compile", choices=["off", "default", "reduce-overhead"], default="off", help="of ours")
+    parser.add_argument("--batch", nargs="*", type=int, default=[64, 256], help="images, or views, of a step")
+    parser.add_argument("--turns", type=int, default=5, help="turns for each pair and batch size")
+    parser.add_argument("--cache", nargs="*", type=int, default=[1000, 4000, 16000], help="sizes of the cache in MB")
+    parser.add_argument(
+        "--pool", nargs="*", type=int, default=[1000, 10000, 50000], help="images of the pools that data is loaded from"
+    )
+    parser.add_argument("--data-steps", type=int, default=400, help="student steps whose views are loaded")
+    parser.add_argument("--data-turns", type=int, default=3, help="turns of this part")
+    parser.add_argument("--precision", choices=["none", "bf16", "fp16"], default="none", help="of our networks")
+    parser.add_argument(
+        "--compile", choices=["off", "default", "reduce-overhead"], default="off", help="of our networks"
+    )
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--threads", type=int, default=1, help="more than one tells little on a shared machine")
-    parser.add_argument("--json", default="", help="file for the same numbers")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads; times with several are noisy")
+    parser.add_argument("--json", default="", help="file to which the same numbers are written")
     args = parser.parse_args()
     if min(args.pool, default=128) < 128:
-        parser.error("--pool: a batch of 128 images needs as many")
+        parser.error("--pool: a batch takes 128 images; give at least as many")
     set_threads(args.threads)
+    seed_everything(0, False)  # which lets cuDNN choose its kernels by timing them, as in a run
     device = choose_device(args.device)
     found = {"steps": [], "view cache": [], "data": []}
     for pair, n in product(args.pairs, args.batch):

@@ -23,7 +23,7 @@ PLAIN = (int, float, str, list, tuple)
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
 # runs no code of the file's. numpy 1 and 2 name the same function differently.
 _NUMBER = np.float64(0).__reduce__()[0]
-HARMLESS = [
+HARMLESS: list[Any] = [
     argparse.Namespace,
     codecs.encode,
     np.dtype,

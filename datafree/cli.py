@@ -60,7 +60,7 @@ class Option:
     unused_when: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     custom: bool = False
     affects_result: bool = True
-    former_sections: tuple[str, ...] = ()
+    also_in: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
@@ -151,13 +151,14 @@ def list_options(config_class: type, method_files: Mapping[str, Any] | None = No
     for section, cls in {"call": Invocation, "": config_class, **own}.items():
         hints = get_type_hints(cls)
         for f in (f for f in fields(cls) if "help" in f.metadata):
-            kind, choices = _without_none(hints[f.name]), ()
+            kind = _without_none(hints[f.name])
+            choices: tuple[str, ...] = ()
             if get_origin(kind) is Literal:
                 kind, choices = str, get_args(kind)
             elif f.name == "method":
                 choices = tuple(sorted(method_files or ()))
             metadata = dict(f.metadata)
-            metadata["former_sections"] = tuple(former for former in metadata["former_sections"] if former in own)
+            metadata["also_in"] = tuple(section_too for section_too in metadata["also_in"] if section_too in own)
             metadata["unused_when"] = conditions = metadata["unused_when"] or getattr(cls, "UNUSED_WHEN", ())
             if any(f.name in condition for condition in conditions):
                 metadata["unused_when"] = ()  # the option on which the section's others depend
@@ -172,9 +173,10 @@ def _without_none(hint: Any) -> Any:
 def _with_custom_sections(config_class: type, argv: Sequence[str], method_files: Mapping[str, Any] | None) -> type:
     """``config_class`` with a section for the ``Options`` of every user-defined class that is named."""
     options = {o.name: o for o in list_options(config_class, method_files)}
-    added: dict[str, type] = {}
+    added: dict[str, Any] = {}
     for cls in map(load_object, _custom_names(argv, options)):
-        own, section = getattr(cls, "Options", None), cls.__name__.lower()
+        own: Any = getattr(cls, "Options", None)
+        section = cls.__name__.lower()
         if own is None or added.get(section) is own:
             continue
         if not is_dataclass(own) or not all("help" in f.metadata for f in fields(own)):
@@ -185,7 +187,7 @@ def _with_custom_sections(config_class: type, argv: Sequence[str], method_files:
                 f"{cls.__name__}.Options: the name {taken[0]} is taken by an option or section; choose another"
             )
         added[section] = own
-    extra = [(name, own, field(default_factory=own)) for name, own in added.items()]
+    extra: list[Any] = [(name, cls, field(default_factory=cls)) for name, cls in added.items()]
     return make_dataclass(config_class.__name__, extra, bases=(config_class,)) if extra else config_class
 
 
@@ -229,8 +231,8 @@ def _foreign(config_class: type, other_configs: Iterable[type]) -> dict[str, dic
     found: dict[str, dict[str, Option]] = {}
     for cls in other_configs:
         for opt in list_options(cls):
-            if opt.section not in ("call", "", *sections(config_class)):
-                found.setdefault(opt.section, {})[opt.name] = opt
+            for section in {opt.section, *opt.also_in} - {"call", "", *sections(config_class)}:
+                found.setdefault(section, {})[opt.name] = opt
     return found
 
 
@@ -339,15 +341,17 @@ def _number(opt: Option, kind: type, text: str) -> float:
 def _read_flags(argv: Sequence[str], options: Options) -> list[Setting]:
     table, words, settings = _flag_table(options), list(argv), []
     while words:
-        flag, equals, text = words.pop(0).partition("=")
+        word = words.pop(0)
+        flag, equals, value = word.partition("=")
         if not _is_flag(flag):
-            raise _error(f"unexpected argument {flag + equals + text!r}; an option starts with --")
+            raise _error(f"unexpected argument {word!r}; an option starts with --")
         name = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
         if name not in table:
             raise _error(f"unknown option {flag}{_nearest(name, {o: f'--{o}' for o in options})}")
         opt, alone = table[name]
         if equals and alone == "false":
-            raise _error(f"{flag} takes no value; write --{opt.name}={text}")
+            raise _error(f"{flag} takes no value; write --{opt.name}={value}")
+        text: str | None = value
         if not equals:
             text = words.pop(0) if words and alone != "false" and not _is_flag(words[0]) else alone
         if text is None:
@@ -363,7 +367,7 @@ def _flag_table(options: Options) -> dict[str, tuple[Option, str | None]]:
     """Spelling -> its option, and the text that the flag stands for without a value (None: it needs one)."""
     table = {}
     for opt in options.values():
-        dotted = [f"--{section}.{opt.name}" for section in (opt.section, *opt.former_sections) if section]
+        dotted = [f"--{section}.{opt.name}" for section in (opt.section, *opt.also_in) if section]
         for flag in (f"--{opt.name}", *dotted, *opt.flags):
             table[flag] = opt, "true" if opt.kind is bool else None
         if opt.kind is bool:
@@ -385,7 +389,7 @@ def _read_yaml(
     """
     foreign = foreign or {}
     options = {name: o for name, o in options.items() if o.section != "call"}
-    names = {section for o in options.values() for section in (o.section, *o.former_sections)} - {""}
+    names = {section for o in options.values() for section in (o.section, *o.also_in)} - {""}
     below: list[Setting] = []
     settings: list[Setting] = []
     for key, node, place in _items(_compose(path), path, "the file must hold names and values"):
@@ -447,7 +451,7 @@ def _is_null(node: Any) -> bool:
 
 def _yaml_setting(section: str, name: str, node: Any, place: str, options: Options) -> Setting:
     opt, dotted = options.get(name), f"{section}.{name}".lstrip(".")
-    if opt is None or section not in (opt.section, *opt.former_sections):
+    if opt is None or section not in (opt.section, *opt.also_in):
         homes = {o.section: o.section for o in options.values() if o.section}
         homes |= {key: f"{o.section}: {{{key}: ...}}" if o.section else key for key, o in options.items()}
         raise _error(f"{place}: unknown key {dotted}{_nearest(name, homes)}")

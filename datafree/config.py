@@ -29,7 +29,7 @@ def option(
     unused_when: Condition | tuple[Condition, ...] = (),
     custom: bool = False,
     affects_result: bool = True,
-    former_sections: tuple[str, ...] = (),
+    also_in: tuple[str, ...] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its sentence of help.
@@ -40,7 +40,8 @@ def option(
     custom: path/to/file.py:Class is accepted beside the choices.
     affects_result: False for an option that says where and how a run happens, or names a file whose contents matter and
     not its name.
-    former_sections: sections that had the option in earlier versions, whose YAML files still set it there.
+    also_in: sections of the program in which YAML files may set it, too. So a method file, which may have sections of
+    several programs, can give each its own value; and files of earlier versions keep working.
     aliases: former names of choices.
     """
     metadata = {
@@ -49,7 +50,7 @@ def option(
         "unused_when": unused_when if isinstance(unused_when, tuple) else (unused_when,),
         "custom": custom,
         "affects_result": affects_result,
-        "former_sections": former_sections,
+        "also_in": also_in,
         "aliases": dict(aliases or {}),
     }
     bounds = {name: value for name, value in (("low", low), ("high", high)) if value is not None}
@@ -219,7 +220,7 @@ class Synthesis:
         False,
         "Sample every student batch from the pool with equal numbers of each target class.",
         unused_when=NO_POOL,
-        former_sections=("distill",),
+        also_in=("distill",),
     )
     nz: int = option(256, "Dimension of the generator's latent z.", low=1, unused_when=NO_GENERATOR)
     ngf: int = option(64, "Width of the generator.", low=1, unused_when=NO_GENERATOR)
@@ -393,16 +394,16 @@ class Distill:
 class Optim:
     """The optimiser of the network that is trained: SGD, whose learning rate follows a cosine to 0."""
 
-    lr: float = option(0.1, "Initial learning rate.", low=0, former_sections=("distill", "training"))
-    momentum: float = option(0.9, "Momentum.", low=0, high=1, former_sections=("distill", "training"))
-    weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, former_sections=("distill", "training"))
+    lr: float = option(0.1, "Initial learning rate.", low=0, also_in=("distill", "training"))
+    momentum: float = option(0.9, "Momentum.", low=0, high=1, also_in=("distill", "training"))
+    weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, also_in=("distill", "training"))
 
 
 @dataclass
 class ScratchOptim(Optim):
     __doc__ = Optim.__doc__
 
-    weight_decay: float = option(5e-4, "Weight decay.", flags=("--wd",), low=0, former_sections=("distill", "training"))
+    weight_decay: float = option(5e-4, "Weight decay.", flags=("--wd",), low=0, also_in=("distill", "training"))
 
 
 @dataclass
@@ -462,4 +463,5 @@ CONFIGS = (DistillConfig, ScratchConfig)  # of all programs: a method file may h
 
 def sections(config_class: type) -> dict[str, type]:
     """Name -> class of the sections of a program's options, in the order of ``--help``."""
-    return {f.name: f.default_factory for f in fields(config_class) if isinstance(f.default_factory, type)}
+    factories: dict[str, Any] = {f.name: f.default_factory for f in fields(config_class)}
+    return {name: factory for name, factory in factories.items() if isinstance(factory, type)}

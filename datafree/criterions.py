@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -97,8 +98,7 @@ def total_variation(images: Tensor) -> Tensor:
     down = images[:, :, 1:, :] - images[:, :, :-1, :]
     diagonal = images[:, :, 1:, 1:] - images[:, :, :-1, :-1]
     other = images[:, :, 1:, :-1] - images[:, :, :-1, 1:]
-    norms = [torch.linalg.vector_norm(d.float()) for d in (right, down, diagonal, other)]
-    return sum(norms)  # type: ignore[return-value]
+    return sum(torch.linalg.vector_norm(d.float()) for d in (right, down, diagonal, other))
 
 
 def l2_norm(images: Tensor) -> Tensor:
@@ -142,10 +142,10 @@ class StageProjection(nn.Module):
         return sum(terms)  # type: ignore[return-value]
 
     @staticmethod
-    def _gram(project: nn.Module, stage: Tensor, target: Tensor) -> Tensor:
+    def _gram(project: Any, stage: Tensor, target: Tensor) -> Tensor:
         mapped = F.conv2d(stage, project.weight[:, :, None, None], project.bias)
         if mapped.shape[2:] != target.shape[2:]:
-            mapped = F.adaptive_avg_pool2d(mapped, target.shape[2:])
+            mapped = F.adaptive_avg_pool2d(mapped, (target.shape[2], target.shape[3]))
         return (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
 
 
@@ -166,10 +166,10 @@ def attention(
     return sum(terms)  # type: ignore[return-value]
 
 
-def _attention_map(stage: Tensor, size: Sequence[int]) -> Tensor:
+def _attention_map(stage: Tensor, size: torch.Size) -> Tensor:
     squares = stage.float().square().mean(1, keepdim=True)
     if squares.shape[2:] != size:
-        squares = F.adaptive_avg_pool2d(squares, size)
+        squares = F.adaptive_avg_pool2d(squares, (size[0], size[1]))
     return F.normalize(squares.flatten(1))
 
 

@@ -246,7 +246,7 @@ class Engine:
         if state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
-                f"{self.schedule.epochs} to go on from it"
+                f"{self.schedule.epochs} to continue from it"
             )
 
 

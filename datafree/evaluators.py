@@ -1,20 +1,26 @@
 """Accuracy of a network on a split of a data set."""
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
+from datafree.datasets.splits import Split
 from datafree.errors import InputError
 
 
 @torch.no_grad()
-def evaluate(network, split, batch_size=500, name="network"):
-    """``acc1`` and ``acc5`` (%) and ``loss`` (mean cross entropy) of ``network`` over ``split``.
+def evaluate(
+    network: Callable[[Tensor], Tensor], split: Split, batch_size: int = 500, name: str = "network"
+) -> dict[str, float]:
+    """``acc1`` and ``acc5`` (%) and ``loss`` (mean cross entropy) of ``network`` on ``split``.
 
-    ``network(images)`` takes images in [0, 1] and returns logits (N, classes); its train or eval mode is the
-    caller's. With fewer than five classes acc5 counts them all. Everything is summed on the device and read
-    once. Raises InputError, with ``name``, for another number of classes and for logits that are not finite.
+    network: images (N, C, H, W) in [0, 1] -> logits (N, classes); the caller sets its train or eval mode. name:
+    what error messages call it. With fewer than five classes acc5 is over all of them. Sums stay on the device and
+    are read once. Raises InputError for another number of classes and for logits that are not finite.
     """
-    sums = 0
+    sums: Tensor | int = 0
     for images, labels in split.batches(batch_size):
         logits = network(images).float()
         if logits.shape != (len(labels), split.num_classes):
@@ -23,7 +29,7 @@ def evaluate(network, split, batch_size=500, name="network"):
                 f"images of {split.num_classes} classes; check its class count"
             )
         sums = sums + _sums(logits, labels)
-    top1, top5, loss, broken = sums.tolist()
+    top1, top5, loss, broken = sums.tolist()  # type: ignore[union-attr]
     if broken:
         raise InputError(
             f"the {name} gave non-finite logits for {broken:.0f} of {len(split)} images; "
@@ -33,14 +39,14 @@ def evaluate(network, split, batch_size=500, name="network"):
 
 
 def scores_line(scores: dict[str, float]) -> str:
-    """Test scores as the log shows them."""
+    """The result of :func:`evaluate` as one line of the log."""
     return f"Acc@1={scores['acc1']:.4f} Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}"
 
 
-def _sums(logits, labels):
-    """Images right at the first and among five answers, summed loss, images with non-finite logits."""
-    answers = logits.topk(min(5, logits.shape[1]), dim=1).indices
-    hits = answers == labels.unsqueeze(1)
+def _sums(logits: Tensor, labels: Tensor) -> Tensor:
+    """Sums over a batch, float64 (4,): top-1 hits, top-5 hits, cross entropy, images with non-finite logits."""
+    predictions = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    hits = predictions == labels.unsqueeze(1)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     broken = ~logits.isfinite().all(dim=1)
     return torch.stack([hits[:, 0].sum(), hits.sum(), loss, broken.sum()]).double()

@@ -28,8 +28,9 @@ def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
     shape, classes, mean, std = (_stated(metadata, key, path) for key in ("shape", "num_classes", "mean", "std"))
     name = metadata.get("dataset") or path.stem
     try:
-        return DatasetCard(name, *shape, num_classes=classes, mean=tuple(mean), std=tuple(std))
-    except TypeError:
+        channels, height, width = shape
+        return DatasetCard(name, channels, height, width, classes, tuple(mean), tuple(std))
+    except (TypeError, ValueError):
         raise InputError(f"{path} states an image shape {shape}, which is not [channels, height, width]") from None
 
 
@@ -65,7 +66,7 @@ class Network(nn.Module):
         metadata: dict[str, Any] | None = None,
     ):
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self.model = model.to(memory_format=torch.channels_last)
         self.shape, self.name, self.metadata = tuple(shape), name, metadata or {}
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)

@@ -1,4 +1,4 @@
-"""RGAL's relation losses: negative sampling, the triplet loss, and its average over layers.
+"""RGAL's relation losses: negative sampling and the triplet loss.
 
 One triplet loss with a sign. Separating (the student) pulls a class together and pushes the
 others away; confusing (synthesis) does the opposite, which spreads a class and mixes it with its

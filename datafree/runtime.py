@@ -12,6 +12,8 @@ import sys
 import threading
 from datetime import datetime
 from pathlib import Path
+from types import FrameType
+from typing import Any
 
 import numpy as np
 import torch
@@ -22,60 +24,65 @@ from datafree.errors import InputError, OptionError
 try:
     import resource
 except ImportError:  # not on Windows
-    resource = None
+    resource = None  # type: ignore[assignment]
 
 SOURCE = Path(__file__).resolve().parent.parent
 
 
-def choose_device(name):
-    """torch.device of ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; InputError where there is no such GPU."""
+def choose_device(name: str) -> torch.device:
+    """The device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the first GPU, or else the CPU.
+
+    Raises OptionError for another name and InputError if there is no such GPU.
+    """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
     if not re.fullmatch(r"auto|cuda(:\d+)?", name):
-        raise OptionError(f"--device {name} is none of auto, cpu, cuda, cuda:N")
+        raise OptionError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
     index = int(name.partition(":")[2] or 0)
     if index >= count:
         raise InputError(f"--device {name}: no such GPU, torch finds {count}; --device cpu runs without one")
     return torch.device("cuda", index)
 
 
-def require_compiler(device):
-    """InputError where torch.compile could build nothing for ``device``."""
+def require_compiler(device: torch.device) -> None:
+    """Raise InputError if torch.compile lacks the C++ compiler that it needs for ``device``."""
     if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
-        raise InputError("--compile builds C++ for the CPU and finds no compiler; install g++, or leave --compile off")
+        raise InputError(
+            "--compile needs a C++ compiler on the CPU and finds none; install g++, or leave --compile off"
+        )
 
 
-def set_threads(n):
-    """Use ``n`` CPU threads; 0 leaves torch's own choice."""
+def set_threads(n: int) -> None:
+    """Use ``n`` CPU threads; 0 keeps torch's default."""
     if n:
         torch.set_num_threads(n)
 
 
-def seed_everything(seed, deterministic):
-    """Seed python, numpy and torch; ``deterministic`` allows only kernels that repeat exactly."""
+def seed_everything(seed: int, deterministic: bool) -> None:
+    """Seed Python, NumPy and torch; ``deterministic`` restricts torch to kernels that are exactly reproducible."""
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats only so
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not reproducible without it
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
 
 
-def rng_state():
-    """State of every global random number generator, of plain types that a weights-only load accepts."""
+def rng_state() -> dict[str, Any]:
+    """State of all global random number generators, in plain types that a weights-only load accepts."""
     kind, keys, *rest = np.random.get_state()
     return {
         "python": random.getstate(),
-        "numpy": (kind, keys.tolist(), *rest),
+        "numpy": (kind, keys.tolist(), *rest),  # type: ignore[attr-defined]
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
     }
 
 
-def load_rng_state(state):
-    """Go on from :func:`rng_state`; GPUs that only one of the two machines has are left as they are."""
+def load_rng_state(state: dict[str, Any]) -> None:
+    """Restore a :func:`rng_state`; GPUs that only one of the two machines has keep their state."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
@@ -83,8 +90,11 @@ def load_rng_state(state):
         torch.cuda.set_rng_state(gpu_state, index)
 
 
-def autocast(device, precision):
-    """A new context in which forward passes use ``none`` (fp32), ``bf16`` or ``fp16`` (GPU only)."""
+def autocast(device: torch.device, precision: str) -> torch.autocast:
+    """A new context for forward passes in ``none`` (fp32), ``bf16`` or ``fp16`` (GPU only).
+
+    Raises InputError if the device does not support the precision.
+    """
     if precision == "fp16" and device.type == "cpu":
         raise InputError("--precision fp16 needs a GPU; use --precision bf16 or none on the CPU")
     if precision == "bf16" and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
@@ -93,8 +103,8 @@ def autocast(device, precision):
     return torch.autocast(device.type, dtype=dtype, enabled=precision != "none")
 
 
-def peak_memory(device):
-    """Most memory in use so far, in MB: the device's own, or of this process on the CPU (None where unknown)."""
+def peak_memory(device: torch.device) -> int | None:
+    """Peak memory so far, in MB: of tensors on a GPU, or of this process on the CPU (None if unknown)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
     if resource is None:
@@ -103,8 +113,8 @@ def peak_memory(device):
     return round(kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e6)
 
 
-def free_memory(device):
-    """Bytes that are free for tensors on ``device``: its own, or the machine's within the limit of a container."""
+def free_memory(device: torch.device) -> int:
+    """Bytes available for tensors on ``device``: of a GPU, or of the machine, within the limit of a container."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     free = [_number_in("/proc/meminfo", r"MemAvailable:\s*(\d+) kB", 1024)]
@@ -115,8 +125,8 @@ def free_memory(device):
     return min((size for size in free if size is not None), default=4 * 10**9)  # unknown outside Linux
 
 
-def _number_in(path, pattern, unit=1):
-    """The first number of a system's file that the pattern finds, times ``unit``; None if there is none."""
+def _number_in(path: str, pattern: str, unit: int = 1) -> int | None:
+    """The first number in a system file that ``pattern`` matches, times ``unit``; None if there is none."""
     try:
         found = re.search(pattern, Path(path).read_text())
     except OSError:
@@ -125,27 +135,28 @@ def _number_in(path, pattern, unit=1):
 
 
 class StopSignal:
-    """Within it SIGTERM and SIGINT only set ``received`` (the signal's name, else None), so that the loop
-    finishes its step, saves and stops; a SIGINT after that raises KeyboardInterrupt."""
+    """A context in which SIGTERM and SIGINT only set ``received`` to the signal's name (None before), so that the
+    loop can finish its step, save and stop; a further SIGINT raises KeyboardInterrupt."""
 
-    def __enter__(self):
-        self.received, self._previous = None, {}
-        if threading.current_thread() is threading.main_thread():  # elsewhere python allows no handlers
+    def __enter__(self) -> "StopSignal":
+        self.received: str | None = None
+        self._previous: dict[signal.Signals, Any] = {}
+        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self._previous = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
         return self
 
-    def __exit__(self, *exception):
+    def __exit__(self, *exception: object) -> None:
         for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not set by python
+            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not set from Python
 
-    def _receive(self, number, frame):
+    def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
             raise KeyboardInterrupt
         self.received = signal.Signals(number).name
 
 
-def environment(device=None):
-    """What a number must be told with: commit, versions, machine, command line and time; JSON types only."""
+def environment(device: torch.device | None = None) -> dict[str, Any]:
+    """Provenance to report with a result: commit, versions, machine, command line and time; JSON types only."""
     device, cpuinfo = device or choose_device("auto"), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
@@ -164,8 +175,8 @@ def environment(device=None):
     }
 
 
-def _git(*arguments):
-    """Answer of git about this source tree; None without git, or if only a folder above is a repository."""
+def _git(*arguments: str) -> str | None:
+    """Output of git for this source tree; None without git, or if only a parent folder is a repository."""
     try:
         return subprocess.run(
             ["git", f"--git-dir={SOURCE / '.git'}", f"--work-tree={SOURCE}", *arguments],

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from datafree import plan
+from datafree import checkpoint, plan
 from datafree.cli import result_options, to_yaml
 from datafree.engine import Engine
 from datafree.evaluators import scores_line
@@ -15,7 +15,7 @@ from datafree.network import Network
 from datafree.plugins import short_name
 from datafree.runtime import environment, peak_memory
 from datafree.schedule import Schedule
-from datafree.session import Session
+from datafree.session import Session, published_weights
 from datafree.synthesis.base import BaseSynthesis
 
 
@@ -134,3 +134,16 @@ def summarise(session: Session, engine: Engine, result: dict[str, Any], columns:
         folder.log(f"Last: {result['acc1']:.4f}")
         folder.log(f"Best: {result['best_acc1']:.4f} (chosen on the test set)")
     folder.log(f"Everything is in {folder.root}\n" + table([summary]))
+
+
+def publish_weights(session: Session, folder: RunFolder, model: str) -> None:
+    """Copy the last weights to where other programs look for a teacher, unless better ones are there."""
+    source, place = checkpoint.weights_file(folder.root), published_weights(session.card.name, model)
+    weights = checkpoint.load(source)
+    if place.exists():
+        there, here = checkpoint.stored_accuracy(place, weights["model"]), weights.get("acc1")
+        if there is None or here is None or here <= there:
+            folder.log(f"{place} stays as it is (top-1 {there}, these {here}); the new weights are {source}")
+            return
+    checkpoint.save(place, weights)
+    folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")

@@ -1,4 +1,4 @@
-"""Draws misc/framework.png, the two phases of RGAL: python misc/framework.py"""
+"""Draws misc/framework.png, a diagram of the two phases of RGAL: python misc/framework.py"""
 
 from pathlib import Path
 
@@ -10,7 +10,7 @@ from matplotlib.patches import Ellipse, FancyArrowPatch, FancyBboxPatch  # noqa:
 
 INK, PALE, FROZEN, TRAINED = "#222222", "#f5f5f2", "#dbe6f3", "#fbe3c4"
 CLASSES = (("#2b6cb0", "o"), ("#c2571a", "^"))
-SPREAD = ((-0.95, 0.3), (0.85, 0.5), (-0.1, -1))  # from the centre of a class to its points, in a sketch
+SPREAD = ((-0.95, 0.3), (0.85, 0.5), (-0.1, -1))  # points of a class relative to its centre, in a sketch
 
 
 def main():
@@ -25,9 +25,9 @@ def main():
 
 
 def synthesis(axes):
-    """Upper half: images are made against the frozen networks."""
+    """Upper half: images are synthesised under losses of the frozen networks."""
     panel(axes, 34, 33, "Phase 1: image synthesis")
-    box(axes, (2.5, 46), (8, 7), "noise z", TRAINED)
+    box(axes, (2.5, 46), (8, 7), "latent z", TRAINED)
     box(axes, (14, 46), (12, 7), "generator", TRAINED)
     box(axes, (29.5, 46), (9.5, 7), "images")
     box(axes, (42.5, 46), (10, 7), "augment")
@@ -36,7 +36,7 @@ def synthesis(axes):
     terms(
         axes,
         (57.3, "BN statistics"),
-        (54.1, "one-hot: the class asked for"),
+        (54.1, "one-hot: the target class"),
         (49.4, "adversarial: the student differs\nfrom the teacher"),
     )
     sketch(axes, (71, 36), "relation: confuse", pull=False)
@@ -57,13 +57,13 @@ def synthesis(axes):
 
 
 def student(axes):
-    """Lower half: the student learns from the pool."""
+    """Lower half: the student is trained on the pool."""
     panel(axes, 5, 26, "Phase 2: student training")
     box(axes, (28, 12.5), (12.5, 7), "image pool")
     box(axes, (44, 12.5), (8.5, 7), "augment\ntwice")
     box(axes, (56, 19), (11, 6), "teacher", FROZEN)
     box(axes, (56, 7), (11, 6), "student", TRAINED)
-    terms(axes, (23.2, "KL of the answers"), (20, "channels of the stages"))
+    terms(axes, (23.2, "KL of the outputs"), (20, "channels of the stages"))
     sketch(axes, (71, 7), "relation: separate", pull=True)
     for start, end in (
         ((40.5, 16), (44, 16)),
@@ -79,14 +79,14 @@ def student(axes):
 
 
 def legend(axes):
-    for x, colour, text in ((4, FROZEN, "frozen"), (15, TRAINED, "learns")):
+    for x, colour, text in ((4, FROZEN, "frozen"), (15, TRAINED, "trained")):
         box(axes, (x, 1), (3, 2.4), "", colour)
         axes.text(x + 4, 2.2, text, va="center", size=9.5, color=INK)
     for x, (colour, marker), text in ((28, CLASSES[0], "features of one class"), (49, CLASSES[1], "of another class")):
         axes.plot(x, 2.2, marker, color=colour, ms=7)
         axes.text(x + 1.8, 2.2, text, va="center", size=9.5, color=INK)
     arrow(axes, (67, 2.2), (71, 2.2), colour=INK, width=1.6)
-    axes.text(72, 2.2, "where the loss moves them", va="center", size=9.5, color=INK)
+    axes.text(72, 2.2, "direction in which the loss moves them", va="center", size=9.5, color=INK)
 
 
 def panel(axes, bottom, height, title):
@@ -124,7 +124,7 @@ def arrow(axes, start, end, colour=INK, width=1.3, dashed=False, bend="arc3"):
 
 
 def sketch(axes, corner, title, pull):
-    """Two classes in feature space: the loss pulls a class together and the two apart, or the opposite."""
+    """Two classes in feature space: the loss contracts each class and separates the two, or the opposite."""
     x, y = corner
     axes.text(x, y + 8.6, title, va="center", size=10.5, weight="bold", color=INK)
     for (colour, marker), centre, away in ((CLASSES[0], x + 5.6, -1), (CLASSES[1], x + 20.6, 1)):

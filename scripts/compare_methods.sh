@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Every method alone and with RGAL inside it, in two tables: with equal student steps, and with the epochs that take
-# BUDGET seconds by the clock of the first table. On the digits that ship here, from a teacher of its own for each seed:
+# Every method alone and with RGAL added, in two tables: with equal student steps, and with the epochs that take BUDGET
+# seconds as timed for the first table. On the digits that ship with the project, from a separate teacher for each seed:
 #     bash scripts/compare_methods.sh [OPTIONS]
 # or on CIFAR-10 without its training images, from the file of He et al.'s ResNet-20:
 #     WEIGHTS=resnet20-12fca82f.th bash scripts/compare_methods.sh [OPTIONS]
-# A finished run is not repeated, so a stopped comparison goes on. SEEDS, METHODS, CELLS, TABLES, BUDGET and COMPARISON
-# (the folder) may be set, and options go to every distillation.
+# A finished run is not repeated, so a stopped comparison can be continued. SEEDS, METHODS, CELLS, TABLES, BUDGET and
+# COMPARISON (the folder) may be set, and options are passed on to every distillation.
 set -euo pipefail
 shopt -s inherit_errexit
 weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
@@ -20,7 +20,7 @@ fi
 options=$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')
 comparison=${COMPARISON:-runs/compare_methods_$data$options} seconds=seconds-$budget
 
-triplets() {  # of a METHOD CELL
+triplets() {  # the options of a METHOD CELL
     case $1-$2 in
         rgal-alone) echo "--triplet 0 --striplet 0";;
         rgal-rgal | *-alone) ;;
@@ -29,16 +29,16 @@ triplets() {  # of a METHOD CELL
     esac
 }
 
-teacher() {  # of this seed
+teacher() {  # the weights for this seed
     [ -z "$weights" ] || { echo "$weights"; return; }
     local folder=$comparison/digits_scratch_resnet20/seed$seed
     [ -f "$folder/summary.json" ] ||
         python train_scratch.py --config configs/digits/teacher_resnet20.yaml --seed "$seed" --save_dir "$comparison" \
             --resume auto >&2
-    echo "$folder/checkpoints/student_last.pth"
+    echo "$folder"
 }
 
-epochs() {  # of a METHOD CELL that take the budget, worked out once
+epochs() {  # those of a METHOD CELL that take the budget, computed once
     local kept=$comparison/$seconds/$1-$2-epochs
     mkdir -p "$comparison/$seconds"
     [ -s "$kept" ] || python -m benchmarks.budget "$budget" "$comparison/steps/${data}_$1_$pair/$2"-seed* >"$kept"

@@ -1,11 +1,11 @@
-# Sourced by the other scripts: goes to the project's root and puts first on the PATH a virtual environment
-# with the packages of $REQUIREMENTS (requirements.txt if not set). That is $RGAL_VENV, else the active one,
-# else .venv, which is made by $PYTHON (python3 if not set) where it does not exist.
+# Sourced by the other scripts: changes to the project's root and puts a virtual environment with the packages
+# of $REQUIREMENTS (requirements.txt if not set) first on the PATH. That is $RGAL_VENV, else the active one, else
+# .venv, which $PYTHON (python3 if not set) creates if it does not exist.
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 check_version() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
-        echo "error: $1 is older than Python 3.10; name a newer one, as by PYTHON=python3.12 bash $0" >&2; exit 1; }
+        echo "error: $1 is older than Python 3.10; name a newer one, for example by PYTHON=python3.12 bash $0" >&2; exit 1; }
 }
 
 make_venv() {
@@ -13,13 +13,13 @@ make_venv() {
     "$python" -m venv --without-pip "$1"
 }
 
-make_pip() {  # where ensurepip is a package of its own (Debian), the pip of $python installs one
+make_pip() {  # where ensurepip is a separate package (Debian), the pip of $python installs one
     "$1/bin/python" -m ensurepip --default-pip >/dev/null 2>&1 ||
         PYTHONPATH=$("$python" -c 'import os, pip; print(os.path.dirname(os.path.dirname(pip.__file__)))') \
             "$1/bin/python" -m pip install --quiet --disable-pip-version-check --ignore-installed pip
 }
 
-install_packages() {  # once for every state of the requirements files, so that a second call needs no network
+install_packages() {  # once per state of the requirements files, so that a second call needs no network
     local stamp="$1/.installed-$2" wanted
     wanted=$(cat requirements*.txt | cksum)
     [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ] && return

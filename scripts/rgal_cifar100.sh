@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # RGAL, CIFAR-100, WRN-40-2 > WRN-16-1, the published schedule.
-# Options go on: bash scripts/rgal_cifar100.sh --seed 1
+# Options are passed on: bash scripts/rgal_cifar100.sh --seed 1
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 

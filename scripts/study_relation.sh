@@ -1,16 +1,16 @@
 #!/usr/bin/env bash
-# What the triplets are worth: every cell of direction x space x sampling x phase, on the digits, for 5 paired seeds.
-# A finished run is not repeated, so a stopped study goes on. SEEDS, STUDY (the folder) and CELLS (a regular
-# expression that a part of a cell's name must match) may be set, and options go to every distillation:
+# What the triplets contribute: every cell of direction x space x sampling x phase, on the digits, for 5 paired seeds.
+# A finished run is not repeated, so a stopped study can be continued. SEEDS, STUDY (the folder) and CELLS (a regular
+# expression that must match a part of a cell's name) may be set, and options are passed on to every distillation:
 #     SEEDS="0 1" CELLS="none|focal" bash scripts/study_relation.sh --T 4
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 study=${STUDY:-runs/study_relation$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
 
-cells() {  # a name and its options a line; synthesis, student: the phases that have triplets
+cells() {  # a name and its options per line; synthesis, student: the phases that have triplets
     echo "none --triplet 0 --striplet 0"
-    echo "rgal"  # as configs/methods/ has them, with a sampling of its own in each phase
+    echo "rgal"  # as in configs/methods/, with a different sampling in each phase
     echo "release --relation release --sampling_space logits"
     for weight in 1 10 100; do  # ten to a thousand times the published weights
         echo "weight$weight-student --triplet 0 --striplet $weight"
@@ -19,7 +19,7 @@ cells() {  # a name and its options a line; synthesis, student: the phases that 
     done
     for space in embedding logits; do
         for sampling in focal distance uniform; do
-            [ $space-$sampling != logits-uniform ] || continue  # drawing evenly, no distance counts
+            [ $space-$sampling != logits-uniform ] || continue  # uniform sampling uses no distance
             local draw="--sampling_space $space --sampling $sampling" separate="--striplet_sampling $sampling"
             echo "student-$space-$sampling --triplet 0 --sampling_space $space $separate"
             for relation in paper release; do
@@ -39,7 +39,7 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
         [[ $name =~ ${CELLS:-} ]] || continue
         [ -f "$study/digits_rgal_resnet20_resnet8/$name-seed$seed/summary.json" ] ||
             python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --epochs 4 "$@" $options \
-                --seed "$seed" --teacher_weights "$teacher/checkpoints/student_last.pth" --save_dir "$study" \
+                --seed "$seed" --teacher_weights "$teacher" --save_dir "$study" \
                 --log_tag "$name-seed$seed" --resume auto </dev/null
     done
 done

@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# The cells of the study that matter, on CIFAR-10 from He et al.'s ResNet-20, in 2,560 steps, an eighth of its CPU cell's:
+# The cells of the study that matter, on CIFAR-10 from He et al.'s ResNet-20, in 2,560 student steps, an eighth of those in
+# configs/cifar10/rgal_fast_cifar_resnet20_wrn16_1_cpu.yaml:
 #     bash scripts/study_relation_cifar10.sh WEIGHTS [OPTIONS]
-# WEIGHTS is the teacher's file; options go to every run. A finished run is not repeated. SEEDS, STUDY
-# and CELLS as for study_relation.sh.
+# WEIGHTS is the teacher's file; options are passed on to every run. A finished run is not repeated. SEEDS, STUDY and
+# CELLS are as in study_relation.sh.
 set -euo pipefail
 weights=$(realpath -e "${1:?"name the file of the ResNet-20 teacher's weights"}")
 shift

@@ -1,4 +1,4 @@
-"""What the tests of whole programs share: one thread, a trained teacher, commands called in this process."""
+"""What the tests of whole programs share: one thread, a trained teacher, programs called in this process."""
 
 import json
 import os
@@ -15,14 +15,18 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import nets  # noqa: E402
 
 import datafree_kd  # noqa: E402
+import registry  # noqa: E402
 import train_scratch  # noqa: E402
-from datafree.errors import exit_on_input_error  # noqa: E402
+from datafree import cli  # noqa: E402
+from datafree.config import CONFIGS, DistillConfig  # noqa: E402
+from datafree.errors import InputError, exit_on_input_error  # noqa: E402
+from datafree.synthesis import traits_of  # noqa: E402
 
 torch.set_num_threads(1)
 
 
 def call(program, *words):
-    """What typing ``python <program> <words>`` does, in this process."""
+    """Do what ``python <program> <words>`` does, in this process."""
     before = sys.argv
     sys.argv = [f"{program.__name__}.py", *map(str, words)]
     try:
@@ -36,36 +40,30 @@ def scratch(*words):
 
 
 TINY_RUN = (
-    "--threads",
-    1,
-    "--dataset",
-    "digits",
-    "--crop_padding",
-    1,
-    "--student",
-    nets.name("small"),
-    "--epochs",
-    4,
-    "--ep_steps",
-    6,
-    "--kd_steps",
-    3,
-    "--batch_size",
-    16,
+    *("--threads", 1, "--dataset", "digits", "--crop_padding", 1, "--student", nets.name("small")),
+    *("--epochs", 4, "--ep_steps", 6, "--kd_steps", 3, "--batch_size", 16),
 )
 TINY_SYNTHESIS = ("--g_steps", 3, "--synthesis_batch_size", 16, "--lr_g", 0.03)
 TINY_GENERATOR = ("--nz", 16, "--ngf", 4)
 
 
-def tiny_run(method, *words):
-    """Options of a tiny budget; those of synthesis only where they are read, for they are refused elsewhere."""
-    given = {method, *words}
+def tiny_run(*words):
+    """Options of a tiny budget for a run with the options ``words``, without those that nothing would read there."""
+    pairs = zip(map(str, words), map(str, words[1:]))
+    named = [word for pair in pairs if pair[0] in ("--method", "--source") for word in pair]
+    try:
+        config, _ = cli.parse(
+            DistillConfig, named, description="", method_files=registry.METHODS, other_configs=CONFIGS
+        )
+    except InputError:  # a mistake, which the program is to report
+        config = DistillConfig()
+    traits = traits_of(config.synthesis.source)
     return (
         *TINY_RUN,
-        *(() if given & {"noise", "real"} else TINY_SYNTHESIS),
-        *(() if given & {"noise", "real", "deepinv", "pixels"} else TINY_GENERATOR),
-        *(("--warmup", 0) if given & {"fast", "rgal_fast"} else ()),
-        *(("--reset_epoch", 2) if "fast" in given else ()),
+        *(TINY_SYNTHESIS if traits.synthesises else ()),
+        *(TINY_GENERATOR if traits.has_generator else ()),
+        *(("--warmup", 0) if config.schedule.warmup else ()),
+        *(("--reset_epoch", 2) if config.synthesis.reset_epoch else ()),
     )
 
 
@@ -85,21 +83,11 @@ def distil(teacher, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def run(*words, method="rgal", tag="run", save_dir="runs"):
-        call(
-            datafree_kd,
-            "--method",
-            method,
-            "--teacher",
-            nets.name("tiny"),
-            "--teacher_weights",
-            teacher,
-            "--save_dir",
-            save_dir,
-            "--log_tag",
-            tag,
-            *tiny_run(method, *words),
-            *words,
+        given = (
+            *("--method", method, "--teacher", nets.name("tiny"), "--teacher_weights", teacher),
+            *("--save_dir", save_dir, "--log_tag", tag),
         )
+        call(datafree_kd, *given, *tiny_run(*given, *words), *words)
         return next((tmp_path / save_dir).glob(f"*/{tag}"), None)
 
     return run
@@ -109,16 +97,16 @@ def distil(teacher, tmp_path, monkeypatch):
 def refused(capsys):
     """Call what has to stop with exit code ``code`` and one line "error: ..." on stderr -> that line.
 
-    doors_only: nothing else may stand on stderr; a run that had begun leaves its progress bar there.
+    before_run: nothing else may be on stderr; a run that had begun leaves its progress bar there.
     """
 
-    def run(function, *words, code=1, doors_only=True):
+    def run(function, *words, code=1, before_run=True):
         capsys.readouterr()
         with pytest.raises(SystemExit) as stop:
             function(*words)
         lines = capsys.readouterr().err.strip().splitlines()
         assert stop.value.code == code and lines[-1].startswith("error: "), lines
-        assert not doors_only or len(lines) == 1, lines
+        assert not before_run or len(lines) == 1, lines
         assert not any("Traceback" in line for line in lines)
         return lines[-1]
 
@@ -126,7 +114,7 @@ def refused(capsys):
 
 
 def forked(function, *arguments):
-    """Call ``function`` in a process of its own, a copy of this one -> its exit code."""
+    """Call ``function`` in a forked copy of this process -> its exit code."""
     child = os.fork()
     if child == 0:
         code = 70
@@ -141,17 +129,17 @@ def forked(function, *arguments):
 
 
 def command(*words, **options):
-    """Run ``python <words>`` from the project's root as a process of its own."""
+    """Run ``python <words>`` as a separate process that can import the project and the tests."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     return subprocess.run(
         [sys.executable, *map(str, words)], capture_output=True, text=True, env=environment, **options
     )
 
 
-OF_THE_MACHINE = ("seconds/", "view_cache/")  # what a run costs; a resumed one asks the teacher again
+OF_THE_MACHINE = ("seconds/", "view_cache/")  # what a run costs; the cache of a resumed one is empty at first
 
 
 def rows(folder):
-    """The rows of metrics.jsonl without what belongs to the machine."""
+    """The rows of metrics.jsonl without what depends on the machine."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if not k.startswith(OF_THE_MACHINE)} for line in lines]

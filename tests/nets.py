@@ -9,13 +9,19 @@ from datafree.synthesis.base import BaseSynthesis
 
 
 def name(factory):
-    """What a command line calls the factory of this file."""
+    """The name of a factory in this file, as it is given on a command line."""
     return f"{Path(__file__).resolve()}:{factory}"
 
 
 def block(in_channels, out_channels):
     return nn.Sequential(
         nn.Conv2d(in_channels, out_channels, 3, stride=2, padding=1), nn.BatchNorm2d(out_channels), nn.ReLU()
+    )
+
+
+def conv(in_channels, out_channels, stride=1):
+    return nn.Sequential(
+        nn.Conv2d(in_channels, out_channels, 3, stride, 1, bias=False), nn.BatchNorm2d(out_channels), nn.ReLU()
     )
 
 
@@ -31,7 +37,7 @@ def tiny(num_classes, in_channels=3, width=8):
 
 
 def small(num_classes, in_channels=3):
-    """As tiny, with other widths."""
+    """Like tiny, with other widths."""
     return tiny(num_classes, in_channels, width=6)
 
 
@@ -49,12 +55,12 @@ def plain(num_classes, in_channels=3):
 
 
 def stubborn(in_channels=3):
-    """Seven classes, whatever is asked for."""
+    """Seven classes, whatever num_classes is."""
     return tiny(7, in_channels)
 
 
 class Overflows(nn.Module):
-    """Finite weights, logits that are not."""
+    """Finite weights, infinite logits."""
 
     def __init__(self, num_classes, in_channels=3):
         super().__init__()
@@ -76,10 +82,48 @@ class Poisoned(nn.Module):
         return self.model(views) * (torch.nan if self.passes >= 20 else 1)
 
 
-class Stripes(BaseSynthesis):
-    """A source of one's own: images of one grey level each, an option of the run's."""
+class Residual(nn.Module):
+    """A residual block that halves the image."""
 
-    objective = "what one's own attributes are called is one's own affair"
+    def __init__(self, in_channels, out_channels):
+        super().__init__()
+        self.body, self.skip = conv(in_channels, out_channels, 2), nn.Conv2d(in_channels, out_channels, 1, 2)
+
+    def forward(self, x):
+        return self.body(x) + self.skip(x)
+
+
+def toy(num_classes=5, in_channels=3):
+    """Three stages: a convolution and two residual blocks; 4, 6 and 8 channels."""
+    return nn.Sequential(
+        conv(in_channels, 4),
+        Residual(4, 6),
+        Residual(6, 8),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(8, num_classes),
+    )
+
+
+class SharedReLU(nn.Module):
+    """One ReLU module after each of four convolutions, of which two have the same size."""
+
+    def __init__(self, num_classes=3, in_channels=1):
+        super().__init__()
+        self.first, self.a = nn.Conv2d(in_channels, 4, 3, padding=1), nn.Conv2d(4, 4, 3, padding=1)
+        self.b, self.c = nn.Conv2d(4, 5, 3, 2, 1), nn.Conv2d(5, 6, 3, 2, 1)
+        self.relu, self.fc = nn.ReLU(), nn.Linear(6, num_classes)
+
+    def forward(self, x):
+        for layer in (self.first, self.a, self.b, self.c):
+            x = self.relu(layer(x))
+        return self.fc(x.mean((2, 3)))
+
+
+class Stripes(BaseSynthesis):
+    """A user-defined source: images of one grey level, which is the value of an option."""
+
+    objective = "a user-defined source may call its attributes as it likes"
 
     def sample(self, n):
         self.images_made += n
@@ -87,7 +131,7 @@ class Stripes(BaseSynthesis):
 
 
 class Bare(BaseSynthesis):
-    """Images without their classes, and synthesis without terms."""
+    """Images without target classes, and synthesis without terms."""
 
     def synthesize(self):
         pass
@@ -97,18 +141,18 @@ class Bare(BaseSynthesis):
 
 
 class Mute(BaseSynthesis):
-    """A source that hands nothing out."""
+    """A source without a method sample."""
 
 
 class Wordy(Stripes):
-    """A source whose terms are no tensors."""
+    """A source whose terms are not tensors."""
 
     def synthesize(self):
         return {"certainty": 3.0}
 
 
 class Nothing:
-    """No source at all."""
+    """Not a source at all."""
 
     def __init__(self, **given):
         pass

@@ -13,9 +13,9 @@ def seed():
 
 
 def view_oracle(image, shift, flip, padding=4):
-    """Pad with zeros, mirror if asked, cut out the window: (C, H, W) -> (C, H, W).
+    """Pad with zeros, cut out the window, mirror it if ``flip``: (C, H, W) -> (C, H, W).
 
-    Shifts count in the image's own pixels, so a mirrored image is cut ``dx`` to the other side.
+    Shifts are in coordinates of the image, so that a mirrored view shows the same window.
     """
     _, h, w = image.shape
     padded = np.pad(image, ((0, 0), (padding, padding), (padding, padding)))
@@ -47,7 +47,7 @@ def test_channels_last_images_give_the_same_views():
     assert torch.equal(views, shift_flip(images, shift, flip))
 
 
-def test_more_views_than_images_begin_anew_with_the_first_image():
+def test_more_views_than_images_start_again_with_the_first_image():
     shift, flip = all_views(1)
     images = torch.rand(6, 2, 5, 4, dtype=torch.float64, requires_grad=True)
     times = len(shift) // 6
@@ -65,12 +65,12 @@ def test_gradient_is_exact():
     assert torch.autograd.gradcheck(lambda x: shift_flip(x, shift, flip), images)
 
 
-def test_gradient_of_every_view_is_the_opposite_selection():
+def test_gradient_of_every_view_is_the_inverse_selection():
     shift, flip = all_views()
     images, weights = torch.rand(len(shift), 1, 9, 10, requires_grad=True), torch.rand(len(shift), 1, 9, 10)
     (shift_flip(images, shift, flip) * weights).sum().backward()
     for image, gradient, weight, s, f in zip(images, images.grad, weights, shift.tolist(), flip.tolist()):
-        # Where a pixel went is where its own number is found again.
+        # A view of the numbered pixels shows where each of them went.
         places = np.arange(1, 91, dtype=float).reshape(1, 9, 10)
         went, oracle = view_oracle(places, s, f), np.zeros(91)
         oracle[went.astype(int).ravel()] = weight.numpy().ravel()
@@ -78,7 +78,7 @@ def test_gradient_of_every_view_is_the_opposite_selection():
 
 
 def seen_views(crop, n, size=12):
-    """(dy, dx, mirrored) of n views, read off images that hold their own coordinates."""
+    """(dy, dx, mirrored) of n views, read from images whose pixels are their coordinates."""
     rows = torch.arange(size).view(1, 1, size, 1).expand(n, 1, size, size)
     views = crop(torch.cat([rows, rows.transpose(2, 3)], 1).float())
     middle = size // 2
@@ -87,7 +87,7 @@ def seen_views(crop, n, size=12):
     return views[:, 0, middle, middle] - middle, views[:, 1, middle, middle] - source, flip
 
 
-def test_crops_and_flips_cover_all_views_evenly():
+def test_crops_and_flips_cover_all_views_uniformly():
     n = 20_000
     dy, dx, flip = seen_views(CropFlip(), n)
     counts = torch.bincount(((dy + 4) * 18 + (dx + 4) * 2 + flip).long(), minlength=162)
@@ -129,7 +129,7 @@ def test_the_whole_image_is_the_image():
 
 
 def ramp_slopes(scale=(0.25, 1.0), n=4000, h=10, w=20):
-    """Per image the sides of the crop along rows and columns, and its middle, in units of the image."""
+    """Sides of each image's crop along rows and columns, and its centre, in units of the image."""
     y = ((torch.arange(h) + 0.5) / h).view(1, 1, h, 1).expand(n, 1, h, w)
     x = ((torch.arange(w) + 0.5) / w).view(1, 1, 1, w).expand(n, 1, h, w)
     views = random_resized_crop(torch.cat([y, x], 1), scale)
@@ -139,12 +139,12 @@ def ramp_slopes(scale=(0.25, 1.0), n=4000, h=10, w=20):
     return (after_y - before_y) * h, (after_x - before_x) * w, middle
 
 
-def test_crops_have_an_even_area_keep_the_aspect_and_stay_inside():
+def test_crops_have_uniform_areas_keep_the_aspect_ratio_and_stay_inside():
     rows, columns, middle = ramp_slopes()
     torch.testing.assert_close(rows, columns, atol=1e-3, rtol=0)
     area = rows**2
     assert area.min() > 0.249 and area.max() < 1.001
-    # Even between 0.25 and 1: mean 0.625, standard deviation 0.217.
+    # Uniform between 0.25 and 1: mean 0.625, standard deviation 0.217.
     assert area.mean().item() == pytest.approx(0.625, abs=5 * 0.217 / 4000**0.5)
     assert area.std().item() == pytest.approx(0.217, abs=0.01)
     assert ((middle - rows[:, None] / 2 > -1e-3) & (middle + rows[:, None] / 2 < 1 + 1e-3)).all()

@@ -1,22 +1,29 @@
-"""The benchmarks run, and their yardstick computes the same as what they measure, but for its random triplets."""
+"""The benchmarks run, and the plain pipeline computes the same as what they measure, except for its random triplets."""
 
 import json
+import signal
+import sys
+from types import SimpleNamespace
 
 import nets
+import parts
 import pytest
 import torch
+from conftest import ROOT
+from parts import CLASSES, SHAPE
 from PIL import Image
 
-from benchmarks import budget, memory, plain, precision, step
-from datafree.augment import CropFlip
+from benchmarks import budget, memory, plain, precision, same_bits, step
+from datafree import checkpoint
 from datafree.config import Distill, Relation, Synthesis
 from datafree.errors import OptionError
-from datafree.learners.distill import DistillLearner
 from datafree.models.generator import Generator
 from datafree.network import Network
+from datafree.pool import Batch
+from datafree.runtime import StopSignal
 from datafree.synthesis.objective import SynthesisObjective
 
-SHAPE, CLASSES, CPU = (3, 16, 16), 4, torch.device("cpu")
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
@@ -25,8 +32,8 @@ def seed():
 
 
 @pytest.mark.parametrize("make", [nets.tiny, nets.small])
-def test_the_savings_of_synthesis_leave_its_gradient_as_it_is(make, monkeypatch):
-    """Frozen networks, fused statistics and channels_last against the plain form, all but the random triplets."""
+def test_the_optimisations_of_synthesis_leave_its_gradient_unchanged(make, monkeypatch):
+    """Frozen networks, fused statistics and channels_last against the plain form, without the random triplets."""
     monkeypatch.setattr(plain, "triplet_loss", lambda *given: 0.0)
     models = make(CLASSES, 3), nets.small(CLASSES, 3)
     theirs = plain.Plain(*models, SHAPE, 4, 8, CPU)
@@ -48,19 +55,19 @@ def test_the_savings_of_synthesis_leave_its_gradient_as_it_is(make, monkeypatch)
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-3, atol=1e-6)
 
 
-def test_the_savings_of_the_student_leave_its_gradient_as_it_is(monkeypatch):
+def test_the_optimisations_of_the_student_step_leave_its_gradient_unchanged(monkeypatch):
     monkeypatch.setattr(plain, "triplet_loss", lambda *given: 0.0)
     models, views = (nets.tiny(CLASSES, 3), nets.small(CLASSES, 3)), torch.rand(8, *SHAPE)
     theirs = plain.Plain(*models, SHAPE, 4, 8, CPU)
     teacher, student = (Network(model, SHAPE, (0.5,) * 3, (0.25,) * 3) for model in models)
-    learner = DistillLearner(student, teacher.freeze(), CropFlip(0, False), Distill(cd_loss=0.1), Relation(), 10)
+    learner = parts.make_learner(parts.options(distill=Distill(cd_loss=0.1)), teacher.freeze(), student)
     for project in (*theirs.project, *learner.projection.project):
         torch.nn.init.ones_(project.weight)
         torch.nn.init.zeros_(project.bias)
     gradients = []
     for step_of in (
         lambda: theirs.student_step(theirs.normalise(views), torch.arange(8) % CLASSES),
-        lambda: learner.step(views, None),
+        lambda: learner.step(Batch(views)),
     ):
         for parameter in student.parameters():
             parameter.grad = None
@@ -91,20 +98,22 @@ def test_a_clock_takes_inner_parts_off_the_outer_one(monkeypatch):
     assert clock.take() == {"teacher": 3.0, "rest": 7.0} and not clock.take()
 
 
-def test_the_known_share_is_that_of_a_cache_drawn_step_by_step():
-    draws = dict(epochs=3, steps=5, images=4, views=2, n=2)
-    everything = step.known_share(10**6, **draws)
-    assert 0.3 < everything < 1 and step.known_share(1, **draws) < everything
-    # All of the 24 views are drawn in a long run, and each is asked once, or twice where a pair is new and alike.
-    asked = (1 - step.known_share(10**6, epochs=3, steps=500, images=4, views=2, n=2)) * 3 * 500 * 4
-    assert 24 <= round(asked) <= 48
+def test_the_expected_hit_rate_is_that_of_a_simulated_cache():
+    sizes = dict(epochs=3, steps=5, images=4, views=2, n=2)
+    everything = step.expected_hit_rate(10**6, **sizes)
+    assert 0.3 < everything < 1 and step.expected_hit_rate(1, **sizes) < everything
+    # In a long run all of the 24 views occur. Each misses once, or twice if it comes first as both views of a pair.
+    misses = (1 - step.expected_hit_rate(10**6, epochs=3, steps=500, images=4, views=2, n=2)) * 3 * 500 * 4
+    assert 24 <= round(misses) <= 48
 
 
 def test_a_benchmark_of_steps_writes_what_it_prints(tmp_path, monkeypatch, capsys):
     words = "--pairs resnet20>resnet8 --batch 16 --turns 2 --pool 128 --data-steps 1 --cache 1 --json"
-    monkeypatch.setattr(plain, "batches", lambda root, size, n, count: [None])  # its workers take seconds to start
+    monkeypatch.setattr(plain, "batches", lambda root, size, n, count: [None])  # whose workers take seconds to start
     monkeypatch.setattr("sys.argv", ["step", *words.split(), str(tmp_path / "step.json")])
+    torch.backends.cudnn.benchmark = False
     step.main()
+    assert torch.backends.cudnn.benchmark  # as in a run
     found = json.loads((tmp_path / "step.json").read_text())
     rows = {row["step"]: row for row in found["steps"]}
     assert list(rows) == list(step.CASES) and found["environment"]["torch"] == torch.__version__
@@ -129,9 +138,9 @@ def test_the_plain_pool_is_read_from_files(tmp_path):
     assert [tuple(views.shape) for views in shown] == [(4, 3, 8, 8)] * 3
 
 
-def test_memory_is_measured_in_a_process_of_its_own(capsys):
+def test_memory_is_measured_in_a_separate_process(capsys):
     row = memory.row("wrn16_1>wrn16_1,32,10,16,128")
-    # The inputs of the teacher's widest layers alone, seven of 16 x 32 x 32 numbers an image.
+    # The inputs of the teacher's widest layers alone: seven, of 16 x 32 x 32 numbers per image.
     assert row["networks"] == "wrn16_1>wrn16_1" and row["synthesis MB"] > 7 * 128 * 16 * 32 * 32 * 4 / 1e6
     assert row["pool MB"] == 157 and row["view cache MB"] == 4 * (10 + 64 + 16 + 32 + 64) + 8
     memory.measure("resnet20>resnet8,16,10,4,8", "student")
@@ -141,7 +150,7 @@ def test_memory_is_measured_in_a_process_of_its_own(capsys):
 
 
 def test_half_precision_gradients_are_compared_on_a_teacher(teacher, monkeypatch, capsys):
-    monkeypatch.setattr(precision, "LOOKS", (0, 2))
+    monkeypatch.setattr(precision, "STEPS", (0, 2))
     monkeypatch.setattr("sys.argv", ["precision", "digits", nets.name("tiny"), nets.name("small"), str(teacher)])
     precision.main()
     rows = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
@@ -149,7 +158,7 @@ def test_half_precision_gradients_are_compared_on_a_teacher(teacher, monkeypatch
     assert all(0.9 < float(row[2]) <= 1 for row in rows)
 
 
-def test_a_budget_of_seconds_is_told_in_epochs(tmp_path, monkeypatch, capsys):
+def test_a_budget_of_seconds_is_converted_to_epochs(tmp_path, monkeypatch, capsys):
     for seed, seconds in ((0, 9.0), (1, 11.0)):
         (tmp_path / f"{seed}").mkdir()
         (tmp_path / f"{seed}" / "summary.json").write_text(
@@ -160,7 +169,7 @@ def test_a_budget_of_seconds_is_told_in_epochs(tmp_path, monkeypatch, capsys):
                     "synthesis_s": seconds,
                     "student_s": 10.0,
                     "evaluation_s": 99.0,
-                    "settings": {"epochs": 10},
+                    "options": {"epochs": 10},
                 }
             )
         )
@@ -171,3 +180,55 @@ def test_a_budget_of_seconds_is_told_in_epochs(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["budget", "long", str(tmp_path)])
     with pytest.raises(OptionError, match="'long'"):
         budget.main()
+
+
+def test_the_comparison_of_revisions_runs_every_method_file():
+    methods = [path.stem for path in (ROOT / "configs" / "methods").glob("*.yaml")]
+    found = same_bits.runs()
+    assert found.keys() == {*methods, *same_bits.MORE}
+    for method in methods:
+        assert found[method][:2] == ["--method", method]
+    assert same_bits.SYNTHESIS.keys() <= set(methods)
+
+
+def test_state_dicts_are_equal_only_to_the_last_bit():
+    weights = {"a": torch.tensor([1.0, 2.0]), "b": torch.tensor(3)}
+    copies = {name: tensor.clone() for name, tensor in weights.items()}
+    assert same_bits.equal(weights, copies)
+    copies["a"] = torch.nextafter(copies["a"], torch.tensor(9.0))
+    assert not same_bits.equal(weights, copies)
+    assert not same_bits.equal(weights, {"a": weights["a"]}) and not same_bits.equal({}, weights)
+
+
+@pytest.mark.parametrize("file", ["model_last.pth", "student_last.pth"])  # the latter in earlier revisions
+def test_the_compared_weights_are_the_last_ones_of_every_run(file, tmp_path):
+    for number, run in enumerate(("a/straight", "a/resumed")):
+        folder = tmp_path / "runs" / run / "checkpoints"
+        checkpoint.save(folder / file, {"state_dict": {"weight": torch.tensor(number)}})
+        for other in ("last.pth", "best.pth", file.replace("last", "best")):
+            checkpoint.save(folder / other, {"learner": {}})
+    found = same_bits.weights_of(tmp_path)
+    assert {run: weights["weight"].item() for run, weights in found.items()} == {
+        "runs/a/straight": 0,
+        "runs/a/resumed": 1,
+    }
+
+
+def test_a_compared_run_is_stopped_by_a_signal_at_one_of_its_steps(monkeypatch):
+    steps = []
+
+    def main():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        with StopSignal() as stop:
+            while len(steps) < 5 and not stop.received:
+                optimizer.step()
+                steps.append(sys.argv)
+        if stop.received:
+            raise SystemExit(128 + signal.SIGTERM)
+
+    program = SimpleNamespace(__name__="program", main=main)
+    monkeypatch.setattr(same_bits, "STOP_AT", 3)
+    same_bits.call_and_stop(program, "--epochs", 2)
+    assert steps == 3 * [["program.py", "--epochs", "2"]]
+    with pytest.raises(RuntimeError, match="not stopped"):
+        same_bits.call_and_stop(program)

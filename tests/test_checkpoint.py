@@ -1,4 +1,4 @@
-"""Checkpoints: whole or untouched, no code run, weights that fit or a sentence that says why not."""
+"""Checkpoints: whole or untouched, no code run, weights that fit or a sentence that states why not."""
 
 import argparse
 import builtins
@@ -19,6 +19,13 @@ from datafree.errors import InputError
 def net(classes=3, width=4):
     head = nn.Linear(width * 36, classes)
     return nn.Sequential(nn.Conv2d(1, width, 3), nn.BatchNorm2d(width), nn.Flatten(), head)
+
+
+def load_weights(model, path):
+    """Read the file and load what it holds into the model -> what the file states beside the weights."""
+    weights, metadata = checkpoint.read_weights(path)
+    checkpoint.load_weights(model, weights, path)
+    return metadata
 
 
 class Creates:
@@ -123,9 +130,13 @@ def test_a_left_over_link_is_not_written_into(tmp_path):
 
 
 def test_missing_file_folder_and_unreadable_file(tmp_path):
-    for path in (tmp_path / "no.pth", tmp_path, tmp_path / "no.safetensors"):
+    for path in (tmp_path / "no.pth", tmp_path / "no.safetensors"):
         with pytest.raises(InputError, match="there is no file"):
-            checkpoint.load_weights(net(), path)
+            load_weights(net(), path)
+    with pytest.raises(InputError, match="is a folder without checkpoints/model_last.pth; name a file"):
+        load_weights(net(), tmp_path)
+    with pytest.raises(InputError, match="there is no file"):
+        checkpoint.load(tmp_path)
     if os.geteuid() != 0:
         (tmp_path / "secret.pth").touch(mode=0)
         with pytest.raises(InputError, match="may not be read"):
@@ -165,7 +176,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
     contents = {"state_dict": net().state_dict(), "x": Creates(proof)}
     torch.save(contents, path, _use_new_zipfile_serialization=zipped)
     with pytest.raises(InputError, match=r"evil.pth asks to run or build \w+.open; refused, nothing was"):
-        checkpoint.load_weights(net(), path)
+        load_weights(net(), path)
     assert not proof.exists()
     torch.load(path, weights_only=False)["x"].close()
     assert proof.exists()  # the trap works
@@ -212,26 +223,26 @@ def test_every_form_of_weights(tmp_path, form):
     source, model = net(), net()
     source[1].running_mean.normal_()
     torch.save(FORMS[form](source.state_dict()), tmp_path / "w.pth")
-    checkpoint.load_weights(model, tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.pth")
     x = torch.randn(2, 1, 8, 8)
     assert torch.equal(model.eval()(x), source.eval()(x))
 
 
-def test_what_the_file_says_beside_the_weights(tmp_path):
-    facts = {"acc1": 91.5, "dataset": "digits", "model": "lenet", "num_classes": 3, "mean": [0.5]}
-    contents = {"state_dict": net().state_dict(), **facts, "optimizer": {"lr": 1}, "none": None}
+def test_what_the_file_states_beside_the_weights(tmp_path):
+    stated = {"acc1": 91.5, "dataset": "digits", "model": "lenet", "num_classes": 3, "mean": [0.5]}
+    contents = {"state_dict": net().state_dict(), **stated, "optimizer": {"lr": 1}, "none": None}
     torch.save(contents, tmp_path / "w.pth")
-    assert checkpoint.load_weights(net(), tmp_path / "w.pth") == facts
+    assert load_weights(net(), tmp_path / "w.pth") == stated
     torch.save(net().state_dict(), tmp_path / "w.pth")
-    assert checkpoint.load_weights(net(), tmp_path / "w.pth") == {}
+    assert load_weights(net(), tmp_path / "w.pth") == {}
 
 
 def test_own_names_that_look_like_a_wrapper(tmp_path):
     model = nn.ModuleDict({"module": nn.Linear(2, 2)})
     torch.save(model.state_dict(), tmp_path / "w.pth")
-    checkpoint.load_weights(model, tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.pth")
     torch.save(prefixed("module.")(model.state_dict()), tmp_path / "w.pth")
-    checkpoint.load_weights(model, tmp_path / "w.pth")
+    load_weights(model, tmp_path / "w.pth")
 
 
 def refused(tmp_path, contents, model, match):
@@ -239,7 +250,7 @@ def refused(tmp_path, contents, model, match):
     torch.save(contents, tmp_path / "w.pth")
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     with pytest.raises(InputError, match=match):
-        checkpoint.load_weights(model, tmp_path / "w.pth")
+        load_weights(model, tmp_path / "w.pth")
     assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
 
 
@@ -274,25 +285,25 @@ def test_weights_that_are_not_finite(tmp_path, value):
 
 @pytest.mark.parametrize("contents", [{}, {"learner": {"w": torch.zeros(1)}, "epoch": 3}, {"state_dict": {}}])
 def test_no_weights_at_all(tmp_path, contents):
-    refused(tmp_path, contents, net(), "holds no weights .*student_last.pth")
+    refused(tmp_path, contents, net(), "holds no weights .*model_last.pth")
 
 
 def test_safetensors(tmp_path):
     safetensors = pytest.importorskip("safetensors.torch")
     source, model = net(), net()
     safetensors.save_file(source.state_dict(), tmp_path / "w.safetensors")
-    assert checkpoint.load_weights(model, tmp_path / "w.safetensors") == {}
+    assert load_weights(model, tmp_path / "w.safetensors") == {}
     assert torch.equal(model[3].weight, source[3].weight)
     (tmp_path / "w.safetensors").write_bytes(b"no")
     with pytest.raises(InputError, match="truncated or no safetensors file"):
-        checkpoint.load_weights(model, tmp_path / "w.safetensors")
+        load_weights(model, tmp_path / "w.safetensors")
 
 
 def test_safetensors_without_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     (tmp_path / "w.safetensors").touch()
     with pytest.raises(InputError, match="needs the package safetensors: pip install safetensors"):
-        checkpoint.load_weights(net(), tmp_path / "w.safetensors")
+        load_weights(net(), tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("module", ["numpy.core.multiarray", "numpy._core.multiarray"])
@@ -306,4 +317,39 @@ def test_numbers_of_numpy_and_parsed_options_beside_the_weights_are_no_code(tmp_
         _use_new_zipfile_serialization=False,
     )
     path.write_bytes(path.read_bytes().replace(f"c{written}\n".encode(), f"c{module}\n".encode()))
-    assert checkpoint.load_weights(net(), path)["acc"] == 91.5
+    assert load_weights(net(), path)["acc"] == 91.5
+
+
+@pytest.mark.parametrize("name", ["model_last.pth", "student_last.pth"])
+@pytest.mark.parametrize("given", ["", "checkpoints"])
+def test_the_folder_of_a_run_stands_for_its_last_weights(tmp_path, name, given):
+    """Runs of earlier versions call the file student_last.pth."""
+    source, model = net(), net()
+    path = tmp_path / "run" / "checkpoints" / name
+    checkpoint.save(path, {"state_dict": source.state_dict(), "acc1": 91.5})
+    assert checkpoint.weights_file(tmp_path / "run" / given) == path
+    assert load_weights(model, tmp_path / "run" / given) == {"acc1": 91.5}
+    assert torch.equal(model[3].weight, source[3].weight)
+
+
+def test_of_two_names_of_the_last_weights_the_present_one_counts(tmp_path):
+    for name in ("student_last.pth", "model_last.pth"):
+        checkpoint.save(tmp_path / "checkpoints" / name, {"state_dict": net().state_dict()})
+    assert checkpoint.weights_file(tmp_path).name == "model_last.pth"
+    assert checkpoint.weights_file(tmp_path / "x.pth") == tmp_path / "x.pth"  # a file need not exist to be named
+
+
+def test_the_accuracy_that_a_file_states(tmp_path):
+    path = tmp_path / "w.pth"
+    for contents, accuracy in (
+        ({"acc1": 91.5, "model": "lenet"}, 91.5),
+        ({"acc1": 91.5, "model": "resnet8"}, None),
+        ({"acc1": 91.5}, None),
+        ({"model": "lenet"}, None),
+        ({"acc1": "much", "model": "lenet"}, None),
+        ({"acc1": None, "model": "lenet"}, None),
+    ):
+        checkpoint.save(path, {"state_dict": net().state_dict(), **contents})
+        assert checkpoint.stored_accuracy(path, "lenet") == accuracy
+    path.write_bytes(b"no checkpoint")
+    assert checkpoint.stored_accuracy(path, "lenet") is None

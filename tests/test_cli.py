@@ -1,14 +1,17 @@
-"""Options from defaults, method files, YAML files and flags, and what is said about mistakes."""
+"""Options from defaults, method files, YAML files and flags, and the messages about mistakes."""
 
 from dataclasses import asdict, dataclass, field, fields, replace
+from types import NoneType, UnionType
 from typing import Literal, get_args, get_origin, get_type_hints
 
+import custom
+import nets
 import pytest
 import yaml
 
-from datafree.cli import active, list_options, parse, to_yaml
-from datafree.config import DistillConfig, ScratchConfig, option, sections
-from datafree.errors import OptionError
+from datafree.cli import list_options, parse, result_options, to_yaml
+from datafree.config import CONFIGS, DistillConfig, Relation, ScratchConfig, Synthesis, option, sections
+from datafree.errors import InputError, OptionError
 
 PUBLISHED = """--method rgal --dataset cifar100 --data_root images --teacher resnet34 --student resnet18
 --teacher_weights t.pth --epochs 240 --kd_steps 200 --ep_steps 600 --g_steps 500 --batch_size 512
@@ -85,8 +88,11 @@ def other_value(hint, spec):
     if hint is bool:
         return str(not spec.default).lower(), not spec.default
     if get_origin(hint) is Literal:
-        name = next(name for name in get_args(hint) if name != spec.default)
+        names = [name for name in get_args(hint) if name != spec.default]
+        name = names[0] if names else "datafree.learners.base:Learner"  # a choice of one, or a user-defined class
         return name, name
+    if isinstance(hint, UnionType):
+        hint = next(part for part in get_args(hint) if part is not NoneType)
     if hint is int:
         return str((spec.default or 0) + 3), (spec.default or 0) + 3
     if hint is float:
@@ -105,7 +111,7 @@ def every_field(*classes):
     ]
 
 
-# With these no option is idle.
+# With these no option is unused.
 BUSY = [
     "--generator_init=reptile",
     "--bn=1",
@@ -121,7 +127,7 @@ BUSY = [
 
 @pytest.mark.parametrize("cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, Config))
 def test_every_field_is_set_alike_by_flag_dotted_flag_and_yaml(cls, section, name, text, value, file):
-    busy = BUSY if cls is DistillConfig and name != "source" else []  # a source may make others idle
+    busy = BUSY if cls is DistillConfig and name != "source" else []  # a source may leave others unused
     before = read(*busy, cls=cls)
     expected = replace(before, **{section: replace(getattr(before, section), **{name: value})})
     assert read(*busy, f"--{name}", text, cls=cls) == expected
@@ -151,6 +157,8 @@ def test_a_configuration_written_reads_back(cls, file):
         ("--cr_T 0.5", ("--cr_T", "cr is 0")),
         ("--source generator --lr_z 0.5", ("--lr_z", "source is generator")),
         ("--source generator --pool_size 500", ("--pool_size", "source is generator")),
+        ("--source generator --synthesis_rounds 3", ("--synthesis_rounds", "source is generator")),
+        ("--source noise --synthesis_rounds 3", ("--synthesis_rounds", "source is noise")),
         ("--source generator --view_cache 500", ("--view_cache", "source is generator")),
         ("--source pixels --ngf 8", ("--ngf", "source is pixels")),
         ("--source pixels --generator_init maml", ("--generator_init", "source is pixels")),
@@ -171,11 +179,32 @@ def test_an_option_that_nothing_reads_is_refused(words, parts):
     assert all(part in message for part in parts), message
 
 
-def test_active_leaves_out_what_nothing_reads():
-    off = {"source": "inversion", "triplet": 0.0, "relation": "paper", "sampling": "focal", "sampling_space": "logits"}
-    assert active(DistillConfig, {**off, "digest": "x"}) == {"source": "inversion", "triplet": 0.0, "digest": "x"}
-    assert active(DistillConfig, {**off, "triplet": 0.1}) == {**off, "triplet": 0.1}
-    assert active(DistillConfig, {**off, "triplet": 0.1, "source": "noise"}) == {"source": "noise"}
+def test_an_option_that_nothing_reads_does_not_count():
+    names = ("source", "triplet", "relation", "sampling", "sampling_space")
+
+    def counted(triplet, source="inversion"):
+        relation = Relation(triplet=triplet, sampling_space="logits")
+        found = result_options(DistillConfig(relation=relation, synthesis=Synthesis(source=source)))
+        return {name: found[name] for name in names if name in found}
+
+    assert counted(0.0) == {"source": "inversion", "triplet": 0.0}
+    every = {"relation": "paper", "sampling": "focal", "sampling_space": "logits"}
+    assert counted(0.1) == {"source": "inversion", "triplet": 0.1, **every}
+    assert counted(0.1, "noise") == {"source": "noise"}
+
+
+def test_options_that_do_not_affect_the_result_do_not_count():
+    """Where and how a run happens, and the names of files, whose contents count instead."""
+    surroundings = {
+        *("save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq"),
+        *("eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights"),
+        *("student_weights", "weights", "teacher_acc", "view_cache", "compile"),
+    }
+    for cls in CONFIGS:
+        options = {o.name: o for o in list_options(cls) if o.section != "call"}
+        assert {name for name, o in options.items() if not o.affects_result} == surroundings & options.keys()
+        assert not surroundings & result_options(cls()).keys()
+    assert {"method", "seed", "precision", "dataset", "teacher", "lr", "bn"} <= result_options(DistillConfig()).keys()
 
 
 @pytest.mark.parametrize("words", ["--triplet 0", "--relation off", "--source noise", "--method noise"])
@@ -190,9 +219,11 @@ def test_what_a_file_sets_may_be_switched_off_later(words, file):
     assert "silly.yaml:1" in refused("--config", silly, cls=DistillConfig, method_files=methods)
 
 
-def test_an_option_that_only_repeats_what_holds_anyway_may_be_idle():
+def test_an_option_that_only_repeats_what_holds_anyway_may_be_unused(file):
     assert read("--source", "noise", "--adv", "0", "--cr_T", "0.2", cls=DistillConfig).synthesis.source == "noise"
-    assert read("--source", "mine.py:Mine", "--adv", "1", cls=DistillConfig).synthesis.adv == 1
+    assert (
+        read("--source", f"{file('def Mine(): 0', 'mine.py')}:Mine", "--adv", "1", cls=DistillConfig).synthesis.adv == 1
+    )
 
 
 def test_a_file_may_be_based_on_another(file, tmp_path):
@@ -200,7 +231,9 @@ def test_a_file_may_be_based_on_another(file, tmp_path):
     file("noise: {steps: 40}\nbase: low.yaml", "middle.yaml")
     top = file("base: middle.yaml\nnoise: {level: 1}", "top.yaml")
     assert read("--config", top).noise == Noise(steps=40, shift=1, level=1)
-    assert "base" in refused("--config", file("base: self.yaml", "self.yaml"))
+    assert "base" in refused("--config", file("base: self.yaml", "self.yaml"), cls=DistillConfig)
+    around = f"base: ../{tmp_path.name}/self.yaml"
+    assert "base" in refused("--config", file(around, "self.yaml"), cls=DistillConfig)
     assert "nowhere.yaml" in refused("--config", file("base: nowhere.yaml", "lost.yaml"))
 
 
@@ -327,7 +360,7 @@ def test_values_that_an_option_cannot_have(name, text, allowed, file):
 
 def test_infinite_and_empty_values():
     assert "a number" in refused("--level", "inf") and "a number" in refused("--level", "1e999")
-    assert "not empty" in refused("--device", "") and read("--label", "").noise.label == ""
+    assert "non-empty" in refused("--device", "") and read("--label", "").noise.label == ""
     assert "at least 0" in refused("--gpu", "-1") and "whole number" in refused("--gpu", "one")
 
 
@@ -347,9 +380,9 @@ def test_infinite_and_empty_values():
         (["--label", "--clip"], "--label needs a value, a text"),
         (["--config"], "--config needs a value"),
         (["--no_clip=true"], "--no_clip takes no value; write --clip=true"),
-        (["--no_clip", "true"], "unexpected word 'true'"),
-        (["train"], "unexpected word 'train'"),
-        (["--steps", "5", "6"], "unexpected word '6'"),
+        (["--no_clip", "true"], "unexpected argument 'true'"),
+        (["train"], "unexpected argument 'train'"),
+        (["--steps", "5", "6"], "unexpected argument '6'"),
         (["--label=two\nlines", "--steps=two\nlines"], r"--steps cannot be 'two\nlines'"),
     ],
 )
@@ -357,7 +390,7 @@ def test_mistakes_on_the_command_line(argv, words):
     assert words in refused(*argv)
 
 
-def test_an_unknown_method_is_told_the_nearest(file, methods):
+def test_the_message_of_an_unknown_method_names_the_nearest(file, methods):
     expected = "cannot be 'secnd'; it takes one of first, second; did you mean second?"
     assert refused("--method", "secnd", method_files=methods) == f"--method {expected}"
     path = file("noise:\n\nmethod: secnd")
@@ -398,7 +431,7 @@ def test_mistakes_in_a_file(content, line, words, file):
     assert refused("--config", path).startswith(f"{path}:{line}: {words}")
 
 
-def test_a_known_name_in_the_wrong_place_is_answered_with_its_own_place_alone(file):
+def test_the_message_of_a_known_name_in_the_wrong_place_names_its_own_place_alone(file):
     path = file("g_steps: 5")
     assert refused("--config", path, cls=DistillConfig) == (
         f"{path}:1: unknown key g_steps; did you mean schedule: {{g_steps: ...}}?"
@@ -499,3 +532,253 @@ def test_help_names_the_methods_and_what_the_default_one_sets(capsys, methods):
     assert "Recipe. (one of first, second; default first)" in flat
     assert "How long. (default 3; the default method sets 10)" in flat
     assert "Whether. (default false)" in flat and "Per channel. (default empty)" in flat
+
+
+# Method files with sections of other programs.
+
+
+@dataclass
+class Colour:
+    """What only the other program has."""
+
+    hue: float = option(0.5, "Which.", low=0, high=1)
+    name: Literal["red", "blue"] = option("red", "Its name.")
+
+
+@dataclass
+class Other:
+    """Another program with methods."""
+
+    colour: Colour = field(default_factory=Colour)
+    place: Place = field(default_factory=Place)
+    method: str = option("first", "Recipe.")
+
+
+PROGRAMS = (Config, Other)
+
+
+def test_a_method_file_may_have_sections_of_other_programs(file):
+    path = file("noise: {steps: 10}\ncolour: {hue: 0.25, name: blue}\nplace: {device: cpu}", "first.yaml")
+    based = file("base: first.yaml\nnoise: {shift: 2}\ncolour: {name: red}", "second.yaml")
+    given = {"method_files": {"first": path, "second": based}, "other_configs": PROGRAMS}
+    assert read(**given) == Config(Noise(steps=10), Place("cpu"))
+    assert read(cls=Other, **given) == Other(Colour(0.25, "blue"), Place("cpu"))
+    assert read("--method", "second", **given) == Config(Noise(steps=10, shift=2), Place("cpu"), "second")
+    assert read("--method", "second", cls=Other, **given) == Other(Colour(0.25, "red"), Place("cpu"), "second")
+    assert "colour" not in to_yaml(read(**given))
+
+
+@pytest.mark.parametrize(
+    "content, line, words",
+    [
+        ("noise: {}\ncolour:\n  hue: 2", 3, "colour.hue cannot be '2'; it takes a number from 0 to 1"),
+        ("colour: {name: rod}", 1, "colour.name cannot be 'rod'; it takes one of red, blue; did you mean red?"),
+        ("colour: {hui: 0.5}", 1, "unknown key colour.hui; did you mean colour: {hue: ...}?"),
+        ("colour: {steps: 5}", 1, "unknown key colour.steps"),
+        ("colour: blue", 1, "colour is a section: write colour: {NAME: VALUE}"),
+        ("colour: {hue: 0.1, hue: 0.2}", 1, "hue is given twice"),
+        ("noise: {hue: 0.5}", 1, "unknown key noise.hue"),
+        ("hue: 0.5", 1, "unknown key hue"),
+        ("colours: {hue: 0.5}", 1, "unknown key colours"),
+    ],
+)
+def test_mistakes_in_sections_of_other_programs(content, line, words, file):
+    path = file(content)
+    message = refused(method_files={"first": path}, other_configs=PROGRAMS)
+    assert message.startswith(f"{path}:{line}: {words}")
+
+
+def test_a_config_file_may_not_have_sections_of_other_programs(file, methods):
+    path = file("noise: {steps: 1}\ncolour: {hue: 0.25}")
+    message = refused("--config", path, method_files=methods, other_configs=PROGRAMS)
+    assert message.startswith(f"{path}:2: unknown key colour")
+    based = file(f"base: {path}", "based.yaml")
+    assert f"{path}:2" in refused("--config", based, method_files=methods, other_configs=PROGRAMS)
+    assert "unknown option --hue" in refused("--hue", "0.5", method_files=methods, other_configs=PROGRAMS)
+    assert "unknown key colour" in refused(method_files={"first": path})  # no program has it
+
+
+def test_a_method_file_for_every_program(file):
+    path = file("synthesis: {bn: 2}\ndistill: {lr: 0.2}\ntraining: {epochs: 7, lr: 0.3}", "rgal.yaml")
+    given = {"method_files": {"rgal": path}, "other_configs": CONFIGS}
+    config = read(cls=DistillConfig, **given)
+    assert (config.synthesis.bn, config.optim.lr, config.schedule.epochs) == (2.0, 0.2, 200)
+    wrong = file("training: {epochs: 0}", "wrong.yaml")
+    message = refused(cls=DistillConfig, method_files={"rgal": wrong}, other_configs=CONFIGS)
+    assert message.startswith(f"{wrong}:1: training.epochs cannot be '0'; it takes a whole number of at least 1")
+
+
+# YAML files and flags of earlier versions.
+
+
+@pytest.mark.parametrize(
+    "cls, before, after",
+    [
+        (DistillConfig, "distill: {lr: 0.2}", "optim: {lr: 0.2}"),
+        (DistillConfig, "distill: {lr: 0.2, momentum: 0.8}", "optim: {lr: 0.2, momentum: 0.8}"),
+        (DistillConfig, "distill: {weight_decay: 5e-3, T: 4}", "optim: {weight_decay: 5e-3}\ndistill: {T: 4}"),
+        (DistillConfig, "distill: {balanced_sampling: true}", "synthesis: {balanced_sampling: true}"),
+        (DistillConfig, "synthesis: {oh: 1, oh_target: answered}", "synthesis: {oh: 1, oh_target: predicted}"),
+        (DistillConfig, "synthesis: {oh: 1, oh_target: asked}", "synthesis: {oh: 1, oh_target: target}"),
+        (ScratchConfig, "training: {lr: 0.2, momentum: 0.8}", "optim: {lr: 0.2, momentum: 0.8}"),
+        (ScratchConfig, "training: {weight_decay: 1e-3}", "optim: {weight_decay: 1e-3}"),
+    ],
+)
+def test_files_of_earlier_versions_mean_what_they_meant(cls, before, after, file):
+    config = read("--config", file(before, "before.yaml"), cls=cls)
+    assert config == read("--config", file(after, "after.yaml"), cls=cls)
+    assert config != cls() or "asked" in before
+    assert read("--config", file(to_yaml(config), "printed.yaml"), cls=cls) == config
+    assert result_options(config) == result_options(read("--config", file(after, "after.yaml"), cls=cls))
+
+
+@pytest.mark.parametrize(
+    "cls, before, after",
+    [
+        (DistillConfig, "--distill.lr=0.2", "--lr=0.2"),
+        (DistillConfig, "--distill.momentum=0.5", "--optim.momentum=0.5"),
+        (DistillConfig, "--distill.weight-decay=0.5", "--wd=0.5"),
+        (DistillConfig, "--distill.balanced_sampling", "--balanced_sampling"),
+        (DistillConfig, "--oh=1 --oh_target=answered", "--oh=1 --oh_target=predicted"),
+        (ScratchConfig, "--training.lr=0.2", "--optim.lr=0.2"),
+        (ScratchConfig, "--training.weight_decay=0.2", "--weight_decay=0.2"),
+    ],
+)
+def test_flags_of_earlier_versions_mean_what_they_meant(cls, before, after):
+    assert read(*before.split(), cls=cls) == read(*after.split(), cls=cls) != cls()
+
+
+def test_a_wrong_value_in_a_former_section_is_named_where_it_is_written(file):
+    path = file("distill:\n  lr: fast")
+    assert refused("--config", path, cls=DistillConfig).startswith(f"{path}:2: distill.lr cannot be 'fast'")
+    assert "--distill.lr cannot be '-1'" in refused("--distill.lr=-1", cls=DistillConfig)
+    assert "one of target, predicted" in refused("--oh=1", "--oh_target=told", cls=DistillConfig)
+    for section, cls in (("training", DistillConfig), ("distill", ScratchConfig)):  # each program has its own only
+        assert "unknown key" in refused("--config", file(f"{section}: {{lr: 0.2}}"), cls=cls)
+        assert "unknown option" in refused(f"--{section}.lr=0.2", cls=cls)
+
+
+# Options of user-defined classes.
+
+GREY = custom.name("Grey")
+IN_A_FILE = {"source": "synthesis: {source: NAME}", "method": "method: NAME", "learner": "distill: {learner: NAME}"}
+NAMED = ([f"--source={GREY}"], ["--source", GREY], [f"--synthesis.source={GREY}"], [f"--method={GREY}"])
+
+
+@pytest.fixture
+def rgal(file):
+    """What datafree_kd.py gives the parser, with an empty method."""
+    return {"cls": DistillConfig, "method_files": {"rgal": file("", "rgal.yaml")}, "other_configs": CONFIGS}
+
+
+@pytest.mark.parametrize("named", NAMED)
+def test_a_user_defined_class_may_have_options(named, rgal):
+    def level(*words):
+        config = read(*named, *words, **rgal)
+        assert isinstance(config, DistillConfig) and config.synthesis.source == GREY
+        return config.grey.level, config.grey.polarity, config.grey.dither
+
+    assert level() == (0.5, "positive", None)
+    assert level("--level", "0.25", "--polarity=negative") == (0.25, "negative", None)
+    assert level("--grey.level=1", "--dither", "0.1") == level("--level=1", "--grey.dither=0.1") == (1, "positive", 0.1)
+    assert level("--seed", "1", "--dither=") == (0.5, "positive", None)
+    assert "unknown option --level" in refused("--level", "0.5", cls=DistillConfig)
+
+
+@pytest.mark.parametrize("naming", [IN_A_FILE["source"], IN_A_FILE["method"]])
+def test_options_of_a_user_defined_class_in_a_file(naming, file, rgal):
+    naming = naming.replace("NAME", GREY)
+
+    def given(*words):
+        config = read(*words, **rgal)
+        return config.grey.level, config.grey.polarity
+
+    path = file(f"{naming}\ngrey: {{level: 0.25, polarity: negative}}", "named.yaml")
+    based = file("base: named.yaml\ngrey: {level: 0.75}", "based.yaml")
+    alone = file("grey: {level: 0.125}", "alone.yaml")
+    assert given("--config", path) == (0.25, "negative")
+    assert given("--config", path, "--level", "1") == (1, "negative")
+    assert given("--config", based) == (0.75, "negative")
+    assert given("--config", path, f"--config={alone}") == (0.125, "negative")
+    assert given("--config", alone, "--source", GREY) == (0.125, "positive")
+    wrong = file(f"{naming}\ngrey:\n  level: 2", "wrong.yaml")
+    assert refused("--config", wrong, **rgal).startswith(f"{wrong}:3: grey.level cannot be '2'; it takes a number")
+    wrong = file(f"{naming}\ngrey: {{leve: 0.5}}", "wrong.yaml")
+    expected = f"{wrong}:2: unknown key grey.leve; did you mean grey: {{level: ...}}"
+    assert refused("--config", wrong, **rgal).startswith(expected)
+
+
+def test_a_method_file_may_name_a_class_with_options(file, rgal):
+    rgal["method_files"]["plain"] = file(f"synthesis: {{source: {GREY}}}\ngrey: {{level: 0.25}}", "plain.yaml")
+    config = read("--method", "plain", **rgal)
+    assert (config.synthesis.source, config.grey.level) == (GREY, 0.25)
+    assert read("--method", "plain", "--level", "0.5", **rgal).grey.level == 0.5
+
+
+def test_options_of_a_class_that_a_later_flag_replaces_are_refused(file, rgal):
+    path = file(f"synthesis: {{source: {GREY}}}", "named.yaml")
+    assert not hasattr(read("--config", path, "--source", "noise", **rgal), "grey")
+    assert "--level" in refused("--config", path, "--source", "noise", "--level=1", **rgal)
+
+
+def test_a_configuration_with_options_of_a_user_defined_class_reads_back(file, rgal):
+    words = ("--source", GREY, "--level=0.25", "--dither=0.5", "--learner", custom.name("Scaled"), "--factor=2")
+    config = read(*words, **rgal)
+    again = read("--config", file(to_yaml(config)), **rgal)
+    assert asdict(again) == asdict(config) and to_yaml(again) == to_yaml(config)
+    written = yaml.safe_load(to_yaml(config))
+    assert written["grey"] == {"level": 0.25, "polarity": "positive", "dither": 0.5}
+    assert written["scaled"] == {"factor": 2.0}
+    counted = result_options(config)
+    assert (counted["level"], counted["dither"], counted["factor"]) == (0.25, 0.5, 2.0)
+
+
+def test_the_traits_of_a_user_defined_source_tell_what_it_does_not_read():
+    for words in ("--nz 8", "--lr_z 0.5", "--pool_size 500", "--generator_init maml", "--synthesis_rounds 2"):
+        message = refused("--source", GREY, *words.split(), cls=DistillConfig)
+        assert f"{words.split()[0]} has no effect because source is {GREY}" in message
+    assert read("--source", GREY, "--bn", "1", cls=DistillConfig).synthesis.bn == 1
+    stripes = nets.name("Stripes")  # has no traits
+    assert read("--source", stripes, "--nz", "8", "--pool_size", "500", cls=DistillConfig).synthesis.nz == 8
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (f"--source {GREY} --level 2", "--level cannot be '2'; it takes a number from 0 to 1"),
+        (f"--source {GREY} --polarity neutral", "one of positive, negative"),
+        (f"--source {GREY} --polarit 1", "unknown option --polarit; did you mean --polarity?"),
+        (f"--source {custom.name('Undecorated')}", "Undecorated.Options must be a dataclass"),
+        (f"--source {custom.name('Unhelpful')}", "Unhelpful.Options must be a dataclass whose fields are made by"),
+        (f"--source {custom.name('Greedy')}", "Greedy.Options: the name lr is taken"),
+        (f"--source {custom.name('Distill')}", "Distill.Options: the name distill is taken"),
+        (f"--source {GREY} --learner {custom.name('Distill')}", "the name distill is taken"),
+    ],
+)
+def test_mistakes_in_options_of_a_user_defined_class(words, message):
+    assert message in refused(*words.split(), cls=DistillConfig)
+
+
+@pytest.mark.parametrize(
+    "name, message",
+    [
+        ("nowhere.py:Grey", "there is no file 'nowhere.py'; check the path before the colon"),
+        (custom.name("Gray"), "has no function or class 'Gray'; check the part of"),
+        ("no_such_package.sources:Grey", "'no_such_package.sources' cannot be imported: ModuleNotFoundError"),
+    ],
+)
+@pytest.mark.parametrize("naming", IN_A_FILE)
+def test_a_user_defined_class_that_cannot_be_loaded(name, message, naming, file, rgal):
+    path = file(IN_A_FILE[naming].replace("NAME", f"'{name}'"))
+    for words in ([f"--{naming}", name], ["--config", path]):
+        with pytest.raises(InputError) as caught:
+            read(*words, **rgal)
+        assert message in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_help_lists_the_options_of_a_user_defined_class(capsys):
+    with pytest.raises(SystemExit):
+        read("--source", GREY, "--help", cls=DistillConfig)
+    flat = " ".join(capsys.readouterr().out.split())
+    assert "grey: Plain images. --level X Grey level. (default 0.5)" in flat
+    assert "--polarity NAME Whether the level is inverted. (one of positive, negative; default positive)" in flat

@@ -1,4 +1,4 @@
-"""The programs as they are typed: what a run leaves, what it reads, and what each mistake is answered."""
+"""The programs as on a command line: what a run leaves, what it reads, and the message of each mistake."""
 
 import json
 import os
@@ -21,6 +21,7 @@ import train_scratch
 from datafree import session
 from datafree.datasets.cards import DatasetCard
 from datafree.logger import RunFolder
+from datafree.session import Session
 
 METHODS = sorted(registry.METHODS)
 STREAMS = ("dafl", "dfad", "dfq", "zskt")  # their images are not kept
@@ -36,11 +37,11 @@ def accuracy(text):
 
 
 def student_of(folder):
-    return torch.load(folder / "checkpoints" / "student_last.pth", weights_only=True)["state_dict"]
+    return torch.load(folder / "checkpoints" / "model_last.pth", weights_only=True)["state_dict"]
 
 
 def write_images(folder, classes=("circle", "cross", "square"), count=4, size=12):
-    """Class folders of random colour images whose brightness tells the class."""
+    """Class folders of random colour images whose brightness depends on the class."""
     random = np.random.default_rng(0)
     for level, name in enumerate(classes):
         (folder / name).mkdir(parents=True)
@@ -51,7 +52,7 @@ def write_images(folder, classes=("circle", "cross", "square"), count=4, size=12
 
 @pytest.fixture
 def weights(tmp_path):
-    """Write weights for a network of this file's kind -> their path."""
+    """Write random weights of a network of nets.py -> their path."""
 
     def write(factory="tiny", classes=3, channels=3, name="weights.pth"):
         torch.manual_seed(0)
@@ -106,7 +107,7 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
         "summary.json",
         "grids/epoch_0000.png",
         "grids/epoch_0001.png",
-        *(f"checkpoints/{name}.pth" for name in ("last", "best", "student_last", "student_best")),
+        *(f"checkpoints/{name}.pth" for name in ("last", "best", "model_last", "model_best")),
     }
     left = {name for name in files(folder) if not name.startswith("tb/")}
     assert left == promised | {".lock"} and list((folder / "tb").iterdir())
@@ -119,7 +120,7 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
     shown = 2 * 6 * 16  # those of a pool are shown more than once
     assert summary["images"] == {"real": 0, **dict.fromkeys(("noise", *STREAMS), shown)}.get(method, 64)
     capsys.readouterr()
-    distil("--student_weights", folder / "checkpoints" / "student_last.pth", "--evaluate_only")
+    distil("--student_weights", folder / "checkpoints" / "model_last.pth", "--evaluate_only")
     assert accuracy(capsys.readouterr().out) == pytest.approx(summary["last_acc1"], abs=1e-3)
 
 
@@ -127,8 +128,8 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
 def test_rgal_goes_into_every_method(method, distil, refused):
     triplets = ("--triplet", 0.2, "--striplet", 0.3)
     if method in ("noise", "real"):  # nothing is synthesised there
-        told = refused(partial(distil, method=method), *triplets, code=2)
-        assert "--triplet would change nothing" in told and f"source is {method}" in told
+        line = refused(partial(distil, method=method), *triplets, code=2)
+        assert "--triplet has no effect" in line and f"source is {method}" in line
         triplets = triplets[2:]
     [row] = rows(distil("--epochs", 1, *triplets, method=method))
     assert ("synthesis/triplet" in row) == ("--triplet" in triplets) and "student/striplet" in row
@@ -155,11 +156,17 @@ def test_print_config_reads_back(method, distil, capsys, tmp_path):
     assert files(tmp_path) == ["printed.yaml"]
 
 
-def test_a_dry_run_tells_the_plan_and_writes_nothing(distil, capsys, tmp_path):
+def test_a_dry_run_prints_the_plan_and_writes_nothing(distil, capsys, tmp_path):
     distil("--dry-run")
     out = capsys.readouterr().out
     assert "8 rounds of 3 synthesis steps, and 24 student steps of 32 views; 128 images" in out
     assert "no training image is opened" in out
+    assert (
+        f"Plan: distilling {nets.name('tiny')} -> {nets.name('small')} on digits, 1x16x16, 10 classes, on cpu." in out
+    )
+    assert re.search(
+        r"The teacher nets-tiny \(dataset digits, epoch 12, acc1 \d\d\.\d\d\) normalises images by mean", out
+    )
     scratch("--model", nets.name("tiny"), "--dry_run")
     assert "1,442 images of digits" in capsys.readouterr().out
     assert files(tmp_path) == []
@@ -167,7 +174,7 @@ def test_a_dry_run_tells_the_plan_and_writes_nothing(distil, capsys, tmp_path):
     write_images(tmp_path / "data" / "own" / "test")
     before = files(tmp_path)
     call(train_scratch, "--dataset", "own", "--model", nets.name("tiny"), "--dry_run")
-    assert "3x12x12 in 3 classes" in capsys.readouterr().out and files(tmp_path) == before
+    assert "own, 3x12x12, 3 classes" in capsys.readouterr().out and files(tmp_path) == before
 
 
 def test_a_dry_run_makes_the_checks_of_a_run(distil, refused):
@@ -204,12 +211,12 @@ def test_a_teacher_is_published_and_found_by_its_name(tmp_path, monkeypatch, cap
     words = ("--model", nets.name("tiny"), "--batch_size", 256)
     scratch(*words, "--epochs", 1)
     published = tmp_path / "checkpoints" / "pretrained" / "digits_nets-tiny.pth"
-    call(datafree_kd, "--teacher", nets.name("tiny"), *tiny_run("rgal"), "--epochs", 1)
-    facts = torch.load(published, weights_only=True)
-    assert f"epoch 1, acc1 {facts['acc1']}" in capsys.readouterr().out
-    assert facts["dataset"] == "digits" and facts["shape"] == [1, 16, 16] and facts["epoch"] == 1
+    call(datafree_kd, "--teacher", nets.name("tiny"), *tiny_run(), "--epochs", 1)
+    stored = torch.load(published, weights_only=True)
+    assert f"epoch 1, acc1 {stored['acc1']:.2f}" in capsys.readouterr().out
+    assert stored["dataset"] == "digits" and stored["shape"] == [1, 16, 16] and stored["epoch"] == 1
     summary = json.loads((tmp_path / "runs" / "digits_scratch_nets-tiny" / "seed0" / "summary.json").read_text())
-    assert facts["acc1"] == pytest.approx(summary["last_acc1"], abs=1e-3)
+    assert stored["acc1"] == pytest.approx(summary["last_acc1"], abs=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -247,6 +254,50 @@ def test_the_normalisation_stored_with_the_weights_is_used_unless_another_is_giv
         assert "mean is" in refused(distil, *other)
 
 
+@pytest.fixture
+def earlier_run(teacher, tmp_path):
+    """The folder of a run of revision 5c7f4c0, with the teacher's weights as its result."""
+    stored = torch.load(teacher, weights_only=True)
+    stored["settings"] = stored.pop("options")
+    (tmp_path / "earlier" / "checkpoints").mkdir(parents=True)
+    torch.save(stored, tmp_path / "earlier" / "checkpoints" / "student_last.pth")
+    torch.save({**stored, "acc1": 1.0}, tmp_path / "earlier" / "checkpoints" / "student_best.pth")
+    return tmp_path / "earlier"
+
+
+@pytest.mark.parametrize("below", ["", "checkpoints", "checkpoints/student_last.pth"])
+def test_weights_of_earlier_versions_are_read(below, distil, earlier_run, teacher, capsys):
+    given, tiny = earlier_run / below, nets.name("tiny")
+    scratch("--model", tiny, "--weights", teacher, "--evaluate_only")
+    expected = capsys.readouterr().out
+    assert accuracy(expected) > 80
+    scratch("--model", tiny, "--weights", given, "--evaluate_only")
+    assert capsys.readouterr().out == expected
+    distil("--student", tiny, "--student_weights", given, "--evaluate_only")
+    assert accuracy(capsys.readouterr().out) == accuracy(expected)
+    one, other = (
+        distil("--epochs", 1, "--teacher_weights", weights, "--student", tiny, "--student_weights", weights, tag=tag)
+        for tag, weights in (("one", teacher), ("other", given))
+    )
+    assert rows(one) == rows(other)
+    assert "(dataset digits, epoch 12, acc1 " in (other / "log.txt").read_text()
+
+
+def test_the_folder_of_a_run_may_be_given_for_its_weights(distil, refused, tmp_path, capsys):
+    folder = distil("--epochs", 1)
+    expected = json.loads((folder / "summary.json").read_text())["last_acc1"]
+    small = nets.name("small")
+    capsys.readouterr()
+    distil("--student_weights", folder, "--evaluate_only")
+    assert accuracy(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+    scratch("--model", small, "--weights", folder, "--evaluate_only")
+    assert accuracy(capsys.readouterr().out) == pytest.approx(expected, abs=1e-3)
+    again = distil("--epochs", 1, "--teacher", small, "--teacher_weights", folder, tag="again")
+    assert json.loads((again / "summary.json").read_text())["teacher_acc1"] == pytest.approx(expected, abs=1e-3)
+    line = refused(distil, "--teacher_weights", tmp_path)
+    assert f"{tmp_path} is a folder without checkpoints/model_last.pth" in line and "name a file of weights" in line
+
+
 def test_a_renamed_class_folder_does_not_shift_the_labels(tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "data" / "own"
@@ -255,11 +306,11 @@ def test_a_renamed_class_folder_does_not_shift_the_labels(tmp_path, monkeypatch,
     words = ("--threads", 1, "--dataset", "own", "--model", nets.name("tiny"), "--epochs", 1, "--batch_size", 12)
     call(train_scratch, *words)
     (own / "test" / "circle").rename(own / "test" / "zebra")
-    line = refused(call, train_scratch, *words, "--log_tag", "again", doors_only=False)
+    line = refused(call, train_scratch, *words, "--log_tag", "again", before_run=False)
     assert "circle" in line and "cross" in line
 
 
-def test_ones_own_folder_of_images_from_teacher_to_student(tmp_path, monkeypatch):
+def test_a_folder_of_images_from_teacher_to_student(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     own = tmp_path / "data" / "own"
     for split in ("train", "test"):
@@ -269,12 +320,12 @@ def test_ones_own_folder_of_images_from_teacher_to_student(tmp_path, monkeypatch
     card = DatasetCard.from_yaml(own / "card.yaml")
     assert (card.shape, card.num_classes) == ((3, 12, 12), 3)
     (own / "train").rename(tmp_path / "away")
-    call(datafree_kd, *tiny_run("rgal"), *common, "--teacher", nets.name("tiny"), "--epochs", 2)
+    call(datafree_kd, *tiny_run(), *common, "--teacher", nets.name("tiny"), "--epochs", 2)
     summary = json.loads((tmp_path / "runs" / "own_rgal_nets-tiny_nets-small" / "t" / "summary.json").read_text())
     assert summary["teacher_acc1"] > 90
 
 
-def test_a_weak_teacher_is_called_out(distil):
+def test_a_weak_teacher_is_warned_about(distil):
     folder = distil("--epochs", 1, "--teacher_acc", 99.9)
     assert "[Alarm] the teacher reaches only" in (folder / "log.txt").read_text()
 
@@ -286,30 +337,31 @@ def test_networks_may_have_their_own_normalisation(distil, refused):
 
 
 def test_the_teacher_is_after_a_run_as_it_was(distil, teacher, monkeypatch):
-    loaded, load = [], datafree_kd.load_teacher
-    monkeypatch.setattr(datafree_kd, "load_teacher", lambda given: loaded.append(load(given)) or loaded[0])
+    loaded, load = [], Session.load_teacher
+    monkeypatch.setattr(Session, "load_teacher", lambda given: loaded.append(load(given)) or loaded[0])
     distil("--epochs", 2, "--cr", 1, "--gram_loss", 1)
     before, after = torch.load(teacher, weights_only=True)["state_dict"], loaded[0].model.state_dict()
     assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
     assert all(p.grad is None for p in loaded[0].parameters())
 
 
-def test_a_source_of_ones_own(distil, refused):
+def test_a_user_defined_source(distil, refused):
     folder = distil("--epochs", 1, "--tv", 0.25, method=nets.name("Stripes"))
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["images"] == 6 * 16 and summary["settings"]["tv"] == 0.25
+    assert summary["images"] == 6 * 16 and summary["options"]["tv"] == 0.25
     assert (folder / "grids" / "epoch_0000.png").exists()
     assert "BaseSynthesis" in refused(distil, "--source", nets.name("Nothing"))
     again = partial(distil, tag="again")  # a run that failed at once does not hold its folder
-    assert "(images, targets)" in refused(again, "--source", nets.name("Bare"), doors_only=False)
-    assert "in [0, 1]" in refused(again, "--source", nets.name("Stripes"), "--tv", 2, doors_only=False)
+    assert "(images, targets)" in refused(again, "--source", nets.name("Bare"), before_run=False)
+    assert "in [0, 1]" in refused(again, "--source", nets.name("Stripes"), "--tv", 2, before_run=False)
     assert "has no method sample" in refused(distil, "--source", nets.name("Mute"))
-    assert "scalar tensor" in refused(again, "--source", nets.name("Wordy"), doors_only=False)
+    assert "scalar tensor" in refused(again, "--source", nets.name("Wordy"), before_run=False)
     assert "tiny() got an unexpected" in refused(distil, "--source", nets.name("tiny"))
+    assert "there is no file 'nowhere.py'" in refused(distil, "--source", "nowhere.py:Stripes")
     assert "inversion, pixels" in refused(distil, "--source", "dreams", code=2)
 
 
-def test_a_source_of_ones_own_counts_by_its_code_and_not_by_its_place(distil, refused, tmp_path):
+def test_a_user_defined_source_counts_by_its_code_and_not_by_its_place(distil, refused, tmp_path):
     code = Path(nets.__file__).read_text()
     for name in ("a.py", "b.py"):
         (tmp_path / name).write_text(code)
@@ -335,7 +387,8 @@ def test_compiling_without_a_compiler(distil, refused, monkeypatch, tmp_path):
 
 def test_the_stages_of_the_triplets_are_named_and_must_be_some(distil, refused, capsys):
     distil("--dry_run", "--start_layer", 0, "--end_layer", 2)
-    assert "stages 0 (6x8x8), 1 (12x4x4) of the student nets-small" in capsys.readouterr().out
+    stages = "stage 0 of 0-1 (6x8x8), stage 1 of 0-1 (12x4x4)"
+    assert f"Synthesis triplet loss: student nets-small, {stages}." in capsys.readouterr().out
     assert "--start_layer" in refused(distil, "--start_layer", 3, "--end_layer", 3, code=2)
 
 
@@ -343,20 +396,20 @@ def test_the_stages_of_the_triplets_are_named_and_must_be_some(distil, refused, 
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_the_training_images_are_asked_for_by_the_control_alone(method, distil, monkeypatch):
-    asked, load = [], session.load_split
-    monkeypatch.setattr(session, "load_split", lambda *given: asked.append(given[2]) or load(*given))
+def test_the_training_images_are_loaded_by_the_control_alone(method, distil, monkeypatch):
+    loaded, load = [], session.load_split
+    monkeypatch.setattr(session, "load_split", lambda *given: loaded.append(given[2]) or load(*given))
     distil("--epochs", 1, method=method)
-    assert asked == ["test"] + ["train"] * (method == "real")
+    assert loaded == ["test"] + ["train"] * (method == "real")
 
 
 def test_no_data_at_all(untrained, tmp_path, monkeypatch):
-    monkeypatch.setattr(session, "load_split", lambda *a: pytest.fail("no data may be looked for"))
+    monkeypatch.setattr(session, "load_split", lambda *a: pytest.fail("no data may be loaded"))
     untrained("--dataset", "cifar10", "--eval", "none", classes=10)
     folder = tmp_path / "runs" / "cifar10_rgal_nets-tiny_nets-small" / "seed0"
     summary = json.loads((folder / "summary.json").read_text())
     assert summary["last_acc1"] is summary["best_acc1"] is None and summary["images"] == 32
-    assert "checkpoints/student_last.pth" in files(folder) and "checkpoints/best.pth" not in files(folder)
+    assert "checkpoints/model_last.pth" in files(folder) and "checkpoints/best.pth" not in files(folder)
 
 
 def test_a_card_alone_gives_the_shape(untrained, tmp_path):
@@ -474,7 +527,7 @@ def test_networks_that_do_not_fit_the_data(distil, refused):
 
 
 def test_a_loss_that_is_not_finite_names_its_term_and_keeps_the_last_checkpoint(distil, refused, tmp_path):
-    line = refused(distil, "--student", nets.name("Poisoned"), doors_only=False)
+    line = refused(distil, "--student", nets.name("Poisoned"), before_run=False)
     assert re.search(r"student/(kd|cd_loss|striplet) became nan", line) and "learning rate" in line
     folder = next((tmp_path / "runs").glob("*/run"))
     state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
@@ -553,7 +606,7 @@ def test_options_that_cannot_be(words, code, parts, distil, refused, tmp_path):
 
 
 @pytest.mark.parametrize("program", ["datafree_kd.py", "train_scratch.py"])
-def test_a_mistake_in_a_process_of_its_own(program, tmp_path):
+def test_a_mistake_in_a_separate_process(program, tmp_path):
     path = Path(datafree_kd.__file__).with_name(program)
     done = command(path, "--epcohs", "3", cwd=tmp_path)
     assert done.returncode == 2 and done.stdout == ""

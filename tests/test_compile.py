@@ -1,43 +1,40 @@
-"""torch.compile of the networks: the same numbers, and no more compiling after the first steps."""
+"""torch.compile of the networks: the same numbers as without, and no recompilation after the first steps."""
 
 import shutil
 
 import nets
+import parts
 import pytest
 import torch
 
 from datafree import config
 from datafree.augment import CropFlip
-from datafree.learners.distill import DistillLearner
-from datafree.models.generator import Generator
-from datafree.network import Network
-from datafree.pool import ImagePool
-from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective
 
 pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
-SHAPE, CLASSES = (3, 16, 16), 4
-RELATION = config.Relation(triplet=1.0, striplet=1.0, sampling="uniform", striplet_sampling="uniform")
+OPTIONS = parts.options(
+    config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=8, pool_size=32),
+    config.Relation(triplet=1.0, striplet=1.0, sampling="uniform", striplet_sampling="uniform"),
+    config.Distill(cd_loss=1.0),
+    g_steps=2,
+)
 
 
 def phases(compiled):
+    """A source and a learner of the same weights each time, whose networks are compiled or not."""
     torch.manual_seed(0)
-    teacher, student = (Network(make(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3) for make in (nets.tiny, nets.small))
+    teacher, student, augment = parts.network(nets.tiny), parts.network(nets.small), CropFlip()
     if compiled:
         teacher.compiled("default"), student.compiled("default")
-    options = config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=8)
-    objective = SynthesisObjective(options, RELATION, teacher.freeze(), student)
-    source = InversionSynthesis(
-        objective, Generator(4, 4, SHAPE), CropFlip(), ImagePool(32, SHAPE, CLASSES, torch.device("cpu")), options, 2
-    )
-    return source, DistillLearner(student, teacher, CropFlip(), config.Distill(cd_loss=1.0), RELATION, 100)
+    teacher.freeze()
+    source = parts.make_source(OPTIONS, teacher, student, augment)
+    return source, parts.make_learner(OPTIONS, teacher, student, augment)
 
 
 def round_of(source, learner):
     torch.manual_seed(1)
     terms = source.synthesize()
     for _ in range(2):
-        terms = {**terms, **learner.step(*source.sample(8))}
+        terms = {**terms, **learner.step(source.sample(8))}
     return terms
 
 

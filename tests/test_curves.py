@@ -1,4 +1,4 @@
-"""Pictures of runs over their epochs."""
+"""Plots of runs over their epochs."""
 
 import json
 
@@ -30,7 +30,7 @@ def drawn(monkeypatch):
     return figures
 
 
-def test_a_panel_for_every_number_that_the_runs_have(runs, drawn, tmp_path, monkeypatch, capsys):
+def test_a_panel_for_every_metric_that_the_runs_have(runs, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["curves", str(tmp_path / "c.png"), str(runs)])
     curves.main()
     assert Image.open(tmp_path / "c.png").width > 500 and "c.png" in capsys.readouterr().out
@@ -40,13 +40,13 @@ def test_a_panel_for_every_number_that_the_runs_have(runs, drawn, tmp_path, monk
     assert [line.get_label() for line in duplicates.lines] == ["some_run/seed0", "some_run/seed1"]
 
 
-def test_forty_runs_are_told_apart(drawn, tmp_path):
+def test_forty_runs_have_distinct_lines(drawn, tmp_path):
     curves.draw({f"run{i}": [{"epoch": 0, "acc1": i}, {"epoch": 1, "acc1": i}] for i in range(40)}, tmp_path / "c.png")
     lines = drawn[0].axes[0].lines
     assert len({(line.get_color(), line.get_linestyle()) for line in lines}) == len(lines) == 40
 
 
-def test_what_cannot_be_drawn_is_named(runs, tmp_path):
+def test_what_cannot_be_plotted_is_named(runs, tmp_path):
     with pytest.raises(InputError, match="no run"):
         curves.read_curves([tmp_path / "nowhere"])
     with pytest.raises(InputError, match="nowhere"):

@@ -1,5 +1,6 @@
 import struct
 import urllib.error
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,7 +106,7 @@ def test_bad_card_is_one_sentence(tmp_path, key, value, message):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("name: own", "channels, height, .* missing"), ("- 1", "key: value"), ("a: [", "not YAML")]
+    "text, message", [("name: own", "channels, height, .* missing"), ("- 1", "key: value"), ("a: [", "not valid YAML")]
 )
 def test_broken_card_file(tmp_path, text, message):
     path = tmp_path / "card.yaml"
@@ -164,7 +165,7 @@ def test_folder_keeps_every_byte(tmp_path, test_folder, capsys):
         assert np.array_equal(image, written[test_folder, name, number])
 
 
-def test_folder_wins_over_torchvision(tmp_path):
+def test_folder_takes_precedence_over_torchvision(tmp_path):
     names = [f"class{i}" for i in range(10)]
     written = write_folder(tmp_path / "cifar10", classes=names, splits=("test",), count=1, shape=(32, 32, 3))
     split = load_split(CARDS["cifar10"], tmp_path, "test", download=False)
@@ -175,7 +176,7 @@ def test_folder_wins_over_torchvision(tmp_path):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "JPEG", "webp", "bmp"])
-def test_every_format_is_read_and_fitted_to_the_card(tmp_path, suffix, capsys):
+def test_every_format_is_read_and_resized_to_the_card(tmp_path, suffix, capsys):
     grey = np.full((9, 9), 100, np.uint8)
     for name in ("a", "b"):
         write_image(tmp_path / "own" / "test" / name / f"1.{suffix}", grey)
@@ -184,7 +185,7 @@ def test_every_format_is_read_and_fitted_to_the_card(tmp_path, suffix, capsys):
     split = load_split(CARD, tmp_path, "test")
     assert split.images.shape == (2, 3, 6, 5)
     assert (split.images.int() - 100).abs().max() <= 2
-    assert f"2 of 2 images in {tmp_path / 'own' / 'test'} are not of 5x6 pixels" in capsys.readouterr().out
+    assert f"2 of 2 images in {tmp_path / 'own' / 'test'} were resized to 5x6 pixels" in capsys.readouterr().out
 
 
 def test_colour_becomes_grey_for_a_grey_card(tmp_path):
@@ -196,7 +197,7 @@ def test_colour_becomes_grey_for_a_grey_card(tmp_path):
     assert (grey - luma).abs().max() <= 1
 
 
-def test_tiny_imagenet_in_its_own_layout(tmp_path):
+def test_tiny_imagenet_in_its_original_layout(tmp_path):
     root, names = tmp_path / "tiny-imagenet-200", ("n02", "n01")
     for name in names:
         write_image(root / "train" / name / "images" / f"{name}_0.JPEG", random_pixels(0, (64, 64, 3)))
@@ -285,7 +286,7 @@ def test_torchvision_shape_that_differs_from_the_card(tmp_path):
     images, labels = random_pixels(0, (20, 28, 28)), np.arange(20, dtype=np.uint8) % 10
     write_mnist(tmp_path / "MNIST" / "raw", images, labels)
     card = DatasetCard("mnist", 1, 32, 32, 10, (0.5,), (0.25,))
-    with pytest.raises(InputError, match=r"shape \(1, 28, 28\).* says \(1, 32, 32\)"):
+    with pytest.raises(InputError, match=r"shape \(1, 28, 28\).* states \(1, 32, 32\)"):
         load_split(card, tmp_path, "test", download=False)
 
 
@@ -305,7 +306,7 @@ def test_failed_download(tmp_path, monkeypatch):
         load_split(CARDS["cifar10"], tmp_path, "train")
 
 
-# Cards of own folders
+# Cards of user-defined data sets
 
 
 def test_unknown_data_set_names_the_nearest(tmp_path):
@@ -336,7 +337,7 @@ def test_card_needs_no_images_once_written(tmp_path):
     assert resolve_card("own", tmp_path) == card
 
 
-def test_card_follows_its_folder_to_another_name(tmp_path):
+def test_a_card_in_a_renamed_folder_takes_its_name(tmp_path):
     (tmp_path / "renamed").mkdir()
     CARD.to_yaml(tmp_path / "renamed" / "card.yaml")
     assert resolve_card("renamed", tmp_path).name == "renamed"
@@ -349,7 +350,7 @@ def test_distillation_derives_no_card(tmp_path):
     assert not (tmp_path / "own" / "card.yaml").exists()
 
 
-def test_card_is_derived_from_a_spread_of_files(tmp_path, monkeypatch):
+def test_card_is_derived_from_evenly_spaced_files(tmp_path, monkeypatch):
     for name, grey in (("black", 0), ("white", 255)):
         for number in range(6):
             write_image(tmp_path / "train" / name / f"{number}.png", np.full((4, 4), grey, np.uint8))
@@ -371,10 +372,10 @@ def test_batches_are_in_order_and_in_0_to_1():
     assert torch.equal(torch.cat([images for images, _ in batches]).flatten(), torch.arange(7.0) / 255)
 
 
-def test_every_pass_shows_each_image_once_in_another_order():
+def test_every_pass_has_each_image_once_in_a_new_order():
     split = numbered_split().to("cpu")
-    drawn = torch.cat([split.sample(3)[1] for _ in range(14)])
-    passes = drawn.view(6, 7)
+    sampled = torch.cat([split.sample(3)[1] for _ in range(14)])
+    passes = sampled.view(6, 7)
     assert all(sorted(one.tolist()) == list(range(7)) for one in passes)
     assert len({tuple(one.tolist()) for one in passes}) > 1
 
@@ -385,11 +386,11 @@ def test_images_stay_with_their_labels_and_may_exceed_a_pass():
 
 
 def test_stream_depends_on_the_seed_alone():
-    drawn = []
+    sampled = []
     for seed in (3, 3, 4):
         torch.manual_seed(seed)
-        drawn.append(numbered_split(50).sample(50)[1])
-    assert torch.equal(drawn[0], drawn[1]) and not torch.equal(drawn[0], drawn[2])
+        sampled.append(numbered_split(50).sample(50)[1])
+    assert torch.equal(sampled[0], sampled[1]) and not torch.equal(sampled[0], sampled[2])
 
 
 def test_stream_resumes():
@@ -417,7 +418,7 @@ LARGE_CARD = DatasetCard("own", 3, 128, 144, 2, (0.5,) * 3, (0.25,) * 3)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_large_images_are_decoded_as_needed(photographs, workers):
+def test_large_images_are_decoded_on_demand(photographs, workers):
     split = load_split(LARGE_CARD, photographs, "test", workers=workers)
     assert isinstance(split, LazySplit) and len(split) == 6 and split.num_classes == 2
     images, labels = (torch.cat(parts) for parts in zip(*split.batches(4)))
@@ -455,3 +456,34 @@ def test_broken_large_image_is_one_sentence(tmp_path, workers):
     with pytest.raises(InputError) as caught:
         list(load_split(LARGE_CARD, tmp_path, "test", workers=workers).batches(3))
     assert str(caught.value) == f"cannot read the image {path} (unknown format); replace or remove it"
+
+
+# A loader of the card's own
+
+
+LOADER = """
+import numpy as np
+
+def load(data_root, split):
+    pixels = np.load(data_root / f"{split}.npz")
+    return pixels["images"], pixels["labels"]
+
+def wrong(data_root, split):
+    return np.zeros((2, 3, 6, 5), np.float32), [0, 1]
+"""
+
+
+def test_a_card_may_name_the_function_that_loads_its_images(tmp_path):
+    (tmp_path / "mine.py").write_text(LOADER)
+    images, labels = random_pixels(0, (4, 3, 6, 5)), np.array([0, 1, 1, 0])
+    np.savez(tmp_path / "test.npz", images=images, labels=labels)  # the training split is absent
+    card = replace(CARD, loader=f"{tmp_path / 'mine.py'}:load")
+    card.to_yaml(tmp_path / "card.yaml")
+    split = load_split(DatasetCard.from_yaml(tmp_path / "card.yaml"), tmp_path, "test")
+    assert torch.equal(split.images, torch.from_numpy(images)) and split.labels.tolist() == [0, 1, 1, 0]
+    with pytest.raises(InputError, match="mine.py:load failed for the split train: FileNotFoundError"):
+        load_split(card, tmp_path, "train")
+    with pytest.raises(InputError, match=r"wrong returned images \(2, 3, 6, 5\) of torch.float32"):
+        load_split(replace(CARD, loader=f"{tmp_path / 'mine.py'}:wrong"), tmp_path, "test")
+    with pytest.raises(InputError, match="states"):
+        load_split(replace(card, height=7), tmp_path, "test")

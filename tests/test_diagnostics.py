@@ -1,4 +1,4 @@
-"""Numbers about images on cases worked out by hand, and alarms that ring when they should only."""
+"""Metrics of images in cases worked out by hand, and warnings that are given only when they should be."""
 
 import math
 import re
@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from datafree.config import DistillConfig, sections
+from datafree.config import DistillConfig, Relation, sections
 from datafree.diagnostics import Watch, alarms, describe
 from datafree.network import Network
+from datafree.synthesis import CONTROL
 from datafree.synthesis.base import BaseSynthesis
 
 
@@ -33,12 +34,12 @@ def as_images(rows):
 
 
 TEACHER = [[10, 0, 0], [0, 10, 0], [0, 0, 10]]
-SWAPPED = [[10, 0, 0], [0, 0, 10], [0, 10, 0]]  # names class 1 class 2 and the other way round
-ROWS = [[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]]  # the teacher answers 0 0 1 2
+SWAPPED = [[10, 0, 0], [0, 0, 10], [0, 10, 0]]  # predicts 2 for class 1 and 1 for class 2
+ROWS = [[1, 0, 0], [0.8, 0.6, 0], [0, 1, 0], [0, 0, 1]]  # the teacher predicts 0 0 1 2
 TARGETS = torch.tensor([0, 1, 1, 2])
 
 
-def test_numbers_of_a_case_worked_out_by_hand():
+def test_metrics_of_a_case_worked_out_by_hand():
     numbers = describe(as_images(ROWS), TARGETS, linear(TEACHER).freeze(), linear(SWAPPED))
     root2, slant = math.sqrt(2), math.sqrt(0.8)  # from (0.8, 0.6, 0) to (0, 1, 0)
     apart = [math.sqrt(0.4), root2, root2, slant, root2, root2]
@@ -67,10 +68,10 @@ def test_without_targets_there_is_no_agreement_with_them():
     assert "target_agreement" not in numbers and not alarms(numbers, numbers)
 
 
-def test_the_band_is_looked_for_in_the_space_that_is_drawn_from():
+def test_the_band_is_measured_in_the_space_of_negative_sampling():
     rows = (torch.rand(40, 6) + 0.5).numpy()
     weights = torch.randn(5, 6).numpy()
-    weights -= weights.mean(1, keepdims=True)  # what all rows share does not decide the class
+    weights -= weights.mean(1, keepdims=True)  # what all rows share has no influence on the class
     teacher = linear(weights).freeze()
     labels = (rows @ weights.T).argmax(1)
     for space, vectors in (("embedding", rows), ("logits", rows @ weights.T)):
@@ -88,18 +89,18 @@ def test_the_band_is_looked_for_in_the_space_that_is_drawn_from():
     [[[1, 0, 0]], [[1, 0, 0]] * 5, [[0, 0, 0]] * 3, [[1, 0, 0], [0, 1, 0]]],
     ids=["one image", "one class", "black images", "two images"],
 )
-def test_numbers_of_few_or_equal_images_are_finite(rows):
+def test_metrics_of_few_or_equal_images_are_finite(rows):
     targets = torch.zeros(len(rows), dtype=torch.long)
     numbers = describe(as_images(rows), targets, linear(TEACHER), linear(TEACHER))
     assert all(math.isfinite(value) for value in numbers.values()), numbers
 
 
-def test_one_image_raises_no_alarm():
+def test_one_image_causes_no_warning():
     numbers = describe(as_images([[1, 0, 0]]), torch.tensor([0]), linear(TEACHER), linear(TEACHER))
     assert alarms(numbers, numbers) == []
 
 
-def test_near_duplicates_are_told_from_similar_images():
+def test_near_duplicates_are_distinguished_from_similar_images():
     images = torch.rand(40, 3, 64, 64)
     step = torch.randn(3, 64, 64)
     step /= step.square().mean().sqrt()
@@ -125,7 +126,7 @@ def test_describing_leaves_the_student_as_it_was():
     assert student.training and model[1].training and all(p.requires_grad for p in student.parameters())
 
 
-# ---------------------------------------------------------------- alarms
+# ---------------------------------------------------------------- warnings
 
 HEALTHY = {
     "label_entropy": 0.95,
@@ -157,7 +158,7 @@ HEALTHY = {
     ],
     ids=str,
 )
-def test_a_healthy_run_raises_no_alarm(now):
+def test_a_healthy_run_causes_no_warning(now):
     assert alarms({**HEALTHY, **now}, HEALTHY) == []
 
 
@@ -165,7 +166,7 @@ def test_a_healthy_run_raises_no_alarm(now):
     "now, seen, option",
     [
         ({"label_entropy": 0.3}, "entropy 0.30 of 1", "--oh"),
-        ({"target_agreement": 0.12}, "12% of the classes asked for", "--g_steps"),
+        ({"target_agreement": 0.12}, "12% of the target classes", "--g_steps"),
         ({"pixel_distance": 0.1}, "0.100 after 0.250", "--triplet"),
         ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--triplet"),
         ({"student_agreement": 0.11}, "11% of the new images", "--lr"),
@@ -173,18 +174,18 @@ def test_a_healthy_run_raises_no_alarm(now):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_each_trouble_raises_its_own_alarm(now, seen, option):
-    (alarm,) = alarms({**HEALTHY, **now}, HEALTHY)
-    assert seen in alarm and option in alarm
+def test_each_trouble_causes_its_own_warning(now, seen, option):
+    (warning,) = alarms({**HEALTHY, **now}, HEALTHY)
+    assert seen in warning and option in warning
 
 
-def test_weak_agreement_with_the_targets_is_called_out_from_the_first_epoch_until_it_grows():
+def test_weak_agreement_with_the_targets_causes_a_warning_from_the_first_epoch_until_it_grows():
     first = {**HEALTHY, "target_agreement": 0.2}
     assert len(alarms(first, first)) == 1
     assert alarms({**HEALTHY, "target_agreement": 0.25}, first) == []
 
 
-def test_alarms_name_options_that_exist():
+def test_warnings_name_options_that_exist():
     worst = {
         **HEALTHY,
         "label_entropy": 0,
@@ -199,7 +200,7 @@ def test_alarms_name_options_that_exist():
     assert len(found) == 5 and named and named <= options
 
 
-def test_collapsed_images_raise_the_alarms_and_good_ones_do_not():
+def test_collapsed_images_cause_the_warnings_and_good_ones_do_not():
     teacher, student = linear(TEACHER).freeze(), linear(SWAPPED)
     targets = torch.arange(30) % 3
     good = as_images((torch.eye(3)[targets] + 0.3 * torch.rand(30, 3)).numpy())
@@ -207,11 +208,11 @@ def test_collapsed_images_raise_the_alarms_and_good_ones_do_not():
     assert alarms(numbers, numbers) == []
     collapsed = good[:1].expand(30, -1, -1, -1)
     found = " ".join(alarms(describe(collapsed, targets, teacher, student), numbers))
-    assert all(words in found for words in ("few classes", "half as different", "near-duplicates"))
+    assert all(words in found for words in ("few classes", "half as diverse", "near-duplicates"))
 
 
 class Source(BaseSynthesis):
-    """Images that fade towards grey from one look to the next."""
+    """Images that fade towards grey from one epoch to the next."""
 
     def __init__(self):
         self.strength = 1 / 0.6
@@ -221,19 +222,46 @@ class Source(BaseSynthesis):
         return self.strength * as_images(ROWS), TARGETS
 
 
-def test_watch_compares_with_the_first_look():
+class Control(Source):
+    """The same images, as those of a control."""
+
+    traits = CONTROL
+
+
+def test_watch_compares_with_the_first_epoch():
     teacher = linear(TEACHER).freeze()
-    watch = Watch(Source(), teacher, teacher, "embedding")
-    looks = [watch() for _ in range(3)]
-    first = looks[0][0]["pixel_distance"]
-    distances = [numbers["pixel_distance"] for numbers, _ in looks]
+    watch = Watch(Source(), teacher, teacher, Relation())
+    epochs = [watch() for _ in range(3)]
+    first = epochs[0][0]["pixel_distance"]
+    distances = [numbers["pixel_distance"] for numbers, _ in epochs]
     assert distances == pytest.approx([first, 0.6 * first, 0.36 * first], rel=1e-4)
-    assert [len(found) for _, found in looks] == [0, 0, 1] and "half as different" in looks[2][1][0]
+    assert [len(found) for _, found in epochs] == [0, 0, 1] and "half as diverse" in epochs[2][1][0]
 
 
-def test_a_control_is_described_but_raises_no_alarm():
-    teacher, source = linear(TEACHER).freeze(), Source()
-    source.control = True
-    watch = Watch(source, teacher, teacher, "embedding")
-    looks = [watch() for _ in range(3)]
-    assert all(numbers["pixel_distance"] > 0 and not found for numbers, found in looks)
+def test_a_control_is_described_but_causes_no_warning():
+    teacher = linear(TEACHER).freeze()
+    watch = Watch(Control(), teacher, teacher, Relation())
+    epochs = [watch() for _ in range(3)]
+    assert all(numbers["pixel_distance"] > 0 and not found for numbers, found in epochs)
+
+
+@pytest.mark.parametrize(
+    "triplets, space",
+    [
+        (Relation(triplet=1.0, sampling_space="logits"), "logits"),
+        (Relation(striplet=1.0, sampling_space="logits"), "logits"),
+        (Relation(triplet=1.0, sampling_space="embedding"), "embedding"),
+        (Relation(sampling_space="logits"), "embedding"),  # no triplet loss samples there
+    ],
+    ids=["synthesis", "student", "embedding", "no triplets"],
+)
+def test_watch_measures_the_band_in_the_space_of_the_triplets(triplets, space):
+    weights = torch.randn(5, 6)
+    teacher = linear((weights - weights.mean(1, keepdim=True)).tolist()).freeze()
+    images = as_images((torch.rand(40, 6) + 0.5).tolist())
+    source = Control()
+    source.latest = lambda: (images, None)
+    numbers, _ = Watch(source, teacher, teacher, triplets)()
+    other = {"embedding": "logits", "logits": "embedding"}[space]
+    assert numbers == describe(images, None, teacher, teacher, space)
+    assert numbers != describe(images, None, teacher, teacher, other)

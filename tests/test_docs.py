@@ -1,4 +1,4 @@
-"""Every command that the project shows can be typed as it stands; every config says only what it has to."""
+"""Every command that the project shows can be typed as it is; every config states only what differs."""
 
 import importlib.util
 import json
@@ -18,9 +18,9 @@ from conftest import ROOT, call
 import datafree_kd
 import registry
 import train_scratch
-from datafree import cli
+from datafree import cli, config
 from datafree.config import DistillConfig, ScratchConfig
-from datafree.models.custom import build_model
+from datafree.models.factory import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
 SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
@@ -59,6 +59,12 @@ def commands(text):
             yield tuple(shlex.split(re.split(r" [|<>&]|;", line)[0], comments=True))
 
 
+def python_blocks(page):
+    """The Python files that a page shows."""
+    return re.findall(r"^```python\n(.*?)^```", (ROOT / "docs" / page).read_text(), re.DOTALL | re.MULTILINE)
+
+
+USER_CODE = [*python_blocks("own_method.md"), *python_blocks("own_learner.md")]
 SHOWN = [
     pytest.param(words, id=f"{path.relative_to(ROOT)}: {' '.join(words)[:90]}")
     for path, text in texts()
@@ -69,7 +75,7 @@ SHOWN = [
 def read(program, words):
     """The configuration that these words make."""
     _, config_class, methods = PROGRAMS[program]
-    return cli.parse(config_class, words, description="", method_files=methods)[0]
+    return cli.parse(config_class, words, description="", method_files=methods, other_configs=config.CONFIGS)[0]
 
 
 def test_commands_are_found_in_every_kind_of_file():
@@ -81,7 +87,7 @@ def test_commands_are_found_in_every_kind_of_file():
 
 
 @pytest.mark.parametrize("words", SHOWN)
-def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, monkeypatch):
+def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, monkeypatch, tmp_path):
     monkeypatch.chdir(ROOT)  # where commands are typed
     runner, first, *rest = words
     if first == "-m":
@@ -89,7 +95,8 @@ def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, mo
     elif first != "-c":
         assert (ROOT / first).is_file(), f"no file {first}"
     if first in PROGRAMS and "--help" not in rest:
-        read(first, rest)
+        (tmp_path / "file.py").write_text("\n\n".join(USER_CODE))
+        read(first, [word.replace("path/to/file.py", str(tmp_path / "file.py")) for word in rest])
 
 
 NAMED = sorted({name for path in PAGES for name in re.findall(r"`(datafree\.[\w.]+)`", path.read_text())})
@@ -122,7 +129,7 @@ def on_digits():
     """Shown commands that train on the digits; those of the quickstart run there."""
     for shown in SHOWN:
         program, *rest = shown.values[0][1:]
-        if program in PROGRAMS and "--help" not in rest and not re.search("quickstart.sh|study", shown.id):
+        if program in PROGRAMS and "--help" not in rest and not re.search("quickstart.sh|study|path/to", shown.id):
             config = read(program, [str(ROOT / w) if w.startswith("configs/") else w for w in rest])
             if config.data.dataset == "digits" and not config.run.evaluate_only:
                 yield pytest.param(program, rest, config, id=shown.id)
@@ -170,6 +177,7 @@ def script(checkout, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(script, checkout):
     printed = script("quickstart.sh", "--seed", "3")
     [runs] = checkout.glob("runs/quickstart-*")
@@ -179,11 +187,12 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(scr
         yaml.safe_load(path.read_text()).get("teacher", {}).get("teacher_weights")
         for path in runs.glob("*_resnet8/seed3/config.yaml")
     }
-    assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3/checkpoints/student_last.pth"}
+    assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3"}
     assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
 
 
-def test_the_study_of_the_triplets_pairs_its_seeds_and_goes_on_where_it_stopped(script, checkout):
+@pytest.mark.slow
+def test_the_study_of_the_triplets_pairs_its_seeds_and_resumes_where_it_stopped(script, checkout):
     options = {"SEEDS": "0 1", "CELLS": "none|both-release-logits-distance", "STUDY": "runs/study"}
     table = script("study_relation.sh", **options).split("\nrun ")[-3]
     rows = [line for line in table.splitlines() if line.startswith("digits_rgal")]
@@ -203,6 +212,7 @@ def test_the_study_of_the_triplets_pairs_its_seeds_and_goes_on_where_it_stopped(
     assert "Plan" not in again and again.split("\nrun ")[-3].endswith(table.partition("\n")[2])
 
 
+@pytest.mark.slow
 def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, tmp_path):
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
@@ -218,7 +228,8 @@ def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, t
     assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=0.1 " in rows[1]
 
 
-def test_the_comparison_of_methods_makes_two_tables_and_goes_on_where_it_stopped(script, checkout):
+@pytest.mark.slow
+def test_the_comparison_of_methods_makes_two_tables_and_resumes_where_it_stopped(script, checkout):
     options = {"SEEDS": "0", "METHODS": "fast", "BUDGET": "1", "COMPARISON": "runs/methods"}
     printed = script("compare_methods.sh", **options)
     tables = printed[printed.index("Equal steps:") :].split("Equal seconds-1:")
@@ -236,6 +247,7 @@ def test_the_comparison_of_methods_makes_two_tables_and_goes_on_where_it_stopped
     assert "gain" not in alone[alone.index("Equal steps:") :]
 
 
+@pytest.mark.slow
 def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_path):
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
@@ -253,22 +265,46 @@ def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_pa
     assert "cifar10_dafl_cifar_resnet20_wrn16_1" in printed[printed.index("Equal steps:") :]
 
 
+@pytest.fixture
+def shown_class(tmp_path):
+    """Write the code of a class that a page shows to a file -> how to name it."""
+
+    def write(name):
+        [code] = [block for block in USER_CODE if f"class {name}(" in block]
+        assert len(code.splitlines()) < 60
+        (tmp_path / "file.py").write_text(code)
+        return f"{tmp_path / 'file.py'}:{name}"
+
+    return write
+
+
 @pytest.mark.parametrize("name, terms", [("Pyramid", ("bn", "oh", "adv", "triplet")), ("Leaves", ())])
-def test_the_methods_of_ones_own_on_their_page_run(name, terms, distil, tmp_path):
-    page = (ROOT / "docs" / "own_method.md").read_text()
-    blocks = re.findall(r"^```python\n(.*?)^```", page, re.DOTALL | re.MULTILINE)
-    [code] = [block for block in blocks if f"class {name}(" in block]
-    assert len(code.splitlines()) < 60
-    (tmp_path / "file.py").write_text(code)
-    weights = "--oh 1 --bn 0.1 --adv 1 --triplet 0.1 --lr_g 0.05".split() if terms else ()
-    folder = distil("--epochs", 2, *weights, "--striplet", 0.1, method=f"{tmp_path / 'file.py'}:{name}")
+def test_the_user_defined_methods_of_their_page_run(name, terms, distil, shown_class):
+    weights = "--oh 1 --bn 0.1 --adv 1 --triplet 0.1 --lr_g 0.05".split() if terms else []
+    weights += ["--levels", 2] if name == "Pyramid" else []
+    folder = distil("--epochs", 2, *weights, "--striplet", 0.1, method=shown_class(name))
     row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert {key.removeprefix("synthesis/") for key in row if key.startswith("synthesis/")} == set(terms)
     assert row["images"] == (64 if terms else 2 * 6 * 16) and list((folder / "grids").glob("*.png"))
 
 
+@pytest.mark.parametrize(
+    "name, terms", [("HardLabels", {"kd", "cd_loss", "striplet", "hard"}), ("FrozenNorms", {"kl"})]
+)
+def test_the_user_defined_learners_of_their_page_run(name, terms, distil, shown_class):
+    folder = distil("--epochs", 2, "--learner", shown_class(name), *(["--hard", 0.3] if name == "HardLabels" else []))
+    row = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+    assert {key.removeprefix("student/") for key in row if key.startswith("student/")} == terms
+    norms = [
+        value
+        for key, value in torch.load(folder / "checkpoints" / "model_last.pth")["state_dict"].items()
+        if key.endswith("running_mean")
+    ]
+    assert all(norm.any() for norm in norms) == (name == "HardLabels")  # the other one leaves them as they were
+
+
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])
-def test_the_quickstart_refuses_what_it_would_not_heed(word, checkout):
+def test_the_quickstart_refuses_options_that_it_would_ignore(word, checkout):
     done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", word, "x"], capture_output=True, text=True)
     assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
 

@@ -6,8 +6,8 @@ import shutil
 import signal
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 
+import custom
 import nets
 import pytest
 import torch
@@ -15,10 +15,12 @@ from conftest import OF_THE_MACHINE, forked, rows, scratch
 
 import registry
 from datafree.config import Run
-from datafree.engine import Engine, Means, grid_rows
+from datafree.engine import Engine, Means
 from datafree.errors import InputError
-from datafree.learners.base import Learner
+from datafree.learners.base import Learner, cosine_to_zero
 from datafree.logger import RunFolder
+from datafree.network import Network
+from datafree.schedule import Schedule
 from datafree.session import Session
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.objective import SynthesisObjective
@@ -29,7 +31,11 @@ VARIANTS = {
     "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
     "ring": ("--pool_size", 24, "--balanced_sampling", "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
     "maml": ("--generator_init", "maml", "--bn_momentum", 0.5, "--reset_epoch", 2, "--at_loss", 1),
+    "few synthesis rounds": ("--synthesis_rounds", 3, "--bn_momentum", 0.5),
     "stream": ("--method", "dfq", "--triplet", 0.1, "--striplet", 0.1, "--cr", 0.5, "--bn_momentum", 0.5),
+    "user-defined learner": ("--learner", custom.name("Averaged")),
+    "learner with options": ("--learner", custom.name("Scaled"), "--factor", 0.5),
+    "source with options": ("--source", custom.name("Grey"), "--level", 0.75, "--dither", 0.5),
     **{method: ("--method", method) for method in registry.METHODS},
 }
 
@@ -69,7 +75,7 @@ def at_call(patch, owner, method, number, act):
 
 def checkpoint_of(folder, name="last.pth"):
     state = torch.load(folder / "checkpoints" / name, weights_only=True)
-    state.pop("seconds"), state.pop("facts")
+    state.pop("seconds"), state.pop("metadata")
     state["result"] = {k: v for k, v in state["result"].items() if not k.startswith(OF_THE_MACHINE)}
     return state
 
@@ -174,12 +180,25 @@ def test_a_finished_run_may_be_made_longer(distil):
     assert rows(folder)[2]["lr"] > rows(folder)[3]["lr"] == 0
 
 
+def test_a_run_that_synthesises_in_its_first_rounds_only(distil):
+    folder = distil("--synthesis_rounds", 3)
+    assert json.loads((folder / "summary.json").read_text())["images"] == 3 * 16
+    assert [row["images"] for row in rows(folder)] == [32, 48, 48, 48]
+    assert [any(name.startswith("synthesis/") for name in row) for row in rows(folder)] == [True, True, False, False]
+    assert all(row["student/kd"] > 0 for row in rows(folder))
+    assert (
+        "3 rounds of 3 synthesis steps, and 24 student steps of 32 views; 48 images" in (folder / "log.txt").read_text()
+    )
+    state = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert state["source"]["pool"]["added"] == len(state["source"]["pool"]["images"]) == 48
+
+
 def test_resuming_a_finished_run_changes_nothing(distil):
     before = checkpoint_of(distil())
     assert same(before, checkpoint_of(distil("--resume", "auto")))
 
 
-def test_resume_auto_of_nothing_starts_and_says_so(distil):
+def test_resume_auto_of_nothing_starts_and_logs_so(distil):
     folder = distil("--resume", "auto")
     assert "Nothing to resume yet" in (folder / "log.txt").read_text()
     assert len(rows(folder)) == 4
@@ -188,8 +207,8 @@ def test_resume_auto_of_nothing_starts_and_says_so(distil):
 def test_a_wrong_path_to_resume_from_is_an_error(distil, refused, tmp_path):
     assert "no/such.pth" in refused(distil, "--resume", "no/such.pth")
     assert not (tmp_path / "runs").exists()
-    student = distil(tag="other") / "checkpoints" / "student_last.pth"
-    assert "no 'learner'" in refused(distil, "--resume", student)
+    weights = distil(tag="other") / "checkpoints" / "model_last.pth"
+    assert "no 'learner'" in refused(distil, "--resume", weights)
 
 
 @pytest.mark.parametrize(
@@ -245,6 +264,28 @@ def test_a_checkpoint_of_another_run_does_not_overwrite_the_run_that_is_here(dis
     assert len(rows(distil("--epochs", 2, "--resume", here, tag="second"))) == 2
 
 
+def as_format_1(path):
+    """Write the checkpoint of this path as revision 5c7f4c0 wrote it, which is called format 1."""
+    state = torch.load(path, weights_only=True)
+    del state["format"]
+    stated = state.pop("metadata")
+    torch.save({**state, "facts": {**stated, "settings": stated.pop("options")}}, path)
+
+
+def test_a_checkpoint_of_another_format_is_refused_and_named(distil, refused, tmp_path):
+    folder = distil("--epochs", 1)
+    last = folder / "checkpoints" / "last.pth"
+    state = torch.load(last, weights_only=True)
+    for write, number in ((lambda: as_format_1(last), 1), (lambda: torch.save({**state, "format": 3}, last), 3)):
+        write()
+        before = last.read_bytes()
+        line = refused(distil, "--epochs", 2, "--resume", "auto")
+        assert f"last.pth has the checkpoint format {number} of another version, not 2" in line
+        assert "env.json" in line and "--log_tag NEW" in line
+        assert last.read_bytes() == before and len(rows(folder)) == 1
+        assert f"format {number}" in refused(partial(distil, tag="new"), "--epochs", 2, "--resume", last)
+
+
 def test_fewer_epochs_than_are_done(distil, refused):
     distil("--epochs", 3)
     line = refused(distil, "--epochs", 2, "--resume", "auto")
@@ -287,11 +328,12 @@ def test_a_random_student_cannot_resume_from_scratch_training(distil, refused, t
     assert "last.pth" in refused(distil, "--resume", last)
 
 
-# The engine alone, with a source and a learner that record what is asked of them.
+# The engine alone, with a source and a learner that record its calls.
 
 
 class Recorder(BaseSynthesis):
     def __init__(self, events, term=1.0):
+        super().__init__()
         self.events, self.term = events, term
 
     def synthesize(self):
@@ -302,20 +344,15 @@ class Recorder(BaseSynthesis):
     def sample(self, n):
         return torch.rand(n, 1, 8, 8), torch.arange(n) % 3
 
-    def state_dict(self):
-        return {}
-
 
 class Pupil(Learner):
     def __init__(self, events, term=1.0):
-        network = nets.tiny(3, 1)
-        network.mean = torch.zeros(1)
-        settings = SimpleNamespace(lr=0.1, momentum=0.0, weight_decay=0.0)
-        super().__init__(network, settings, total_steps=100)
-        self.network.model = network[0]
+        network = Network(nets.tiny(3, 1), (1, 8, 8), (0.0,), (1.0,))
+        optimizer = torch.optim.SGD(network.parameters(), 0.1)
+        super().__init__(network, optimizer, cosine_to_zero(optimizer, 100))
         self.events, self.term = events, term
 
-    def step(self, images, targets, *, progress=0.0):
+    def step(self, batch, progress=0.0):
         self.events.append(round(progress, 3))
         return {"kd": torch.tensor(self.term)}
 
@@ -325,7 +362,7 @@ def make_engine(tmp_path):
     folders = []
 
     def make(events, synthesis_term=1.0, student_term=1.0, run=None, **counts):
-        schedule = SimpleNamespace(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "warmup": 0, "batch_size": 4, **counts})
+        schedule = Schedule(**{"epochs": 2, "rounds": 2, "kd_steps": 2, "batch_size": 4, **counts})
         folders.append(RunFolder(tmp_path / "run", "run"))
         learner, source = Pupil(events, student_term), Recorder(events, synthesis_term)
         return Engine(learner, source, schedule, folders[-1], run or Run())
@@ -356,16 +393,16 @@ def test_rounds_alternate_and_progress_runs_from_0_to_1(make_engine):
 
 
 @pytest.mark.parametrize(
-    "owner, method, told",
+    "owner, method, message",
     [
         (Recorder, "synthesize", "synthesis; lower --synthesis_batch_size"),
         (Pupil, "step", "a training step; lower --batch_size"),
     ],
 )
-def test_out_of_memory_is_told_with_its_remedy(owner, method, told, make_engine, monkeypatch):
+def test_out_of_memory_is_reported_with_its_remedy(owner, method, message, make_engine, monkeypatch):
     monkeypatch.setattr(owner, method, lambda *a, **k: torch.empty(10**15))
     engine = make_engine([])
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         engine.train()
     monkeypatch.setattr(owner, method, lambda *a, **k: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
@@ -376,6 +413,25 @@ def test_warm_up_makes_images_without_the_student(make_engine):
     events = []
     make_engine(events, warmup=1).train()
     assert events == ["synthesis without student"] * 2 + ["synthesis", 0.5, 0.625, "synthesis", 0.75, 0.875]
+
+
+FROZEN_POOL = [
+    (
+        {"synthesis_rounds": 3},
+        ["synthesis", 0.0, 0.125, "synthesis", 0.25, 0.375, "synthesis", 0.5, 0.625, 0.75, 0.875],
+    ),
+    (
+        {"synthesis_rounds": 1, "warmup": 1, "epochs": 3, "rounds": 1},
+        ["synthesis without student", 0.333, 0.5, 0.667, 0.833],
+    ),
+]
+
+
+@pytest.mark.parametrize("counts, expected", FROZEN_POOL)
+def test_after_the_last_round_that_synthesises_the_student_still_trains(make_engine, counts, expected):
+    events = []
+    make_engine(events, **counts).train()
+    assert events == expected
 
 
 @pytest.mark.parametrize("where", ["synthesis", "student"])
@@ -395,7 +451,7 @@ def test_terms_within_an_epoch_are_logged_at_print_freq(make_engine, tmp_path):
     assert "kd=1.0000" in lines[0]
 
 
-def test_evaluation_and_grids_come_when_asked_and_at_the_end(make_engine, tmp_path):
+def test_evaluation_and_grids_come_at_their_epochs_and_at_the_end(make_engine, tmp_path):
     engine = make_engine([], run=Run(eval_every=2, grid_every=2), epochs=5)
     scores = iter([50.0, 70.0, 60.0])
     engine.evaluate = lambda: {"acc1": next(scores), "acc5": 90.0, "loss": 1.0}
@@ -408,7 +464,7 @@ def test_evaluation_and_grids_come_when_asked_and_at_the_end(make_engine, tmp_pa
         "epoch_0004",
     ]
     files = tmp_path / "run" / "checkpoints"
-    best, last = (torch.load(files / f"student_{which}.pth", weights_only=True) for which in ("best", "last"))
+    best, last = (torch.load(files / f"model_{which}.pth", weights_only=True) for which in ("best", "last"))
     assert (best["epoch"], best["acc1"], last["epoch"], last["acc1"]) == (4, 70.0, 5, 60.0)
 
 
@@ -433,23 +489,3 @@ def test_means_survive_a_restart():
         second.add("student", {"kd": value})
     assert second.values() == whole.values()
     assert whole.values()["student/kd"].item() == pytest.approx(0.7 / 3)
-
-
-@pytest.mark.parametrize(
-    "targets, captions, columns",
-    [
-        ([0, 0, 0, 1, 1, 2, 2, 2], ["class 0", "class 1", "class 2"], 2),
-        ([3] * 8, ["class 3"], 8),
-        (list(range(8)), [f"class {i}" for i in range(8)], 1),
-        (None, None, 8),
-    ],
-)
-def test_a_grid_reads_by_class(targets, captions, columns):
-    targets = targets and torch.tensor(targets)
-    images = torch.rand(8, 1, 8, 8) if targets is None else targets.view(-1, 1, 1, 1).expand(-1, 1, 8, 8) / 10
-    shown, names, width = grid_rows(images, targets)
-    assert names == captions and width == columns
-    if targets is not None:
-        assert (shown[:, 0, 0, 0].view(-1, width) * 10).round().tolist() == [
-            [float(name.split()[1])] * width for name in captions
-        ]

@@ -33,7 +33,7 @@ def test_equals_the_oracle(classes, batch_size):
     assert found["loss"] == pytest.approx(F.cross_entropy(logits, split.labels).item(), rel=1e-5)
 
 
-def test_leaves_mode_and_gradients_alone():
+def test_mode_and_gradients_are_not_changed():
     network = linear_network(4).train()
     evaluate(network, random_split(4))
     assert network.training and all(p.grad is None for p in network.parameters())

@@ -1,4 +1,4 @@
-"""The generator: its fused upsampling against torch's own steps, its sizes, its fresh weights."""
+"""The generator: its fused upsampling against torch's two steps, its sizes, its initialisation."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ def seed():
 
 
 @pytest.mark.parametrize("size", [(4, 4), (3, 5), (1, 1), (1, 6)], ids=str)
-def test_upsample_conv_equals_doubling_then_convolving(size):
+def test_upsample_conv_equals_upsampling_then_convolution(size):
     layer = UpsampleConv(3, 5).double()
     nn.init.normal_(layer.weight)
     x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
@@ -56,7 +56,7 @@ def test_upsample_conv_under_autocast_is_half_precision():
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_images_have_the_shape_asked_for_and_lie_within_0_and_1(shape):
+def test_images_have_the_given_shape_and_lie_within_0_and_1(shape):
     generator = Generator(nz=8, ngf=2, shape=shape)
     z = torch.randn(2, 8, requires_grad=True)
     images = generator(z)
@@ -66,12 +66,12 @@ def test_images_have_the_shape_asked_for_and_lie_within_0_and_1(shape):
     assert all(p.grad is not None and p.grad.isfinite().all() for p in generator.parameters())
 
 
-def test_images_do_not_depend_on_the_mode_for_all_statistics_are_the_batchs():
+def test_images_do_not_depend_on_the_mode_because_all_statistics_are_of_the_batch():
     generator, z = Generator(nz=10, ngf=4, shape=(3, 16, 16)), torch.randn(6, 10)
     assert not list(generator.buffers()) and torch.equal(generator.train()(z), generator.eval()(z))
 
 
-def test_at_32_pixels_it_is_the_papers_network_of_plain_layers():
+def test_at_32_pixels_it_equals_the_papers_network():
     generator = Generator(nz=10, ngf=4, shape=(3, 32, 32))
     up = {"scale_factor": 2, "mode": "nearest"}
     oracle = nn.Sequential(
@@ -111,14 +111,14 @@ def test_at_32_pixels_it_is_the_papers_network_of_plain_layers():
         ((3, 224, 224), 5),
     ],
 )
-def test_larger_images_get_more_doublings_and_waste_less_than_one(shape, doublings):
+def test_larger_images_get_more_upsamplings_but_no_superfluous_one(shape, doublings):
     generator = Generator(4, 2, shape)
     assert sum(isinstance(m, UpsampleConv) for m in generator.modules()) == doublings
     for pixels, base in zip(shape[1:], generator.base[1:]):
         assert 0 <= base * 2**doublings - pixels < 2**doublings
 
 
-def test_odd_sizes_are_cut_out_of_the_middle():
+def test_odd_sizes_are_cropped_from_the_centre():
     generator = Generator(4, 2, (3, 30, 46))
     z = torch.randn(3, 4)
     whole = torch.sigmoid(generator.layers(generator.project(z).view(-1, *generator.base)))
@@ -126,15 +126,15 @@ def test_odd_sizes_are_cut_out_of_the_middle():
     torch.testing.assert_close(generator(z), whole[:, :, 1:31, 1:47])
 
 
-def test_different_noise_gives_different_images():
+def test_different_latents_give_different_images():
     images = Generator(16, 8, (1, 16, 16))(torch.randn(8, 16))
     assert torch.pdist(images.flatten(1)).min() > 0.05
 
 
-# ---------------------------------------------------------------- fresh weights
+# ---------------------------------------------------------------- initialisation
 
 
-def test_reset_draws_the_distributions_of_the_method():
+def test_reset_samples_the_distributions_of_the_method():
     generator = Generator(nz=100, ngf=64, shape=(3, 32, 32))
     with torch.no_grad():
         for parameter in generator.parameters():
@@ -154,7 +154,7 @@ def test_reset_draws_the_distributions_of_the_method():
     assert len(biases) == 5 and all((bias == 0).all() for bias in biases)
 
 
-def test_every_reset_is_new_repeats_with_the_seed_and_keeps_the_parameters_themselves():
+def test_every_reset_differs_repeats_with_the_seed_and_keeps_the_parameters_in_place():
     generator = Generator(8, 4, (1, 16, 16))
     places, draws = [p.data_ptr() for p in generator.parameters()], []
     for seed in (1, 2, 1):

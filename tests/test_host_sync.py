@@ -1,9 +1,10 @@
-"""No step waits for the host: what would stop a GPU is told by the operators that a step calls, on any device.
+"""No step waits for the host: the operators that a step calls show what would stall a GPU, on any device.
 
-All but the view cache, which is off on a GPU unless asked for: it has to know how many views are new.
+Except with the view cache, which is off on a GPU by default: it has to know how many views are new.
 """
 
 import nets
+import parts
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -11,22 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from datafree import config
 from datafree.augment import CropFlip
 from datafree.engine import Means
-from datafree.learners.distill import DistillLearner
-from datafree.models.generator import Generator
-from datafree.network import Network
-from datafree.pool import ImagePool
-from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective
 from datafree.view_cache import ViewCache
 
-SHAPE, CLASSES, CPU = (3, 16, 16), 4, torch.device("cpu")
 ALL = dict(bn=1.0, oh=1.0, adv=1.0, act=1.0, balance=1.0, cr=1.0, tv=1.0, l2=1.0)
-# A value is fetched, or a size depends on values.
+# The host fetches a value, or a size depends on values.
 WAITING = ("_local_scalar_dense", "item", "is_nonzero", "nonzero", "masked_select", "unique", "_unique2", "equal")
 
 
 class Waits(TorchDispatchMode):
-    """Collects the operators by which the host waits for values."""
+    """Collects the operators that make the host wait for values."""
 
     def __init__(self):
         super().__init__()
@@ -43,25 +37,26 @@ class Waits(TorchDispatchMode):
 
 def both_phases(synthesis, relation, distill, cached=False):
     """A source with one round in its pool, and a learner."""
-    teacher, student = (Network(make(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3) for make in (nets.tiny, nets.small))
-    settings = config.Synthesis(**synthesis, nz=4, ngf=4, synthesis_batch_size=8)
-    objective = SynthesisObjective(settings, relation, teacher.freeze(), student)
-    source = InversionSynthesis(
-        objective, Generator(4, 4, SHAPE), CropFlip(), ImagePool(40, SHAPE, CLASSES, CPU), settings, 3, balanced=True
-    )
-    source.synthesize()
-    cache = ViewCache(teacher, ("logits", "embed", "stages"), 40 * 162, 10) if cached else None
-    return source, DistillLearner(student, teacher, CropFlip(), config.Distill(**distill), relation, 100, cache=cache)
+    synthesis = config.Synthesis(**synthesis, nz=4, ngf=4, synthesis_batch_size=8, pool_size=40, balanced_sampling=True)
+    options = parts.options(synthesis, relation, config.Distill(**distill), g_steps=3)
+    teacher, student = parts.network(nets.tiny).freeze(), parts.network(nets.small)
+    source = parts.make_source(options, teacher, student, CropFlip())
+    learner = parts.make_learner(options, teacher, student, CropFlip())
+    source.round(0, with_student=True)
+    source.batch(8)  # the range of the first batch is checked, which waits
+    if cached:
+        learner.cache = ViewCache(teacher, learner.cached_fields, 40 * 162, 10)
+    return source, learner
 
 
 @pytest.fixture(autouse=True)
 def no_optimiser(monkeypatch):
-    """Their counters of steps are numbers of the host, also on a GPU."""
+    """Its step counters are numbers on the host, even on a GPU."""
     for optimizer in (torch.optim.Adam, torch.optim.SGD):
         monkeypatch.setattr(optimizer, "step", lambda self: None)
 
 
-def test_the_watch_sees_a_wait():
+def test_a_wait_is_detected():
     for act in (lambda x: x.sum().item(), lambda x: bool(x.sum() > 0), lambda x: x[x > 0], torch.nonzero, float):
         with Waits() as waits:
             act(torch.ones(1))
@@ -81,9 +76,9 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
     )
     means = Means()
     with Waits() as waits:
-        means.add("synthesis", source.synthesize())
+        means.add("synthesis", source.round(1, with_student=True))
         for _ in range(2):
-            means.add("student", learner.step(*source.sample(8)))
+            means.add("student", learner.step(source.batch(8)))
     assert waits.found == []
 
 
@@ -91,5 +86,5 @@ def test_the_view_cache_waits_once_a_step():
     relation = config.Relation(triplet=1.0, striplet=1.0)
     source, learner = both_phases(ALL, relation, dict(cd_loss=1.0), cached=True)
     with Waits() as waits:
-        learner.step(*source.sample(8))
+        learner.step(source.batch(8))
     assert waits.found == ["nonzero"]

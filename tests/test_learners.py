@@ -2,30 +2,31 @@
 
 import copy
 import math
-from dataclasses import replace
+from dataclasses import fields
 
 import nets
 import pytest
 import torch
+from parts import CLASSES, SHAPE, changed, count_calls, make_learner, make_source, network, options, snapshot
+from torch import nn
 from torch.nn import functional as F
 
 from datafree import config, criterions, relation
 from datafree.augment import CropFlip
+from datafree.batchnorm import BatchNormTap
 from datafree.errors import InputError
-from datafree.hooks import BatchNormTap
+from datafree.features import Features
+from datafree.learners.base import Learner, cosine_to_zero, sgd
 from datafree.learners.distill import DistillLearner
 from datafree.learners.supervised import SupervisedLearner
 from datafree.models import MODELS
-from datafree.models.generator import Generator
-from datafree.network import Network
-from datafree.pool import ImagePool
-from datafree.synthesis.inversion import InversionSynthesis
-from datafree.synthesis.objective import SynthesisObjective
+from datafree.pool import Batch, ImagePool
+from datafree.terms import Term, fields_read, weighted_sum
+from datafree.update import Update
 from datafree.view_cache import ViewCache
 
-SHAPE, CLASSES = (3, 16, 16), 4
-EVERY = dict(kd=1.0, cd_loss=0.5, gram_loss=0.25)
-STAY = CropFlip(0, False)
+EVERY = dict(kd=1.0, cd_loss=0.5, gram_loss=0.25, at_loss=2.0, striplet=0.125)
+CROP = CropFlip(1, True)  # 18 views of an image
 
 
 @pytest.fixture(autouse=True)
@@ -33,199 +34,258 @@ def seed():
     torch.manual_seed(0)
 
 
-def network(factory=nets.tiny, shape=SHAPE, classes=CLASSES, mean=0.4, std=0.2):
-    channels = shape[0]
-    return Network(factory(classes, channels), shape, (mean,) * channels, (std,) * channels)
+def make(teacher=None, student=None, augment=None, total_steps=10, kind=DistillLearner, **values):
+    """A learner with these options; its views are the images unless ``augment`` is given."""
+    given = options(**{"striplet_sampling": "uniform", **values})
+    return make_learner(given, teacher or network(), student or network(nets.small), augment, total_steps, kind)
 
 
-def make(settings=None, triplets=None, teacher=None, student=None, total_steps=10, augment=STAY, **more):
-    settings = settings or config.Distill(**EVERY)
-    triplets = triplets or config.Relation(striplet=0.125, striplet_sampling="uniform")
-    teacher = (teacher or network()).freeze()
-    student = student or network(nets.small)
-    return DistillLearner(student, teacher, augment, settings, triplets, total_steps, **more)
+def images_of(count=8):
+    return Batch(torch.rand(count, *SHAPE))
 
 
-def snapshot(module):
-    return {name: tensor.clone() for name, tensor in module.state_dict().items()}
+def pool_of(count=12):
+    pool = ImagePool(count, SHAPE, CLASSES, torch.device("cpu"))
+    pool.add(torch.rand(count, *SHAPE), torch.arange(count) % CLASSES)
+    return pool
 
 
-def moved(before, module):
-    return {name for name, tensor in module.state_dict().items() if not torch.equal(before[name], tensor)}
+def give_cache(learner):
+    """Let the learner cache what it reads of its teacher for the 12 images of a pool."""
+    learner.cache = ViewCache(learner.teacher, learner.cached_fields, 12 * CROP.count, megabytes=1)
 
 
-def count_calls(patch, owner, name):
-    calls, original = [], getattr(owner, name)
-    patch.setattr(owner, name, lambda *a, **k: calls.append((a, k)) or original(*a, **k))
-    return calls
+# What is changed.
 
 
-# What moves.
-
-
-def test_a_step_moves_the_student_and_its_projection_and_nothing_of_the_teacher():
-    learner = make()
+def test_a_step_changes_the_student_and_its_projection_and_nothing_of_the_teacher():
+    learner = make(**EVERY)
     before = snapshot(learner.teacher), snapshot(learner.network), snapshot(learner.projection)
-    learner.step(torch.rand(8, *SHAPE), None)
-    assert moved(before[0], learner.teacher) == set()
-    assert moved(before[1], learner.network) == set(before[1])  # BatchNorm statistics and counters too
-    assert moved(before[2], learner.projection) == set(before[2])
+    learner.step(images_of())
+    assert not changed(before[0], learner.teacher)
+    assert changed(before[1], learner.network) == set(before[1])  # BatchNorm statistics and counters too
+    assert changed(before[2], learner.projection) == set(before[2])
     assert all(p.grad is None for p in learner.teacher.parameters())
     assert learner.network.training and not any(module.training for module in learner.teacher.modules())
 
 
-def test_the_student_phase_runs_no_statistic_hooks_and_leaves_the_generator(monkeypatch):
-    teacher, student = network().freeze(), network(nets.small)
-    options = config.Synthesis(bn=1.0, oh=1.0, nz=4, ngf=4, synthesis_batch_size=8)
-    objective = SynthesisObjective(options, config.Relation(), teacher, student)
-    pool = ImagePool(8, SHAPE, CLASSES, torch.device("cpu"))
-    source = InversionSynthesis(objective, Generator(4, 4, SHAPE), STAY, pool, options, g_steps=1)
+def test_the_student_phase_collects_no_statistics_and_leaves_the_generator(monkeypatch):
+    teacher, student = network(), network(nets.small)
+    given = options(bn=1.0, oh=1.0, nz=4, ngf=4, synthesis_batch_size=8, g_steps=1)
+    source = make_source(given, teacher, student, CropFlip(0, False))
     source.synthesize()
-    hooked = count_calls(monkeypatch, BatchNormTap, "_keep")
-    before, held = snapshot(source.generator), pool.state_dict()
-    learner = make(teacher=teacher, student=student)
+    collected = count_calls(monkeypatch, BatchNormTap, "_keep")
+    before, held = snapshot(source.generator), source.pool.state_dict()
+    learner = make(teacher, student, **EVERY)
     for _ in range(3):
-        learner.step(*source.sample(8))
-    assert not hooked and moved(before, source.generator) == set()
-    assert torch.equal(held["images"], pool.state_dict()["images"])
+        learner.step(source.batch(8))
+    assert not collected and not changed(before, source.generator)
+    assert torch.equal(held["images"], source.pool.state_dict()["images"])
 
 
 def test_the_students_distance_may_be_l1_and_it_may_match_attention():
-    learner = make(config.Distill(kd=0.5, kd_distance="l1", at_loss=2.0), config.Relation())
-    views = torch.rand(8, *SHAPE)
+    learner, batch = make(kd=0.5, kd_distance="l1", at_loss=2.0), images_of()
     learner.network.train()
-    loss, terms = learner.loss(views, None, None, 0.0)
-    student, teacher = (net.features(views) for net in (learner.network, learner.teacher))
+    loss, terms = learner.loss(batch, 0.0)
+    student, teacher = (net.features(batch.images) for net in (learner.network, learner.teacher))
     torch.testing.assert_close(terms["kd"], (student.logits - teacher.logits).abs().mean())
     torch.testing.assert_close(terms["at_loss"], criterions.attention(student.stages, teacher.stages, [(0, 0), (1, 1)]))
     torch.testing.assert_close(loss, 0.5 * terms["kd"] + 2.0 * terms["at_loss"])
 
 
+# The cache of teacher outputs.
+
+
 def cached_and_plain(pair, space="embedding"):
-    """Two learners of equal weights, one of which keeps the teacher's answers, and a pool."""
-    settings = config.Distill(cd_loss=0.5, pair_sample=pair, lr=0.05)
-    triplets = config.Relation(striplet=0.5, sampling_space=space)
-    teacher, crop = network().freeze(), CropFlip(1, True)
-    pool = ImagePool(12, SHAPE, CLASSES, torch.device("cpu"))
-    pool.add(torch.rand(12, *SHAPE), torch.arange(12) % CLASSES)
-    wanted = ["logits", "stages", "embed"][: 3 if space == "embedding" else 2]
-    cache = ViewCache(teacher, wanted, 12 * crop.count, megabytes=1)
-    plain = make(settings, triplets, teacher, augment=crop, total_steps=60)
-    cached = make(settings, triplets, teacher, augment=crop, total_steps=60, cache=cache)
+    """Two learners of equal weights, one of which has a cache, and a pool."""
+    values = dict(cd_loss=0.5, pair_sample=pair, lr=0.05, striplet=0.5, sampling_space=space)
+    values["striplet_sampling"] = "distance"
+    teacher, pool = network(), pool_of()
+    plain = make(teacher, augment=CROP, total_steps=60, **values)
+    cached = make(teacher, augment=CROP, total_steps=60, **values)
+    give_cache(cached)
     cached.network.load_state_dict(plain.network.state_dict())
     cached.projection.load_state_dict(plain.projection.state_dict())
     return cached, plain, pool
 
 
 @pytest.mark.parametrize("pair, space", [(True, "embedding"), (False, "logits")])
-def test_the_kept_answers_of_the_teacher_change_nothing(pair, space, monkeypatch):
+def test_cached_outputs_of_the_teacher_change_nothing(pair, space):
     cached, plain, pool = cached_and_plain(pair, space)
+    assert set(cached.cached_fields) == {"logits", "pooled", *(["embed"] if space == "embedding" else [])}
     for step in range(20):
         terms = []
         for learner in (cached, plain):
             torch.manual_seed(step)
-            terms.append(learner.step(*pool.sample(8)))
+            terms.append(learner.step(pool.sample(8)))
         torch.testing.assert_close(terms[0], terms[1], rtol=1e-3, atol=1e-4)
-    assert cached.numbers()["view_cache/hit_rate"] > 0.2 and cached.numbers() == plain.numbers() == {}
+    assert cached.metrics()["view_cache/hit_rate"] > 0.2 and cached.metrics() == plain.metrics() == {}
     torch.testing.assert_close(snapshot(cached.network), snapshot(plain.network), rtol=1e-2, atol=1e-4)
 
 
-def test_images_without_numbers_are_shown_to_the_teacher_each_time():
+def test_the_teacher_runs_on_all_images_without_ids():
     cached, _, pool = cached_and_plain(True)
     for _ in range(3):
-        cached.step(*pool.newest(8))
+        cached.step(Batch(*pool.newest(8)))
     assert (cached.cache.keys == -1).all()
+
+
+def extended(fields_of_teacher, cached):
+    """A learner with a further term, which reads the teacher's embedding and declares these fields."""
+    learner = make(augment=CROP)
+    extra = Term("extra", 1.0, lambda teacher, student: teacher.embed.square().mean(), teacher=fields_of_teacher)
+    learner.terms.append(extra)
+    if cached:
+        give_cache(learner)
+    return learner
+
+
+def test_a_term_that_reads_an_undeclared_field_is_refused_with_and_without_a_cache():
+    pool, messages = pool_of(), set()
+    for cached in (False, True):
+        with pytest.raises(InputError, match="reads 'embed' .*without declaring it; add 'embed'") as refusal:
+            extended((), cached).step(pool.sample(8))
+        messages.add(str(refusal.value))
+    assert len(messages) == 1
+
+
+def test_a_term_that_declares_its_fields_is_computed_with_and_without_a_cache():
+    pool, found = pool_of(), []
+    for cached in (False, True):
+        torch.manual_seed(0)
+        learner = extended(("embed",), cached)
+        assert set(learner.cached_fields) == {"logits", "embed"}
+        steps = []
+        for number in range(4):
+            torch.manual_seed(number)
+            steps.append(learner.step(pool.sample(8)))
+        found.append(steps)
+    torch.testing.assert_close(found[0], found[1])
+    assert set(found[0][0]) == {"kd", "extra"}
+
+
+@pytest.mark.parametrize("values", [dict(mixup=0.5), dict(gram_loss=1.0), dict(at_loss=1.0)])
+def test_a_cache_has_no_use_for_blended_views_and_whole_maps(values):
+    assert make(**values).cached_fields == ()
 
 
 # What is computed.
 
 
+def test_a_weighted_sum_by_hand():
+    teacher = Features(logits=torch.tensor([[1.0, 2.0]]))
+    student = Features(logits=torch.tensor([[3.0, 5.0]]), embed=torch.tensor([[7.0]]))
+    terms = [
+        Term("a", 0.5, lambda t, s, scale: scale * (s.logits - t.logits).sum(), ("logits",), ("logits",)),
+        Term("b", 3.0, lambda t, s, scale: s.embed.sum() - scale, student=("embed",)),
+    ]
+    loss, values = weighted_sum(terms, teacher, student, 10.0)
+    # a: 10 (2 + 3) = 50; b: 7 - 10 = -3
+    assert {name: value.item() for name, value in values.items()} == {"a": 50.0, "b": -3.0}
+    assert loss.item() == 0.5 * 50 - 3 * 3
+    assert fields_read(terms, "teacher") == ("logits",) and fields_read(terms, "student") == ("logits", "embed")
+
+
 def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
-    learner, images = make(), torch.rand(8, *SHAPE)
+    learner, batch = make(**EVERY), images_of()
     learner.network.train()
     torch.manual_seed(1)
-    loss, terms = learner.loss(images, None, None, 0.0)
-    student, teacher = learner.network.features(images), learner.teacher.features(images)
+    loss, terms = learner.loss(batch, 0.0)
+    student, teacher = learner.network.features(batch.images), learner.teacher.features(batch.images)
     torch.manual_seed(1)
-    STAY(images)  # draws as much as the step did
+    learner.augment(batch.images)  # takes as many random numbers as the step did
     labels = teacher.logits.argmax(1)
     expected = {
         "kd": criterions.distillation(student.logits, teacher.logits, 20.0),
-        "cd_loss": learner.projection.channel(student.stages, teacher.stages),
+        "cd_loss": learner.projection.channel(student.stages, [stage.mean((2, 3)) for stage in teacher.stages]),
         "gram_loss": learner.projection.gram(student.stages, teacher.stages),
+        "at_loss": criterions.attention(student.stages, teacher.stages, [(0, 0), (1, 1)]),
         "striplet": relation.relation_loss([student.embed], labels, teacher.embed, 0.2, "uniform", relation.SEPARATE),
     }
     assert list(terms) == list(expected)
     for name, value in expected.items():
         torch.testing.assert_close(terms[name], value)
-    weights = {**EVERY, "striplet": 0.125}
-    torch.testing.assert_close(loss, sum(weights[name] * value for name, value in expected.items()))
+    torch.testing.assert_close(loss, sum(EVERY[name] * value for name, value in expected.items()))
 
 
 def test_the_kd_term_equals_kullback_leiblers_definition():
-    learner, images = make(config.Distill(T=4.0), config.Relation()), torch.rand(8, *SHAPE)
-    loss, terms = learner.loss(images, None, None, 0.0)
+    learner, batch = make(T=4.0), images_of()
+    loss, terms = learner.loss(batch, 0.0)
     assert set(terms) == {"kd"} and learner.projection is None
-    p = (learner.teacher(images) / 4).softmax(1)
-    q = (learner.network(images) / 4).softmax(1)
+    p = (learner.teacher(batch.images) / 4).softmax(1)
+    q = (learner.network(batch.images) / 4).softmax(1)
     torch.testing.assert_close(loss, 16 * (p * (p / q).log()).sum(1).mean())
 
 
-@pytest.mark.parametrize("term", ["kd", "cd_loss", "gram_loss", "striplet"])
+FUNCTIONS = {
+    "kd": (criterions, "distillation"),
+    "cd_loss": (criterions.StageProjection, "channel"),
+    "gram_loss": (criterions.StageProjection, "gram"),
+    "at_loss": (criterions, "attention"),
+    "striplet": (relation, "relation_loss"),
+}
+
+
+@pytest.mark.parametrize("term", EVERY)
 def test_a_weight_of_0_skips_its_term_alone(term, monkeypatch):
-    settings = config.Distill(**{**EVERY, **({term: 0.0} if term != "striplet" else {})})
-    learner = make(settings, config.Relation(striplet=float(term != "striplet")))
-    skipped = count_calls(monkeypatch, learner, f"_{term}")
-    assert set(learner.step(torch.rand(8, *SHAPE), None)) == {*EVERY, "striplet"} - {term}
-    assert not skipped
+    calls = {name: count_calls(monkeypatch, *function) for name, function in FUNCTIONS.items()}
+    assert set(make(**{**EVERY, term: 0.0}).step(images_of())) == set(EVERY) - {term}
+    assert {name for name in calls if not calls[name]} == {term}
 
 
-def test_a_loss_of_no_terms_is_refused():
-    for settings in (config.Distill(kd=0.0), config.Distill(kd=0.0, cd_loss=1.0, custom_steps=0.5)):
+def test_every_term_has_the_name_and_the_weight_of_its_option():
+    learner = make(**EVERY)
+    weights = {f.name: getattr(part, f.name) for part in (learner.settings, learner.triplets) for f in fields(part)}
+    assert {term.name: term.weight for term in learner.terms} == EVERY
+    assert all(term.weight == weights[term.name] for term in learner.terms)
+
+
+def test_custom_steps_is_unused_without_the_terms_that_it_ends():
+    learner = make(**EVERY, custom_steps=0.5)
+    (condition,) = config.Distill.__dataclass_fields__["custom_steps"].metadata["unused_when"]
+    assert {term.name for term in learner.terms if term.until < 1} == set(condition)
+    assert all(values == (0,) for values in condition.values())
+
+
+def test_a_loss_without_terms_is_refused():
+    for values in (dict(kd=0.0), dict(kd=0.0, cd_loss=1.0, custom_steps=0.5)):
         with pytest.raises(InputError, match="--kd"):
-            make(settings, config.Relation())
-    make(config.Distill(kd=0.0, cd_loss=1.0), config.Relation()).step(torch.rand(4, *SHAPE), None)
+            make(**values)
+    make(kd=0.0, cd_loss=1.0).step(images_of(4))
 
 
-def test_the_custom_terms_act_in_their_share_of_the_run():
-    learner = make(config.Distill(**EVERY, custom_steps=0.5))
-    assert set(learner.step(torch.rand(8, *SHAPE), None, progress=0.49)) == {*EVERY, "striplet"}
-    assert set(learner.step(torch.rand(8, *SHAPE), None, progress=0.5)) == {"kd"}
+def test_the_custom_terms_act_in_their_fraction_of_the_run():
+    learner = make(**EVERY, custom_steps=0.5)
+    assert set(learner.step(images_of(), progress=0.49)) == set(EVERY)
+    assert set(learner.step(images_of(), progress=0.5)) == {"kd"}
 
 
 def test_pairs_show_every_image_under_two_augmentations(monkeypatch):
-    learner = make(config.Distill(pair_sample=True), config.Relation(), augment=CropFlip(2, True))
-    seen = count_calls(monkeypatch, learner.network, "features")
-    learner.step(torch.rand(8, *SHAPE), None)
-    views = seen[0][0][0]
+    learner = make(pair_sample=True, augment=CropFlip(2, True))
+    calls = count_calls(monkeypatch, learner.network, "features")
+    learner.step(images_of())
+    ((views,), _) = calls[0]
     assert views.shape == (16, *SHAPE) and not torch.equal(views[:8], views[8:])
 
 
 @pytest.mark.parametrize("feature, shape", [("global", (8, 12)), ("logits", (8, CLASSES)), ("features", (8, 12, 4, 4))])
 @pytest.mark.parametrize("space", ["embedding", "logits"])
-def test_the_triplets_look_at_what_was_chosen(feature, shape, space, monkeypatch):
-    triplets = config.Relation(
-        striplet=1.0,
-        striplet_feature=feature,
-        sampling_space=space,
-        start_layer=1,
-        end_layer=2,
-        striplet_sampling="distance",
-    )
-    learner = make(config.Distill(), triplets)
+def test_the_triplets_use_the_chosen_features(feature, shape, space, monkeypatch):
+    chosen = dict(striplet_feature=feature, sampling_space=space, start_layer=1, end_layer=2)
+    learner = make(striplet=1.0, **chosen, striplet_sampling="distance")
     calls = count_calls(monkeypatch, relation, "relation_loss")
-    images = torch.rand(8, *SHAPE)
+    batch = images_of()
     with torch.no_grad():
-        student = learner.network.train().features(images)
-    learner.step(images, torch.zeros(8))
-    layers, labels, drawn, margin, sampling, direction = calls[0][0]
-    teacher = learner.teacher.features(images)
-    looked_at = {"global": student.embed, "logits": student.logits, "features": student.stages[1]}[feature]
-    assert looked_at.shape == shape and [torch.allclose(layer, looked_at, atol=1e-5) for layer in layers] == [True]
+        student = learner.network.train().features(batch.images)
+    learner.step(batch)
+    ((layers, labels, negatives_from, margin, sampling, direction), _) = calls[0]
+    teacher = learner.teacher.features(batch.images)
+    used = {"global": student.embed, "logits": student.logits, "features": student.stages[1]}[feature]
+    assert used.shape == shape and [torch.allclose(layer, used, atol=1e-5) for layer in layers] == [True]
     assert torch.equal(labels, teacher.logits.argmax(1))
     expected = teacher.embed if space == "embedding" else student.logits
-    torch.testing.assert_close(drawn, expected, rtol=1e-4, atol=1e-5)
-    assert not drawn.requires_grad
+    torch.testing.assert_close(negatives_from, expected, rtol=1e-4, atol=1e-5)
+    assert not negatives_from.requires_grad
     assert (margin, sampling, direction) == (0.2, "distance", relation.SEPARATE)
 
 
@@ -240,11 +300,49 @@ def test_each_network_normalises_by_its_own_mean_and_deviation():
 # The optimiser.
 
 
-def test_sgd_with_momentum_and_decay_by_hand():
-    """Two steps of supervised training against the formula, with the rate's cosine."""
-    settings = config.Training(lr=0.1, momentum=0.9, weight_decay=0.01)
+@pytest.mark.parametrize("precision", ["none", "bf16"])
+def test_an_update_steps_all_optimisers_after_the_gradients_are_known(precision):
     net = network()
-    learner = SupervisedLearner(net, STAY, settings, total_steps=4)
+    first, second = (nn.Parameter(torch.full((3,), value)) for value in (1.0, 2.0))
+    optimizers = [torch.optim.SGD([first], 0.5), torch.optim.SGD([second], 0.1)]
+    first.grad = torch.full((3,), 100.0)  # of an earlier step
+    seen = []
+
+    def compute():
+        return (first * second).sum(), "the second result"
+
+    def before_step():
+        seen.append([tensor.detach().clone() for tensor in (first, second, first.grad, second.grad)])
+
+    loss, result = Update(net, precision)(compute, optimizers, before_step)
+    assert loss.item() == 6.0 and not loss.requires_grad and result == "the second result"
+    (now,) = seen
+    # d(first * second) = second and first; the parameters are still the old ones.
+    assert [tensor[0].item() for tensor in now] == [1.0, 2.0, 2.0, 1.0]
+    torch.testing.assert_close(first.detach(), torch.full((3,), 1.0 - 0.5 * 2.0))
+    torch.testing.assert_close(second.detach(), torch.full((3,), 2.0 - 0.1 * 1.0))
+
+
+class InEvaluationMode(DistillLearner):
+    """Trains the weights with the BatchNorm statistics as they are."""
+
+    def prepare(self):
+        self.network.eval()
+
+
+def test_a_learner_may_train_in_another_mode():
+    learner = make(kind=InEvaluationMode)
+    before = snapshot(learner.network)
+    learner.step(images_of())
+    weights = {f"0.{name}" for name, _ in learner.network.named_parameters()}
+    assert not learner.network.training and changed(before, learner.network) == weights
+
+
+def test_sgd_with_momentum_and_decay_by_hand():
+    """Two steps of supervised training against the formula, with the cosine of the learning rate."""
+    optim = config.Optim(lr=0.1, momentum=0.9, weight_decay=0.01)
+    net = network()
+    learner = SupervisedLearner(net, CropFlip(0, False), optim, total_steps=4)
     images, labels = torch.rand(8, *SHAPE), torch.arange(8) % CLASSES
     weight = net.model[-1].weight
     expected, speed = weight.detach().clone(), 0.0
@@ -257,44 +355,63 @@ def test_sgd_with_momentum_and_decay_by_hand():
         assert learner.lr == pytest.approx(0.1 * (1 + math.cos(math.pi * step / 4)) / 2)
         expected = expected - learner.lr * speed
         twin.zero_grad()
-        assert set(learner.step(images, labels)) == {"ce"}
+        assert set(learner.step(Batch(images, labels))) == {"ce"}
         torch.testing.assert_close(weight.detach(), expected)
 
 
-def test_the_rate_falls_along_a_cosine_to_0():
+def test_the_learning_rate_falls_along_a_cosine_to_0():
     learner = make(total_steps=4)
     rates = []
     for _ in range(5):
         rates.append(learner.lr)
-        learner.step(torch.rand(4, *SHAPE), None)
+        learner.step(images_of(4))
     assert rates == pytest.approx([0.1 * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(5)])
 
 
 def test_a_state_holds_all_that_the_next_step_needs():
-    first, images = make(), torch.rand(8, *SHAPE)
-    first.step(images, None)
-    second = make()
+    first, batch = make(**EVERY), images_of()
+    first.step(batch)
+    second = make(**EVERY)
     second.load_state_dict(copy.deepcopy(first.state_dict()))
     second.teacher.load_state_dict(first.teacher.state_dict())
     for learner in (first, second):
         torch.manual_seed(2)
-        learner.step(images, None, progress=0.1)
-    assert moved(snapshot(first.network), second.network) == set()
-    assert moved(snapshot(first.projection), second.projection) == set()
+        learner.step(batch, progress=0.1)
+    assert not changed(snapshot(first.network, first.projection), second.network, second.projection)
 
 
-def test_distillation_brings_the_student_to_the_teachers_answers():
-    learner = make(config.Distill(lr=0.05, T=4.0), config.Relation(), total_steps=200)
-    images = torch.rand(64, *SHAPE)
-    losses = [learner.step(images, None)["kd"].item() for _ in range(200)]
+@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
+def test_a_resumed_learner_follows_the_schedule_of_its_new_length(optimiser):
+    """A resumed run may be longer than it was; a schedule that is not the cosine of the run continues as it is."""
+
+    def learner_of(total_steps):
+        net, optim = network(), config.Optim(lr=0.1)
+        if optimiser == "sgd":
+            made = sgd(net.parameters(), optim)
+            return Learner(net, made, cosine_to_zero(made, total_steps))
+        made = torch.optim.Adam(net.parameters(), optim.lr)
+        return Learner(net, made, torch.optim.lr_scheduler.StepLR(made, 2, 0.5))
+
+    short, long = learner_of(10), learner_of(40)
+    for _ in range(5):
+        short.optimizer.step()
+        short.schedule.step()
+    long.load_state_dict(short.state_dict())
+    assert long.lr == pytest.approx(0.1 * (1 + math.cos(math.pi * 5 / 40)) / 2 if optimiser == "sgd" else 0.025)
+
+
+def test_distillation_brings_the_student_to_the_teachers_outputs():
+    learner = make(lr=0.05, T=4.0, total_steps=200)
+    batch = images_of(64)
+    losses = [learner.step(batch)["kd"].item() for _ in range(200)]
     learner.network.eval()
-    answers, wanted = learner.network(images), learner.teacher(images)
-    assert criterions.distillation(answers, wanted, 4.0) < 0.1 * losses[0] and losses[-1] < 0.1 * losses[0]
+    outputs, targets = learner.network(batch.images), learner.teacher(batch.images)
+    assert criterions.distillation(outputs, targets, 4.0) < 0.1 * losses[0] and losses[-1] < 0.1 * losses[0]
 
 
 def test_half_precision_on_the_cpu_keeps_terms_and_weights_in_fp32():
-    learner = make(precision="bf16")
-    terms = learner.step(torch.rand(8, *SHAPE), None)
+    learner = make(**EVERY, precision="bf16")
+    terms = learner.step(images_of())
     assert all(term.isfinite() and term.dtype == torch.float32 for term in terms.values())
     assert all(p.dtype == torch.float32 and p.isfinite().all() for p in learner.network.parameters())
 
@@ -304,19 +421,17 @@ def test_half_precision_on_the_cpu_keeps_terms_and_weights_in_fp32():
 
 def one_round(teacher, student, shape=(3, 32, 32), batch=4):
     """A synthesis step and a student step with every term on -> all terms."""
-    weights = dict.fromkeys(("bn", "oh", "adv", "act", "balance", "cr", "tv", "l2"), 1.0)
-    options = config.Synthesis(synthesis_batch_size=batch, nz=8, ngf=4, **weights)
-    relations = config.Relation(triplet=1.0, striplet=1.0)
-    teacher, student = network(teacher, shape).freeze(), network(student, shape)
-    if not any(isinstance(m, torch.nn.BatchNorm2d) for m in teacher.modules()):
-        options = replace(options, bn=0.0)
-    augment, pool = CropFlip(4, True), ImagePool(batch, shape, CLASSES, torch.device("cpu"))
-    objective = SynthesisObjective(options, relations, teacher, student)
-    source = InversionSynthesis(objective, Generator(8, 4, shape), augment, pool, options, g_steps=1)
-    learner = DistillLearner(student, teacher, augment, config.Distill(**EVERY), relations, 10)
-    terms = source.synthesize()
-    terms |= learner.step(*source.sample(batch))
-    assert set(terms) == {*weights, "triplet", *EVERY, "striplet"} - (set() if options.bn else {"bn"})
+    weights = dict.fromkeys(("bn", "oh", "adv", "act", "balance", "cr", "tv", "l2", "triplet"), 1.0)
+    teacher, student = network(teacher, shape), network(student, shape)
+    if not any(isinstance(m, nn.BatchNorm2d) for m in teacher.modules()):
+        weights["bn"] = 0.0
+    small = dict(synthesis_batch_size=batch, nz=8, ngf=4, g_steps=1, epochs=1)
+    given, augment = options(**weights, **EVERY, **small), CropFlip(4, True)
+    source = make_source(given, teacher, student, augment)
+    learner = make_learner(given, teacher, student, augment, total_steps=10)
+    terms = source.round(0, with_student=True)
+    terms |= learner.step(source.batch(batch))
+    assert set(terms) == {*weights, *EVERY} - (set() if weights["bn"] else {"bn"})
     assert all(term.isfinite() for term in terms.values()), terms
     assert all(p.isfinite().all() for p in student.parameters())
     return terms

@@ -1,4 +1,4 @@
-"""The run folder: who may use it, what it holds, what a resumed run finds, and pictures."""
+"""The run folder: who may use it, what it holds, and what a resumed run finds."""
 
 import json
 import os
@@ -17,7 +17,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from datafree import logger
 from datafree.errors import InputError
-from datafree.logger import RunFolder, draw_grid, table
+from datafree.logger import RunFolder, table
+from datafree.runtime import environment
 
 CONFIG = "run:\n  seed: 3\n"
 
@@ -25,7 +26,7 @@ CONFIG = "run:\n  seed: 3\n"
 def begin(root, name, config, resume=False):
     """A folder that holds a run."""
     folder = RunFolder(root, name, resume)
-    folder.record(config)
+    folder.record(config, environment(torch.device("cpu")))
     (folder.checkpoints / "last.pth").touch()
     return folder
 
@@ -45,7 +46,7 @@ def test_layout(tmp_path, capsys):
     with begin(root, "rgal", CONFIG) as folder:
         folder.log("two\nlines")
         folder.metrics(0, {"acc1": 92.41})
-        folder.grid("epoch_0000", torch.rand(4, 3, 32, 32))
+        folder.grid(0, Image.new("RGB", (64, 48)))
         folder.summary({"acc1": 92.41, "bad": float("nan"), "nested": {"n": torch.tensor(3)}})
         assert folder.checkpoints == root / "checkpoints" and folder.checkpoints.is_dir()
     assert yaml.safe_load((root / "config.yaml").read_text()) == {"run": {"seed": 3}}
@@ -162,59 +163,25 @@ def test_a_folder_that_is_not_writable(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
 def test_disk_full_names_the_file(tmp_path):
     with begin(tmp_path, "r", CONFIG) as folder:
-        for name in ("metrics.jsonl", "log.txt", "summary.json.tmp", "grids/g.png"):
+        for name in ("metrics.jsonl", "log.txt", "summary.json.tmp", "grids/epoch_0007.png"):
             (tmp_path / name).symlink_to("/dev/full")
         writes = {
             "metrics.jsonl": lambda: folder.metrics(0, {"a": 1}),
             "log.txt": lambda: folder.log("x"),
             "summary.json": lambda: folder.summary({"a": 1}),
-            "grids/g.png": lambda: folder.grid("g", torch.rand(1, 3, 8, 8)),
+            "grids/epoch_0007.png": lambda: folder.grid(7, Image.new("RGB", (8, 8))),
         }
         for name, write in writes.items():
             with pytest.raises(InputError, match=rf"could not write .*{name} \(No space left on device\)"):
                 write()
 
 
-def test_a_grid_holds_the_images_enlarged(tmp_path):
-    images = torch.randint(0, 256, (5, 3, 20, 32)) / 255
+def test_a_grid_is_a_file_and_a_point_of_tensorboard(tmp_path):
+    pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     with begin(tmp_path, "r", CONFIG) as folder:
-        folder.grid("epoch_0040", images, columns=3)
-    picture = np.asarray(Image.open(tmp_path / "grids" / "epoch_0040.png"))
-    height, width, gap = 80, 128, 2  # four times: the first whole factor that makes 20 pixels at least 64
-    assert picture.shape == (2 * (height + 2 * gap), 3 * (width + 2 * gap), 3)
-    for i, image in enumerate(images):
-        top, left = i // 3 * (height + 2 * gap) + gap, i % 3 * (width + 2 * gap) + gap
-        tile = picture[top : top + height : 4, left : left + width : 4]
-        assert np.array_equal(tile, (image * 255).round().byte().permute(1, 2, 0).numpy())
-    drawn = events(tmp_path).Images("grids/epoch")
-    assert [(e.step, e.width, e.height) for e in drawn] == [(40, picture.shape[1], picture.shape[0])]
-
-
-@pytest.mark.parametrize("shape", [(1, 1, 28, 28), (3, 3, 224, 300), (9, 1, 8, 8), (2, 3, 64, 64)])
-def test_grids_of_any_shape(shape):
-    picture = draw_grid(torch.rand(shape).requires_grad_(), ["a"] * shape[0])
-    scale = {28: 3, 224: 1, 8: 8, 64: 1}[shape[2]]
-    columns = min(8, shape[0])
-    assert picture.size[0] == columns * (shape[3] * scale + 4)
-
-
-def test_captions_stay_clear_of_the_images():
-    images = torch.zeros(4, 3, 64, 64)
-    per_image, per_row = ["cat", "a long name of a class", "dog", "frog"], ["one", "two, with a long label"]
-    for labels in (per_image, per_row):
-        picture = np.asarray(draw_grid(images, labels, columns=2).convert("L"))
-        black_rows = (picture[:, 2:66] == 0).all(1)
-        assert black_rows.sum() == 2 * 64  # nothing is drawn over them, nothing of them is lost
-        band = picture[66 : 66 + logger.CAPTION]
-        assert band.min() < 100 and (band[:, -1] == 255).all() and (band[-1] == 255).all()
-    with pytest.raises(ValueError, match="3 labels for 4 images in rows of 2"):
-        draw_grid(images, ["a", "b", "c"], columns=2)
-
-
-def test_values_outside_the_range_are_clipped():
-    values = torch.tensor([-1.0, 2.0, float("nan"), 0.5])
-    picture = np.asarray(draw_grid(values.view(4, 1, 1, 1).expand(4, 3, 64, 64)))
-    assert [picture[30, 30 + 68 * i, 0] for i in range(4)] == [0, 255, 0, 128]
+        folder.grid(40, Image.fromarray(pixels))
+    assert np.array_equal(np.asarray(Image.open(tmp_path / "grids" / "epoch_0040.png")), pixels)
+    assert [(e.step, e.width, e.height) for e in events(tmp_path).Images("grids/epoch")] == [(40, 64, 48)]
 
 
 def test_table():

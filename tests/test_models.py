@@ -1,4 +1,4 @@
-"""Networks: shapes, sizes known from the literature, names of parameters, and networks of one's own."""
+"""Networks: shapes, sizes known from the literature, names of parameters, and user-defined networks."""
 
 import sys
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from datafree.errors import InputError, OptionError
 from datafree.models import MODELS
-from datafree.models.custom import build_model
+from datafree.models.factory import build_model
 from datafree.models.resnet_cifar import Subsample
 from datafree.models.wresnet import PreActBlock
 
@@ -46,7 +46,7 @@ PARAMETERS = {
 
 
 def trunk(module):
-    """The children of the root, plain containers opened."""
+    """The children of the root, with those of plain containers in their place."""
     for child in module.children():
         if isinstance(child, nn.Sequential):
             yield from trunk(child)
@@ -94,7 +94,7 @@ def test_number_of_parameters(name, num_classes):
     assert sum(p.numel() for p in MODELS[name](num_classes).parameters()) == PARAMETERS[name, num_classes]
 
 
-def test_lenet5_has_the_papers_parameters_beside_its_batch_norms():
+def test_lenet5_has_the_papers_parameters_and_those_of_its_batch_norms():
     norms = 2 * (6 + 16)
     assert sum(p.numel() for p in MODELS["lenet5"](10, in_channels=1).parameters()) == 61_706 + norms
 
@@ -106,7 +106,7 @@ def test_no_later_layer_changes_the_output_of_an_earlier_one(name):
         module.register_forward_hook(lambda _, args, output: seen.append((output, output.detach().clone())))
     model(torch.randn(2, 3, 32, 32))
     assert len(seen) > 4
-    assert all(torch.equal(output, at_that_time) for output, at_that_time in seen)
+    assert all(torch.equal(output, copied) for output, copied in seen)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def factories(tmp_path):
     return f"{tmp_path}/factories.py"
 
 
-def test_factory_in_a_file_gets_the_arguments_that_it_names(factories):
+def test_factory_in_a_file_is_called_with_the_arguments_that_it_names(factories):
     path = list(sys.path)
     assert build_model(f"{factories}:named", 4, in_channels=1)(torch.randn(2, 1, 8, 8)).shape == (2, 4)
     assert build_model(f"{factories}:fixed", 4)(torch.randn(2, 3, 8, 8)).shape == (2, 2)
@@ -277,12 +277,12 @@ def test_torchvisions_auxiliary_heads_are_off():
     assert model.training
 
 
-def test_unknown_model_names_the_nearest_and_the_way_to_ones_own():
+def test_unknown_model_names_the_nearest_and_how_to_name_a_user_defined_one():
     with pytest.raises(OptionError, match="'wrn40-2': the nearest are wrn40_2, .* path/to/file.py:factory"):
         build_model("wrn40-2", 10)
     with pytest.raises(OptionError, match="densenet121"):
         build_model("densenet_121", 10)
-    with pytest.raises(OptionError, match="there are wrn16_1, wrn16_2, "):
+    with pytest.raises(OptionError, match="known models are wrn16_1, wrn16_2, "):
         build_model("@", 10)
 
 
@@ -296,7 +296,7 @@ def test_torchvisions_models_need_three_channels():
     [
         ("missing", "has no function or class 'missing'"),
         ("FACTORIES", "has no function or class 'FACTORIES'"),
-        ("text", "text' returned a str: it has to return a torch.nn.Module"),
+        ("text", "text' returned a str; it must return a torch.nn.Module"),
         ("needs_more", "needs_more' failed when called with .*num_classes=10 .*: TypeError: .*depth"),
     ],
 )

@@ -1,4 +1,4 @@
-"""The image pool: a ring of bytes, sampled without repeats, evenly if asked, and saved whole."""
+"""The image pool: a ring buffer of bytes, sampled without replacement, balanced on request, and saved as a whole."""
 
 import numpy as np
 import pytest
@@ -16,12 +16,12 @@ def seed():
 
 
 def numbered(first, count, classes=4):
-    """Images (count, 1, 2, 2) that are all of one byte, their number, with their number's class."""
-    number = torch.arange(first, first + count)
-    return (number.float() / 255).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), number % classes
+    """Images (count, 1, 2, 2) of one byte each, their id, and the class of this id."""
+    ids = torch.arange(first, first + count)
+    return (ids.float() / 255).view(-1, 1, 1, 1).expand(-1, 1, 2, 2), ids % classes
 
 
-def numbers(images):
+def ids_of(images):
     return (images[:, 0, 0, 0] * 255).round().long()
 
 
@@ -34,8 +34,8 @@ def filled(capacity, count, batch=3, classes=4):
 
 def held(pool):
     images, targets, _ = pool.sample(len(pool))
-    assert (targets == numbers(images) % pool.num_classes).all()
-    return sorted(numbers(images).tolist())
+    assert (targets == ids_of(images) % pool.num_classes).all()
+    return sorted(ids_of(images).tolist())
 
 
 @pytest.mark.parametrize("batch", [1, 3, 4, 10])
@@ -48,10 +48,10 @@ def test_the_oldest_are_overwritten(count, batch):
 
 
 @pytest.mark.parametrize("count", [4, 10, 11, 37])
-def test_an_image_keeps_its_number(count):
+def test_an_image_keeps_its_id(count):
     pool = filled(10, count)
-    images, _, order = pool.sample(30)
-    assert (order == numbers(images)).all() and order.min() >= count - len(pool)
+    batch = pool.sample(30)
+    assert (batch.ids == ids_of(batch.images)).all() and batch.ids.min() >= count - len(pool)
 
 
 @pytest.mark.parametrize("before, count", [(0, 11), (0, 25), (3, 20), (7, 10), (13, 27)])
@@ -63,7 +63,7 @@ def test_a_batch_larger_than_the_pool_leaves_its_last_images(before, count):
     assert held(pool) == list(range(before + count - 6, before + count + 4))
 
 
-def test_bytes_come_back_exactly():
+def test_bytes_are_returned_exactly():
     values = np.random.default_rng(0).integers(0, 256, (32, 3, 4, 6), dtype=np.uint8)
     values.ravel()[:256] = np.arange(256)
     pool = ImagePool(40, (3, 4, 6), 32, CPU)
@@ -99,54 +99,54 @@ def test_no_gradient_is_kept():
     images = torch.rand(3, 1, 2, 2, requires_grad=True)
     pool = ImagePool(5, (1, 2, 2), 4, CPU)
     pool.add(images * 1, torch.zeros(3).long())
-    assert not pool.sample(2)[0].requires_grad
+    assert not pool.sample(2).images.requires_grad
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_samples_repeat_only_where_the_pool_is_too_small(balanced):
+def test_samples_repeat_only_if_the_pool_is_too_small(balanced):
     pool = filled(20, 17)
     for n in (1, 5, 17):
         images, targets, _ = pool.sample(n, balanced)
-        assert images.shape == (n, 1, 2, 2) and len(numbers(images).unique()) == n
-        assert (targets == numbers(images) % 4).all()
+        assert images.shape == (n, 1, 2, 2) and len(ids_of(images).unique()) == n
+        assert (targets == ids_of(images) % 4).all()
     images, *_ = pool.sample(40, balanced)
-    assert len(images) == 40 and len(numbers(images).unique()) == 17
+    assert len(images) == 40 and len(ids_of(images).unique()) == 17
 
 
 @pytest.mark.parametrize("balanced", [False, True])
-def test_every_image_is_drawn_equally_often(balanced):
-    pool = filled(20, 30)  # the ring has gone round: images 10 to 29, five of every class
-    drawn = torch.cat([numbers(pool.sample(6, balanced)[0]) for _ in range(2000)])
-    counts = torch.bincount(drawn, minlength=30)[10:]
+def test_every_image_is_sampled_equally_often(balanced):
+    pool = filled(20, 30)  # the ring buffer has wrapped around: images 10 to 29, five of every class
+    sampled = torch.cat([ids_of(pool.sample(6, balanced).images) for _ in range(2000)])
+    counts = torch.bincount(sampled, minlength=30)[10:]
     assert counts.sum() == 12_000
     # 600 expected, standard deviation below 24.
     assert (counts - 600).abs().max() < 5 * 24
 
 
 @pytest.mark.parametrize("n", [4, 6, 8, 13])
-def test_balanced_draws_have_even_counts(n):
+def test_balanced_samples_have_even_counts(n):
     pool = filled(40, 40)
     for _ in range(20):
-        counts = torch.bincount(pool.sample(n, balanced=True)[1], minlength=4)
+        counts = torch.bincount(pool.sample(n, balanced=True).targets, minlength=4)
         assert counts.max() - counts.min() <= (n % 4 > 0) and counts.sum() == n
 
 
-def test_a_rare_class_is_drawn_as_far_as_it_goes():
+def test_a_rare_class_is_sampled_as_far_as_it_has_images():
     pool = ImagePool(30, (1, 2, 2), 5, CPU)
     images, _ = numbered(0, 23)
     pool.add(images, torch.tensor([0] * 2 + [1] * 20 + [4]))  # classes 2 and 3 do not occur
-    counts = torch.bincount(pool.sample(9, balanced=True)[1], minlength=5)
+    counts = torch.bincount(pool.sample(9, balanced=True).targets, minlength=5)
     assert counts.tolist() == [2, 6, 0, 0, 1]
 
 
-def test_no_class_is_favoured_by_its_number():
+def test_no_class_is_favoured_by_its_index():
     pool = filled(40, 40)
-    odd = torch.cat([pool.sample(1, balanced=True)[1] for _ in range(2000)])
+    odd = torch.cat([pool.sample(1, balanced=True).targets for _ in range(2000)])
     assert (torch.bincount(odd, minlength=4) - 500).abs().max() < 5 * 20
 
 
 @pytest.mark.parametrize("count", [0, 4, 10, 23])
-def test_state_goes_round(count):
+def test_state_is_restored(count):
     pool, other = filled(10, count), ImagePool(10, (1, 2, 2), 4, CPU)
     state = pool.state_dict()
     other.load_state_dict(state)
@@ -159,14 +159,14 @@ def test_state_goes_round(count):
     images, targets, _ = pool.sample(2)
     torch.manual_seed(5)
     again = other.sample(2)
-    assert torch.equal(images, again[0]) and torch.equal(targets, again[1])
+    assert torch.equal(images, again.images) and torch.equal(targets, again.targets)
 
 
 def test_a_saved_state_does_not_change_with_the_pool():
     pool = filled(10, 10)
     state = pool.state_dict()
     pool.add(*numbered(100, 10))
-    assert numbers(state["images"].float() / 255).tolist() == list(range(10))
+    assert ids_of(state["images"].float() / 255).tolist() == list(range(10))
 
 
 @pytest.mark.parametrize("saved, count, capacity", [(10, 23, 20), (20, 23, 10), (20, 15, 10)])
@@ -176,7 +176,7 @@ def test_a_state_that_does_not_fit_is_refused(saved, count, capacity):
         ImagePool(capacity, (1, 2, 2), 4, CPU).load_state_dict(state)
 
 
-def test_a_pool_that_has_not_gone_round_may_grow():
+def test_a_pool_that_has_not_wrapped_around_may_grow():
     pool = ImagePool(30, (1, 2, 2), 4, CPU)
     pool.load_state_dict(filled(10, 10).state_dict())
     pool.add(*numbered(10, 5))
@@ -194,11 +194,11 @@ def test_nothing_is_shared_with_another_pool():
     "count, n, expected",
     [(4, 3, [1, 2, 3]), (4, 9, [0, 1, 2, 3]), (23, 5, [18, 19, 20, 21, 22]), (23, 10, list(range(13, 23)))],
 )
-def test_newest_are_the_last_in_their_order(count, n, expected):
+def test_newest_are_the_last_ones_in_order(count, n, expected):
     images, targets = filled(10, count).newest(n)
-    assert numbers(images).tolist() == expected and targets.tolist() == [number % 4 for number in expected]
+    assert ids_of(images).tolist() == expected and targets.tolist() == [i % 4 for i in expected]
 
 
-def test_a_pool_that_memory_cannot_hold_is_refused_before_it_fills():
+def test_a_pool_that_exceeds_the_memory_is_refused_before_it_fills():
     with pytest.raises(InputError, match=r"1,000,000,000 images of \(3, 224, 224\) takes 150528.0 GB .*--pool_size"):
         ImagePool(10**9, (3, 224, 224), 10, CPU)

@@ -40,7 +40,7 @@ def loss_oracle(features, labels, negatives, margin, direction):
 
 
 def probability_oracle(distance, labels, dim, sampling):
-    """Inverse density over a row's kept candidates; evenly over the other classes where none is kept."""
+    """Inverse density over a row's kept candidates; uniform over the other classes if none is kept."""
     rows = []
     for a, r in enumerate(distance.double().numpy()):
         other = (labels != labels[a]).numpy()
@@ -163,7 +163,7 @@ def test_triplet_mask_equals_the_definition():
     assert not relation.triplet_mask(torch.zeros(4)).any()
 
 
-def test_layers_share_one_draw_and_are_summed():
+def test_layers_share_their_negatives_and_are_summed():
     features, labels, _ = batch()
     layers = [torch.randn(14, 9), torch.randn(14, 3, 4, 4), features]
     torch.manual_seed(3)
@@ -220,7 +220,7 @@ def test_autocast_does_not_lower_the_precision_of_distances():
 def test_probabilities_equal_the_formula(sampling, dim):
     size = 40
     upper = torch.rand(size, size).mul(1.9).add(0.05).triu(1)
-    upper[0, 1:] = 1.7  # this anchor's band is empty
+    upper[0, 1:] = 1.7  # the band of this anchor is empty
     distance, labels = upper + upper.T, torch.randint(4, (size,))
     found = relation.negative_probabilities(distance, labels, dim, sampling)
     oracle = probability_oracle(distance, labels, dim, sampling)
@@ -230,7 +230,7 @@ def test_probabilities_equal_the_formula(sampling, dim):
 
 @pytest.mark.parametrize("dim", [2, 3, 10, 100])
 def test_distance_weights_equal_those_of_pytorch_metric_learning(dim, monkeypatch):
-    """Up to 100 dimensions, for its weights are not kept in log space and underflow beyond."""
+    """Up to 100 dimensions: its weights are not kept in log space, and underflow beyond."""
     rows, labels = torch.randn(30, dim), torch.arange(30) % 3
     given = []
     monkeypatch.setattr(
@@ -254,7 +254,7 @@ def test_a_very_near_sample_does_not_make_focal_sampling_uniform(dim):
 
 
 @SAMPLINGS
-def test_frequencies_of_draws_equal_the_probabilities(sampling):
+def test_frequencies_of_sampled_negatives_equal_the_probabilities(sampling):
     space, labels = torch.randn(8, 4), torch.tensor([0, 0, 0, 1, 1, 2, 2, 2])
     counts = torch.zeros(8, 8)
     for _ in range(500):
@@ -263,7 +263,7 @@ def test_frequencies_of_draws_equal_the_probabilities(sampling):
     rows = space.double().numpy() / np.linalg.norm(space.double().numpy(), axis=1, keepdims=True)
     distance = torch.tensor(np.linalg.norm(rows[:, None] - rows[None], axis=2))
     oracle = probability_oracle(distance, labels, 4, sampling)
-    # 4,000 draws a row: 5 standard deviations are at most 0.04.
+    # 4,000 samples of each row: 5 standard deviations are at most 0.04.
     np.testing.assert_allclose(counts.numpy() / 4000, oracle, atol=0.04)
     assert (counts.numpy()[oracle == 0] == 0).all()
 
@@ -273,7 +273,7 @@ DIMS = pytest.mark.parametrize("dim", [2, 3, 10, 100, 200, 1000])
 
 @DIMS
 def test_the_weights_invert_the_density_of_distances_on_the_sphere(dim):
-    """So a class whose samples lie evenly on the sphere is drawn uniformly in distance."""
+    """So images of a class that is uniform on the sphere are sampled uniformly in distance."""
     r = torch.linspace(0.5, 1.4, 50, dtype=torch.float64)
     # The height (1 + cos) / 2 = 1 - r^2 / 4 of a random point has the distribution Beta((d - 1) / 2, (d - 1) / 2).
     density = torch.from_numpy(beta.logpdf(r**2 / 4, (dim - 1) / 2, (dim - 1) / 2)) + r.log()
@@ -284,7 +284,7 @@ def test_the_weights_invert_the_density_of_distances_on_the_sphere(dim):
 @DIMS
 @SAMPLINGS
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-def test_draws_pass_a_chi_square_test_and_stay_in_the_band(dim, sampling, precision):
+def test_sampled_negatives_pass_a_chi_square_test_and_stay_in_the_band(dim, sampling, precision):
     """An anchor and 300 samples of another class, spaced evenly in distance from it."""
     r = torch.linspace(0.3, 1.45, 300)
     rows = torch.zeros(301, dim)
@@ -299,7 +299,7 @@ def test_draws_pass_a_chi_square_test_and_stay_in_the_band(dim, sampling, precis
     expected = oracle * len(drawn)
     counts = np.bincount(drawn.numpy(), minlength=301)
     assert (counts[oracle == 0] == 0).all()
-    often = expected >= 5  # the others are too rare for the test's approximation, one by one
+    often = expected >= 5  # the approximation of the test does not hold for rarer ones
     assert counts[~often].sum() <= expected[~often].sum() + 5 * expected[~often].sum() ** 0.5
     if often.sum() > 1:
         observed, wanted = counts[often], expected[often]
@@ -308,7 +308,7 @@ def test_draws_pass_a_chi_square_test_and_stay_in_the_band(dim, sampling, precis
 
 @pytest.mark.parametrize("sampling, low, high", [("focal", 0.5, 1.0), ("distance", 0.0, 1.4)])
 @pytest.mark.parametrize("dim", [3, 300])
-def test_draws_are_of_another_class_and_within_the_band(sampling, low, high, dim):
+def test_sampled_negatives_are_of_another_class_and_within_the_band(sampling, low, high, dim):
     labels = torch.randint(4, (96,))
     space = torch.randn(96, dim) * 0.6 + torch.randn(dim)  # a common part brings the rows near each other
     distance = relation.pairwise_distance(space)
@@ -323,7 +323,7 @@ def test_draws_are_of_another_class_and_within_the_band(sampling, low, high, dim
 
 
 @pytest.mark.parametrize("sampling", ["focal", "distance"])
-def test_empty_band_draws_evenly_from_the_other_classes(sampling):
+def test_an_empty_band_samples_uniformly_from_the_other_classes(sampling):
     space = torch.tensor([[1.0, 0.0]] * 3 + [[-1.0, 0.0]] * 4)  # every other class at r = 2
     labels = torch.tensor([0, 0, 0, 1, 1, 2, 2])
     distance = relation.pairwise_distance(space)
@@ -377,7 +377,7 @@ def test_every_batch_has_a_finite_loss_and_gradient(case, sampling, direction):
     loss = relation.relation_loss([features], labels, features.detach(), 0.2, sampling, direction)
     loss.backward()
     assert loss.isfinite() and 0 <= loss <= 2.2
-    # A distance of unit rows has a slope of at most 1, and so the loss in a row of norm s one of a few 1 / s.
+    # The gradient of a distance of unit rows is at most 1, so that of the loss in a row of norm s is a few 1 / s.
     assert (features.grad.norm(dim=1) * features.detach().norm(dim=1)).max() < 4
     if expected is not None:
         assert loss.item() == pytest.approx(expected, abs=1e-3)
@@ -400,10 +400,10 @@ def test_nan_is_not_hidden():
     features, labels, negatives = batch()
     features[3, 1] = torch.nan
     assert relation.triplet_loss(features, labels, negatives, 0.2, SEPARATE).isnan()
-    relation.draw_negatives(features, labels, "distance")  # draws something: the loss names the trouble
+    relation.draw_negatives(features, labels, "distance")  # samples something: the loss shows the trouble
 
 
-def test_drawing_leaves_no_gradient_in_its_space():
+def test_negative_sampling_leaves_no_gradient_in_its_space():
     features, labels, _ = batch()
     space = torch.randn(14, 6, requires_grad=True)
     features.requires_grad_()

@@ -39,7 +39,7 @@ def test_seeds_of_one_run_share_a_row(tmp_path):
     assert row["std"] == pytest.approx(13**0.5)  # (9 + 1 + 16) / (3 - 1)
 
 
-def test_rows_are_in_the_order_given_and_within_a_folder_in_the_order_of_time(tmp_path):
+def test_rows_are_in_the_order_of_the_folders_and_of_time_within_a_folder(tmp_path):
     for name, clock in (("c", "08:00"), ("a", "10:00"), ("b", "09:00")):
         write_run(tmp_path / "many", name, 0, 50.0, clock=clock)
     one = write_run(tmp_path / "one", "z", 0, 50.0, clock="11:00")
@@ -47,13 +47,13 @@ def test_rows_are_in_the_order_given_and_within_a_folder_in_the_order_of_time(tm
     assert [row["run"] for row in rows] == ["z", "c", "b", "a"]
 
 
-def test_a_run_below_two_of_the_folders_counts_once(tmp_path):
+def test_a_run_found_below_two_folders_counts_once(tmp_path):
     folder = write_run(tmp_path, "rgal", 0, 90.0)
     [row] = table_of(report.read_summaries([folder, tmp_path]))
     assert row["n"] == 1 and row["std"] is None
 
 
-def test_numbers_that_a_run_does_not_have_stay_empty(tmp_path, monkeypatch, capsys):
+def test_metrics_that_a_run_does_not_have_stay_empty(tmp_path, monkeypatch, capsys):
     write_run(tmp_path, "rgal", 0, None, teacher=None)
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path)])
     report.main()
@@ -79,11 +79,11 @@ def test_a_folder_that_is_missing_or_empty_and_a_damaged_summary_are_named(tmp_p
     write_run(tmp_path, "rgal", 0, 90.0)
     for text in ('{"run": ', "[]", "{}"):
         (tmp_path / "rgal" / "seed0" / "summary.json").write_text(text)
-        with pytest.raises(InputError, match="summary.json is no summary"):
+        with pytest.raises(InputError, match="summary.json is not the summary of a run"):
             report.read_summaries([tmp_path])
 
 
-def test_without_folders_it_says_how_it_is_called(monkeypatch, capsys):
+def test_without_folders_the_usage_is_printed(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["report"])
     with pytest.raises(SystemExit) as stop:
         report.main()
@@ -93,7 +93,7 @@ def test_without_folders_it_says_how_it_is_called(monkeypatch, capsys):
 
 def test_runs_that_differ_in_an_option_do_not_share_a_row(tmp_path):
     for tag, seed, weight, last in (("a", 0, 0.1, 90.0), ("b", 1, 0.1, 92.0), ("c", 0, 0.3, 50.0)):
-        write_settings(tmp_path / tag, seed, {"triplet": weight, "seed": seed}, last)
+        write_options(tmp_path / tag, seed, {"triplet": weight, "seed": seed}, last)
     rows = table_of(report.read_summaries([tmp_path]))
     assert [(row["options"], row["n"], row["last"]) for row in rows] == [
         ("triplet=0.1", 2, 91.0),
@@ -101,12 +101,12 @@ def test_runs_that_differ_in_an_option_do_not_share_a_row(tmp_path):
     ]
 
 
-def test_weights_part_rows_only_within_a_seed(tmp_path):
-    def settings(seed, weights):
+def test_weights_separate_rows_only_within_a_seed(tmp_path):
+    def options(seed, weights):
         return {"seed": seed, "teacher_weights": weights}
 
     for tag, seed, weights, last in (("a", 0, "t0", 90.0), ("b", 1, "t1", 92.0), ("c", 0, "other", 50.0)):
-        write_settings(tmp_path / tag, seed, settings(seed, weights), last)
+        write_options(tmp_path / tag, seed, options(seed, weights), last)
     rows = table_of(report.read_summaries([tmp_path]))
     assert [(row["n"], row["last"]) for row in rows] == [(2, 91.0), (1, 50.0)]
     assert rows[1]["options"] == "teacher_weights=other"
@@ -114,32 +114,33 @@ def test_weights_part_rows_only_within_a_seed(tmp_path):
 
 def test_a_run_that_was_repeated_counts_once(tmp_path):
     for tag, clock, last in (("a", "10:00", 90.0), ("b", "11:00", 94.0)):
-        write_settings(tmp_path / tag, 0, {"triplet": 0.1, "seed": 0}, last, clock)
+        write_options(tmp_path / tag, 0, {"triplet": 0.1, "seed": 0}, last, clock)
     [row] = table_of(report.read_summaries([tmp_path]))
     assert row["n"] == 1 and row["last"] == 94 and "options" not in row
 
 
-def write_settings(root, seed, settings, last, clock="12:00", run="rgal"):
+def write_options(root, seed, options, last, clock="12:00", run="rgal", key="options"):
+    """A finished run with the options that count for its result; earlier versions wrote them as "settings"."""
     path = write_run(root, run, seed, last, clock=clock) / "summary.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "settings": settings}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: options}))
 
 
 def test_gains_are_paired_by_seed(tmp_path, monkeypatch, capsys):
     lasts = {0.0: {0: 90.0, 1: 80.0, 2: 70.0}, 0.3: {0: 91.0, 1: 83.0, 2: 72.0, 3: 10.0}}
     for weight, seeds in lasts.items():
         for seed, last in seeds.items():
-            write_settings(tmp_path / f"{weight}", seed, {"triplet": weight, "seed": seed}, last)
+            write_options(tmp_path / f"{weight}", seed, {"triplet": weight, "seed": seed}, last)
     monkeypatch.setattr("sys.argv", ["report", str(tmp_path), "--against", "triplet=0"])
     report.main()
     base, other = (dict(zip(ROW, line.split())) for line in capsys.readouterr().out.splitlines()[2:4])
     assert base["gain"] == base["ci95"] == "-" and other["options"] == "triplet=0.3" and other["n"] == "4"
     # Gains 1, 3, 2: mean 2, standard deviation 1.
     assert other["gain"] == "2.00" and float(other["ci95"]) == pytest.approx(4.3027 / 3**0.5, abs=0.01)
-    with pytest.raises(InputError, match="fits 0 rows"):
+    with pytest.raises(InputError, match="matches 0 rows"):
         table_of(report.read_summaries([tmp_path]), ["triplet=9"])
 
 
-def test_rows_are_compared_with_the_one_of_their_name_where_each_has_one(tmp_path):
+def test_rows_are_compared_with_the_baseline_of_their_name_if_each_has_one(tmp_path):
     for run, seed, weight, last in (
         ("dafl", 0, 0.0, 50.0),
         ("dafl", 0, 0.1, 53.0),
@@ -147,7 +148,7 @@ def test_rows_are_compared_with_the_one_of_their_name_where_each_has_one(tmp_pat
         ("fast", 0, 0.1, 91.0),
         ("real", 0, 0.3, 99.0),
     ):
-        write_settings(tmp_path / f"{weight}", seed, {"striplet": weight, "seed": seed}, last, run=run)
+        write_options(tmp_path / f"{weight}", seed, {"striplet": weight, "seed": seed}, last, run=run)
     rows = table_of(report.read_summaries([tmp_path]), ["striplet=0"])
     assert {(row["run"], row["last"]): row["gain"] for row in rows} == {
         ("dafl", 50): None,
@@ -156,22 +157,26 @@ def test_rows_are_compared_with_the_one_of_their_name_where_each_has_one(tmp_pat
         ("fast", 91): 1,
         ("real", 99): None,
     }
-    write_settings(tmp_path / "more", 0, {"striplet": 0.0, "ngf": 8, "seed": 0}, 10.0, run="dafl")
-    with pytest.raises(InputError, match="fits 3 rows, not one or one of each name"):
+    write_options(tmp_path / "more", 0, {"striplet": 0.0, "ngf": 8, "seed": 0}, 10.0, run="dafl")
+    with pytest.raises(InputError, match="matches 3 rows; it must match one, or one per run name"):
         table_of(report.read_summaries([tmp_path]), ["striplet=0"])
 
 
 def write_effects(root):
-    """Two seeds, whose shift is their own: option a gains 1, option b 10, b with its c=2 11."""
-    for seed, shift in ((0, 60.0), (1, 30.0)):
-        for tag, settings, gain in (
-            ("none", {"triplet": 0.0}, 0),
-            ("paper", {"triplet": 0.1, "relation": "paper"}, 1 + seed),
-            ("release", {"triplet": 0.1, "relation": "release"}, 3 + seed),
-            ("wide", {"triplet": 0.1, "relation": "release", "ngf": 9}, 50),
+    """Two seeds of different levels: triplets gain 1 or 3 (2 or 4 with seed 1) by their relation, ngf 47 or 46 more.
+
+    A run without triplets has no options of theirs.
+    """
+    for seed, level in ((0, 60.0), (1, 30.0)):
+        shared = {"source": "inversion", "ngf": 8, "seed": seed}
+        triplets = {**shared, "triplet": 0.1, "sampling": "focal"}
+        for tag, options, gain in (
+            ("none", {**shared, "triplet": 0.0}, 0),
+            ("paper", {**triplets, "relation": "paper"}, 1 + seed),
+            ("release", {**triplets, "relation": "release"}, 3 + seed),
+            ("wide", {**triplets, "relation": "release", "ngf": 9}, 50),
         ):
-            idle = {"relation": "paper", "sampling": "focal", "source": "inversion", "ngf": 8, "seed": seed}
-            write_settings(root / tag, seed, idle | settings, shift + gain)
+            write_options(root / tag, seed, options, level + gain)
             (root / tag / "rgal" / f"seed{seed}" / "metrics.jsonl").write_text(
                 '{"images/x": 9}\n' + json.dumps({"images/x": gain / 100}) + '\n{"images/x": '
             )
@@ -190,7 +195,7 @@ def test_an_effect_is_the_mean_over_seeds_of_pairs_that_differ_in_it_alone(tmp_p
         "gain": 2.0,
         "ci95": 0.0,
     }
-    # Without triplets nothing reads the relation, so that run is a pair with both directions.
+    # The run without triplets has no relation, so it is a pair with the runs of both relations.
     [triplet] = report.effects(rows, "triplet")
     assert (triplet["from"], triplet["to"], triplet["pairs"], triplet["gain"]) == ("0", "0.1", 4, 2.5)
     assert triplet["ci95"] == pytest.approx(12.7062 * 0.5**0.5 / 2**0.5)
@@ -200,12 +205,12 @@ def test_an_effect_is_the_mean_over_seeds_of_pairs_that_differ_in_it_alone(tmp_p
     report.main()
     text = capsys.readouterr().out
     assert "images/x after the last epoch" in text and "0.0200" in text and "ngf" in text.split("\n\n")[2]
-    assert text.endswith("\nno two runs of one seed differ in source alone\n")
+    assert text.endswith("\nno two runs with the same seed differ in source alone\n")
 
 
-def test_a_number_that_no_run_has_an_unknown_flag_and_lost_metrics_are_named(tmp_path, monkeypatch):
+def test_a_metric_that_no_run_has_an_unknown_option_and_lost_metrics_are_named(tmp_path, monkeypatch):
     write_effects(tmp_path)
-    with pytest.raises(InputError, match="no run has a number images/y"):
+    with pytest.raises(InputError, match="no run has the metric images/y"):
         report.read_summaries([tmp_path], "images/y")
     (tmp_path / "none" / "rgal" / "seed0" / "metrics.jsonl").unlink()
     with pytest.raises(InputError, match="cannot read .*metrics.jsonl"):
@@ -216,14 +221,14 @@ def test_a_number_that_no_run_has_an_unknown_flag_and_lost_metrics_are_named(tmp
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, message",
     [
         ((), "give folders"),
-        (("RUNS", "--of"), "--of needs"),
-        (("RUNS", "--effect", "relatoin"), "no run reads such an option"),
+        (("RUNS", "--of"), "--of needs a value"),
+        (("RUNS", "--effect", "relatoin"), "no run has such an option"),
     ],
 )
-def test_words_that_are_missing_or_mistyped_are_named(words, told, tmp_path, monkeypatch):
+def test_arguments_that_are_missing_or_mistyped_are_named(words, message, tmp_path, monkeypatch):
     write_effects(tmp_path)
     monkeypatch.setattr(
         "sys.argv",
@@ -233,14 +238,28 @@ def test_words_that_are_missing_or_mistyped_are_named(words, told, tmp_path, mon
             *(() if words else ("--effect", "ngf")),
         ],
     )
-    with pytest.raises(InputError, match=told):
+    with pytest.raises(InputError, match=message):
         report.main()
 
 
-def test_an_option_that_older_runs_do_not_have_parts_rows_by_name(tmp_path):
-    write_settings(tmp_path / "old", 0, {"triplet": 0.1}, 90.0)
-    write_settings(tmp_path / "new", 0, {"triplet": 0.1, "keep": "best"}, 91.0)
+def test_an_option_that_only_some_runs_have_separates_rows(tmp_path):
+    write_options(tmp_path / "old", 0, {"triplet": 0.1}, 90.0)
+    write_options(tmp_path / "new", 0, {"triplet": 0.1, "keep": "best"}, 91.0)
     assert {row["options"] for row in table_of(report.read_summaries([tmp_path]))} == {"", "keep=best"}
+
+
+def test_a_summary_of_an_earlier_version_is_read(tmp_path):
+    """Its options are called "settings"; equal ones share a row with those of a new summary."""
+    write_options(tmp_path / "old", 0, {"triplet": 0.1, "seed": 0}, 90.0, key="settings")
+    write_options(tmp_path / "new", 1, {"triplet": 0.1, "seed": 1}, 94.0)
+    write_options(tmp_path / "other", 0, {"triplet": 0.3, "seed": 0}, 95.0, key="settings")
+    rows = report.group(report.read_summaries([tmp_path]))
+    assert [(row["options"], row["n"], row["last"]) for row in report.report(rows)] == [
+        ("triplet=0.1", 2, 92.0),
+        ("triplet=0.3", 1, 95.0),
+    ]
+    [effect] = report.effects(rows, "triplet")
+    assert (effect["from"], effect["to"], effect["gain"]) == ("0.1", "0.3", 5.0)
 
 
 ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "gain", "ci95")

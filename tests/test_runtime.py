@@ -1,4 +1,4 @@
-"""The machine: devices, seeds, random state through a file, precision, signals, the record of a run."""
+"""The machine: devices, seeds, saved random state, precision, signals, the provenance of a run."""
 
 import json
 import os
@@ -54,7 +54,7 @@ def test_absent_gpu_names_the_remedy(gpus, count, name):
 
 @pytest.mark.parametrize("name", ["gpu", "cuda:", "cuda:-1", "cuda:x", "", "cpu:0"])
 def test_unknown_device_is_an_option_error(name):
-    with pytest.raises(OptionError, match="none of auto, cpu, cuda, cuda:N"):
+    with pytest.raises(OptionError, match="not one of auto, cpu, cuda, cuda:N"):
         runtime.choose_device(name)
 
 
@@ -80,7 +80,7 @@ def test_deterministic_is_a_switch():
 
 def test_random_state_is_exact_through_a_file(tmp_path):
     runtime.seed_everything(3, deterministic=False)
-    draws()  # leaves half of a gauss pair waiting in python and in numpy
+    draws()  # leaves the second of a pair of Gaussians cached in Python and in NumPy
     torch.save(runtime.rng_state(), tmp_path / "rng.pth")
     expected = [draws() for _ in range(700)]  # more numbers than one block of the Mersenne twister
     runtime.seed_everything(99, deterministic=False)
@@ -108,7 +108,7 @@ def test_threads():
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_is_noted_and_the_handlers_come_back(name):
+def test_a_signal_is_recorded_and_the_handlers_are_restored(name):
     before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
     with runtime.StopSignal() as stop:
         assert not stop.received
@@ -154,7 +154,7 @@ def git(folder, *arguments):
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_commit_and_dirt_of_this_tree_only(tmp_path, monkeypatch):
+def test_commit_and_dirty_flag_are_of_this_tree_only(tmp_path, monkeypatch):
     (tmp_path / "inside").mkdir()
     (tmp_path / "code.py").write_text("1")
     git(tmp_path, "init", "-q")
@@ -165,7 +165,7 @@ def test_commit_and_dirt_of_this_tree_only(tmp_path, monkeypatch):
     assert (record["commit"], record["dirty"]) == (git(tmp_path, "rev-parse", "HEAD").strip(), False)
     (tmp_path / "code.py").write_text("2")
     assert runtime.environment(CPU)["dirty"]
-    monkeypatch.setattr(runtime, "SOURCE", tmp_path / "inside")  # the repository above is another project's
+    monkeypatch.setattr(runtime, "SOURCE", tmp_path / "inside")  # the parent's repository is another project's
     assert runtime.environment(CPU)["commit"] is None
 
 
@@ -175,7 +175,7 @@ def test_peak_memory_is_no_less_than_what_is_held():
     assert runtime.peak_memory(torch.device("cpu")) >= max(before, held.numel() / 1e6)
 
 
-def test_free_memory_is_the_least_of_what_is_free_and_what_is_allowed(monkeypatch):
+def test_free_memory_is_the_minimum_of_what_is_available_and_what_is_allowed(monkeypatch):
     files = {"/proc/meminfo": "MemTotal: 9 kB\nMemAvailable:   5000 kB\n", "/proc/self/status": "VmRSS:\t 1000 kB\n"}
     monkeypatch.setattr(runtime.Path, "read_text", lambda self: files[str(self)] if str(self) in files else missing())
     assert runtime.free_memory(torch.device("cpu")) == 5000 * 1024

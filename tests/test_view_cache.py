@@ -1,23 +1,23 @@
-"""The teacher's kept answers: the same as asking it, whatever is drawn, forgotten or overwritten."""
+"""Cached outputs of the teacher: equal to its outputs, whichever views are sampled, dropped or overwritten."""
 
 import nets
 import pytest
 import torch
+from parts import make_learner, network, options
 from torch import nn
 
-import datafree_kd
-from datafree import config
+from datafree import view_cache
 from datafree.augment import CropFlip, shift_flip
-from datafree.hooks import pooled, sees_images_alone
-from datafree.learners.distill import DistillLearner
+from datafree.batchnorm import is_batch_independent
+from datafree.errors import InputError
+from datafree.features import pooled
 from datafree.models import MODELS
-from datafree.network import Network
 from datafree.pool import ImagePool
-from datafree.view_cache import PASS, ViewCache
+from datafree.view_cache import PAD_TO, ViewCache
 
 SHAPE, CLASSES, CPU = (3, 8, 8), 5, torch.device("cpu")
-EVERYTHING = ("logits", "embed", "stages")
-CROP = CropFlip(1, True)  # 18 views an image
+EVERYTHING = ("logits", "embed", "pooled")
+CROP = CropFlip(1, True)  # 18 views of an image
 
 
 @pytest.fixture(autouse=True)
@@ -27,10 +27,10 @@ def seed():
 
 @pytest.fixture
 def oracle(monkeypatch):
-    """A frozen network that counts in ``asked`` how many views it was shown at a time."""
-    net = Network(nets.tiny(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3).freeze()
-    features, net.asked = net.features, []
-    monkeypatch.setattr(net, "features", lambda views: net.asked.append(len(views)) or features(views))
+    """A frozen network that lists in ``batches`` the number of views of each of its forward passes."""
+    net = network(nets.tiny, SHAPE, CLASSES).freeze()
+    features, net.batches = net.features, []
+    monkeypatch.setattr(net, "features", lambda views: net.batches.append(len(views)) or features(views))
     return net
 
 
@@ -40,56 +40,61 @@ def pool_of(capacity, count):
     return pool
 
 
-def draw(pool, n):
-    images, _, numbers = pool.sample(n)
+def sample_views(pool, n):
+    images, _, ids = pool.sample(n)
     shift, flip = CROP.draw(n, CPU)
-    return shift_flip(images, shift, flip), numbers * CROP.count + CROP.number(shift, flip)
+    return shift_flip(images, shift, flip), ids * CROP.count + CROP.number(shift, flip)
 
 
-def assert_as_asked(found, asked, wanted=EVERYTHING):
-    for name in ("logits", "embed"):
-        assert (getattr(found, name) is not None) == (name in wanted)
-        if name in wanted:
-            torch.testing.assert_close(getattr(found, name), getattr(asked, name))
-    assert len(found.stages) == (len(asked.stages) if "stages" in wanted else 0)
-    for ours, theirs in zip(found.stages, asked.stages):
-        torch.testing.assert_close(ours, pooled(theirs))
+def assert_equal(found, expected, cached=EVERYTHING):
+    for name in EVERYTHING:
+        if name in cached:
+            torch.testing.assert_close(getattr(found, name), getattr(expected, name))
+        else:
+            with pytest.raises(InputError, match=f"'{name}'"):
+                getattr(found, name)
+    if "pooled" in cached:
+        assert len(found.pooled) == len(expected.stages)
+        for ours, theirs in zip(found.pooled, expected.stages):
+            torch.testing.assert_close(ours, pooled(theirs))
+    with pytest.raises(InputError, match="'stages'"):
+        found.stages
 
 
-@pytest.mark.parametrize("wanted", [EVERYTHING, ("logits",), ("logits", "stages"), ("embed", "logits")])
-def test_answers_are_those_of_the_teacher_and_each_view_is_asked_once(wanted, oracle):
+@pytest.mark.parametrize("cached", [EVERYTHING, ("logits",), ("logits", "pooled"), ("embed", "logits")])
+def test_outputs_are_those_of_the_teacher_which_runs_once_on_each_view(cached, oracle):
     pool = pool_of(10, 10)
-    cache, seen = ViewCache(oracle, wanted, 10 * CROP.count, megabytes=1), set()
+    cache, seen = ViewCache(oracle, cached, 10 * CROP.count, megabytes=1), set()
     for _ in range(30):
-        views, keys = draw(pool, 16)
+        views, keys = sample_views(pool, 16)
         known = sum(key in seen for key in keys.tolist())
-        found, shown = cache.features(views, keys), list(oracle.asked)
+        found, batches = cache.features(views, keys), list(oracle.batches)
         assert cache.hit_rate() == pytest.approx(known / 16)
-        assert shown == ([PASS] if known < 16 else []), "one pass of the size of few, or none"
-        assert_as_asked(found, oracle.features(views), wanted)
-        oracle.asked.clear()
+        assert batches == ([PAD_TO] if known < 16 else []), "one padded forward pass, or none"
+        assert_equal(found, oracle.features(views), cached)
+        oracle.batches.clear()
         seen |= set(keys.tolist())
     assert len(cache) == 180 and len(seen) > 150 and cache.hit_rate() is None
 
 
-def test_overwritten_images_are_asked_anew(oracle):
+def test_the_teacher_runs_again_on_overwritten_images(oracle):
     pool = pool_of(4, 4)
     cache = ViewCache(oracle, EVERYTHING, 4 * CROP.count, megabytes=1)
     for _ in range(40):
         pool.add(torch.rand(3, *SHAPE), torch.zeros(3, dtype=torch.long))
         for _ in range(3):
-            views, keys = draw(pool, 8)
-            assert_as_asked(cache.features(views, keys), oracle.features(views))
+            views, keys = sample_views(pool, 8)
+            assert_equal(cache.features(views, keys), oracle.features(views))
 
 
-def test_too_little_memory_costs_passes_and_no_answer_is_mixed_up(oracle):
+def test_too_little_memory_costs_forward_passes_and_mixes_no_outputs_up(oracle):
     pool = pool_of(20, 20)
     cache = ViewCache(oracle, EVERYTHING, 20 * CROP.count, megabytes=1)
-    cache.places = 7  # all views fall into few places, several of one batch into the same
+    cache.places = 7  # all views share few places, and several of one batch have the same
     hits = 0
     for _ in range(100):
-        views, keys = draw(pool, 40)
-        assert_as_asked(cache.features(views, keys), oracle.features(views))
+        views, keys = sample_views(pool, 40)
+        assert_equal(cache.features(views, keys), oracle.features(views))
         hits += cache.hit_rate()
     assert 0 < hits < 10
 
@@ -101,77 +106,84 @@ def test_memory_is_bounded(oracle):
     assert len(ViewCache(oracle, EVERYTHING, 12, megabytes=2)) == 12
 
 
-@pytest.mark.parametrize("new", [1, PASS - 1, PASS, PASS + 1])
-def test_passes_are_filled_up_to_few_sizes(new, oracle):
+@pytest.mark.parametrize("new", [1, PAD_TO - 1, PAD_TO, PAD_TO + 1])
+def test_misses_are_padded_to_few_sizes(new, oracle):
     cache = ViewCache(oracle, ("logits",), 1000, megabytes=1)
     views = torch.rand(new, *SHAPE)
     found = cache.features(views, torch.arange(new))
-    assert oracle.asked == [PASS if new <= PASS else 2 * PASS]
+    assert oracle.batches == [PAD_TO if new <= PAD_TO else 2 * PAD_TO]
     torch.testing.assert_close(found.logits, oracle.features(views).logits)
 
 
-def test_half_precision_answers_come_back_as_they_were(oracle):
-    cache, views = ViewCache(oracle, EVERYTHING, 100, megabytes=1), torch.rand(PASS, *SHAPE)
+def test_half_precision_outputs_are_returned_unchanged(oracle):
+    cache, views = ViewCache(oracle, EVERYTHING, 100, megabytes=1), torch.rand(PAD_TO, *SHAPE)
     with torch.autocast("cpu", torch.bfloat16):
-        first, asked = cache.features(views, torch.arange(PASS)), oracle.features(views)
-        again = cache.features(views, torch.arange(PASS))
-    assert asked.logits.dtype == torch.bfloat16
-    assert torch.equal(first.logits, asked.logits.float()) and torch.equal(again.logits, first.logits)
+        first, expected = cache.features(views, torch.arange(PAD_TO)), oracle.features(views)
+        again = cache.features(views, torch.arange(PAD_TO))
+    assert expected.logits.dtype == torch.bfloat16
+    assert torch.equal(first.logits, expected.logits.float()) and torch.equal(again.logits, first.logits)
 
 
-def test_a_number_of_a_view_means_one_view():
+def test_every_view_has_its_own_number():
     steps = torch.arange(-1, 2)
     shift = torch.cartesian_prod(steps, steps).repeat(2, 1)
     flip = torch.arange(18) >= 9
     assert sorted(CROP.number(shift, flip).tolist()) == list(range(18)) and CROP.count == 18
-    still = CropFlip(1, False)
-    assert sorted(still.number(shift[:9], flip[:9]).tolist()) == list(range(9)) and still.count == 9
+    unflipped = CropFlip(1, False)
+    assert sorted(unflipped.number(shift[:9], flip[:9]).tolist()) == list(range(9)) and unflipped.count == 9
 
 
 @pytest.mark.parametrize("name", ["resnet8", "wrn16_1", "vgg8", "mobilenetv2"])
-def test_passes_of_all_sizes_round_alike_on_the_cpu(name):
-    """On this a resumed run rests, which asks again for what it had known."""
-    net = Network(MODELS[name](CLASSES), (3, 32, 32), (0.4,) * 3, (0.2,) * 3).freeze()
+def test_batches_of_all_sizes_round_alike_on_the_cpu(name):
+    """A resumed run, whose cache is empty at first, depends on this."""
+    net = network(MODELS[name], (3, 32, 32), CLASSES).freeze()
     views = torch.rand(128, 3, 32, 32)
     with torch.no_grad():
         whole = net.features(views)
-        for n in (PASS, 2 * PASS, 3 * PASS):
+        for n in (PAD_TO, 2 * PAD_TO, 3 * PAD_TO):
             part = net.features(views[:n])
             assert torch.equal(part.logits, whole.logits[:n]) and torch.equal(part.embed, whole.embed[:n])
 
 
-def test_a_learner_refuses_a_cache_that_could_not_answer(oracle):
-    student = Network(nets.small(CLASSES, 3), SHAPE, (0.4,) * 3, (0.2,) * 3)
-    cache = ViewCache(oracle, EVERYTHING, 100, megabytes=1)
-    for settings in (config.Distill(mixup=0.5), config.Distill(gram_loss=1.0)):
-        with pytest.raises(ValueError, match="view cache"):
-            DistillLearner(student, oracle, CROP, settings, config.Relation(), 10, cache=cache)
+def test_a_learner_that_reads_whole_maps_refuses_a_cache():
+    learner, pool = (
+        make_learner(options(gram_loss=1.0), network(nets.tiny, SHAPE, CLASSES), augment=CROP),
+        pool_of(8, 8),
+    )
+    assert learner.cached_fields == ()
+    learner.cache = ViewCache(learner.teacher, EVERYTHING, 8 * CROP.count, megabytes=1)
+    with pytest.raises(InputError, match="'stages'"):
+        learner.step(pool.sample(8))
 
 
-def test_a_network_that_compares_the_images_of_a_batch_is_known():
-    assert sees_images_alone(nn.Sequential(nn.BatchNorm2d(3), nn.GroupNorm(1, 3)))
-    assert not sees_images_alone(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
+def test_a_learner_of_blended_views_names_no_field_to_cache():
+    assert make_learner(options(mixup=0.5), network(nets.tiny, SHAPE, CLASSES)).cached_fields == ()
+
+
+def test_a_network_whose_outputs_depend_on_the_batch_is_known():
+    assert is_batch_independent(nn.Sequential(nn.BatchNorm2d(3), nn.GroupNorm(1, 3)))
+    assert not is_batch_independent(nn.Sequential(nn.BatchNorm2d(3, track_running_stats=False)))
 
 
 @pytest.mark.parametrize(
-    "words, told",
+    "words, stated",
     [
-        ((), "kept for 1,152 of 1,152 views"),
+        ((), "View cache: 1,152 of 1,152 views"),
         (("--view_cache", 0), None),
         (("--mixup", 0.5), None),
         (("--gram_loss", 1), None),
-        (("--view_cache", 10**9), "kept for 1,152 of 1,152 views"),
-        (("--view_cache", 1, "--epochs", 4000), "kept for 4,807 of 1,152,000 views"),
+        (("--view_cache", 10**9), "View cache: 1,152 of 1,152 views"),
+        (("--view_cache", 1, "--epochs", 4000), "View cache: 4,807 of 1,152,000 views"),
     ],
 )
-def test_the_plan_tells_how_many_views_are_kept(words, told, distil, capsys):
+def test_the_plan_states_how_many_views_are_cached(words, stated, distil, capsys):
     distil("--dry_run", *words)
     printed = capsys.readouterr().out
-    assert told in printed if told else "views (" not in printed
+    assert stated in printed if stated else "View cache" not in printed
 
 
 def test_a_view_cache_without_room_or_use_is_refused(distil, refused, monkeypatch):
-    monkeypatch.setattr(datafree_kd, "free_memory", lambda device: 12 * 10**6)
+    monkeypatch.setattr(view_cache, "free_memory", lambda device: 12 * 10**6)
     assert "--view_cache 20 does not fit" in refused(distil, "--dry_run", "--view_cache", 20, "--epochs", 4000)
-    for use in (("--mixup", 0.5), ("--gram_loss", 1)):
+    for use in (("--mixup", 0.5), ("--gram_loss", 1), ("--at_loss", 1)):
         assert "--view_cache" in refused(distil, "--dry_run", "--view_cache", 10, *use, code=2)

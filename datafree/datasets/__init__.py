@@ -1,1 +1,1 @@
-"""Data sets: what is known of one (cards.py) and where its images come from (loading.py)."""
+"""Data sets: what is known about one (cards.py) and where its images come from (loading.py)."""

@@ -1,9 +1,10 @@
-"""Data cards: all that distillation knows of a data set, so that its training images are not needed."""
+"""Data cards: all that distillation needs to know about a data set in place of its training images."""
 
 import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -14,9 +15,11 @@ from datafree.errors import InputError
 class DatasetCard:
     """Shape, number of classes and normalisation of a data set.
 
-    ``mean`` and ``std`` hold one number per channel, for images in [0, 1]. ``flip``: whether a mirrored
-    image is of the same class. ``classes``: their names in order, or none where they are not known.
-    Raises InputError if a value cannot be.
+    height, width: in pixels. mean, std: one number per channel, for images in [0, 1]. flip: whether a
+    horizontally mirrored image keeps its class. classes: their names in order; empty if they are unknown.
+    loader: for images that are neither in class folders nor torchvision's, the name of a function, such as
+    path/to/file.py:load: (data_root, split) -> uint8 images (N, C, H, W) and int64 labels (N,) of "train" or "test".
+    Raises InputError for an invalid value.
     """
 
     name: str
@@ -28,8 +31,9 @@ class DatasetCard:
     std: tuple[float, ...]
     flip: bool = True
     classes: tuple[str, ...] = ()
+    loader: str = ""
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise InputError(f"a data card needs a name (text), not {self.name!r}")
         for key, low in (("channels", 1), ("height", 1), ("width", 1), ("num_classes", 2)):
@@ -42,15 +46,15 @@ class DatasetCard:
             values = getattr(self, key)
             if len(values) != self.channels:
                 raise InputError(
-                    f"{key} of the data card {self.name} has {len(values)} numbers, not one for "
-                    f"each of the {self.channels} channels"
+                    f"{key} of the data card {self.name} has {len(values)} numbers but the card has "
+                    f"{self.channels} channels; give one number per channel"
                 )
             if not all(math.isfinite(v) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
                 raise InputError(
-                    f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], std above 0"
+                    f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], with std above 0"
                 )
         if type(self.flip) is not bool:
-            raise InputError(f"flip of the data card {self.name} is true or false, not {self.flip!r}")
+            raise InputError(f"flip of the data card {self.name} must be true or false, not {self.flip!r}")
         if self.classes and len(self.classes) != self.num_classes:
             raise InputError(
                 f"the data card {self.name} names {len(self.classes)} classes but num_classes is "
@@ -58,23 +62,23 @@ class DatasetCard:
             )
 
     @property
-    def shape(self):
+    def shape(self) -> tuple[int, int, int]:
         """(channels, height, width)."""
         return self.channels, self.height, self.width
 
-    def to_yaml(self, path):
-        """Write the card to ``path``; raises InputError if that cannot be written."""
+    def to_yaml(self, path: str | Path) -> None:
+        """Write the card to ``path``; raises InputError if the file cannot be written."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         try:
             Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"cannot write the data card {path} ({error.strerror}); make its folder "
-                "writable, or give a card elsewhere by --card"
+                "writable, or give a card in another place with --card"
             ) from error
 
     @classmethod
-    def from_yaml(cls, path):
+    def from_yaml(cls, path: str | Path) -> "DatasetCard":
         """Read a card written by :meth:`to_yaml` or by hand; raises InputError naming file and key."""
         values = _read_mapping(path)
         known = [f.name for f in fields(cls)]
@@ -84,7 +88,7 @@ class DatasetCard:
                 raise InputError(f"{path}: unknown key {key!r}; did you mean {' or '.join(near)}?")
         missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]
         if missing:
-            raise InputError(f"{path}: {', '.join(missing)} missing; a data card states {', '.join(known)}")
+            raise InputError(f"{path}: {', '.join(missing)} missing; the keys of a data card are {', '.join(known)}")
         for key in ("mean", "std"):
             values[key] = _numbers(path, key, values[key])
         values["classes"] = tuple(map(str, values.get("classes") or ()))
@@ -94,29 +98,30 @@ class DatasetCard:
             raise InputError(f"{path}: {error}") from None
 
 
-def _read_mapping(path):
+def _read_mapping(path: str | Path) -> dict[Any, Any]:
+    """The top level of a YAML file; its keys may be of any type."""
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"cannot read the data card {path} ({error.strerror}); check --card") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the data card {path} is not YAML ({' '.join(str(error).split())})") from error
+        raise InputError(f"the data card {path} is not valid YAML ({' '.join(str(error).split())})") from error
     if not isinstance(values, dict):
-        raise InputError(f"the data card {path} is not a list of `key: value` lines")
+        raise InputError(f"the data card {path} must consist of `key: value` lines")
     return values
 
 
-def _numbers(path, key, values):
-    # PyYAML reads 1e-3 as text, hence float() rather than a look at the type.
+def _numbers(path: str | Path, key: str, values: Any) -> tuple[float, ...]:
+    # PyYAML reads 1e-3 as a string, hence float() instead of a type check.
     try:
         return tuple(float(value) for value in values)
     except (TypeError, ValueError):
-        raise InputError(f"{path}: {key} must be a list, one number per channel, not {values!r}") from None
+        raise InputError(f"{path}: {key} must be a list of one number per channel, not {values!r}") from None
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
-CARDS = {
+CARDS: dict[str, DatasetCard] = {
     card.name: card
     for card in (
         DatasetCard("digits", 1, 16, 16, 10, (0.3051,), (0.3188,), flip=False),

@@ -1,18 +1,19 @@
-"""The UCI handwritten digits that ship with the project; digits.md names source, licence and making."""
+"""The UCI handwritten digits that ship with the project; digits.md documents source, licence and preparation."""
 
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 DIGITS_FILE = Path(__file__).with_name("digits.npz")
 
 
-def read_digits(split):
+def read_digits(split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, 1, 16, 16) and int64 labels (N,) of ``split``: "train" (1,442) or "test" (355).
 
-    The originals are 8x8 with values 0..16; they are enlarged twofold, bilinearly, and scaled to 0..255.
+    The originals are 8x8 with values 0..16; they are upsampled twofold (bilinear) and scaled to 0..255.
     """
     with np.load(DIGITS_FILE) as file:
         chosen = file["test"] if split == "test" else ~file["test"]

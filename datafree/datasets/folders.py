@@ -1,11 +1,14 @@
-"""Images in class folders: which files there are, and their pixels as one tensor."""
+"""Images in class folders: finding the files, and decoding them into one tensor."""
 
 import os
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor
 from tqdm import tqdm
 
 from datafree.errors import InputError
@@ -13,25 +16,25 @@ from datafree.errors import InputError
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
-WITHOUT = {"train": "", "test": ", or go on without a test set by --eval none"}
-MODES = {1: "L", 3: "RGB"}
+WITHOUT = {"train": "", "test": ", or run without a test set: --eval none"}  # remedy to append to a message
+MODES: dict[int | None, str] = {1: "L", 3: "RGB"}  # by number of channels
 SMALL_FILE = 10_000  # bytes
-CHUNK = 256
+CHUNK = 256  # files per task of a thread
 
 
-def class_folders(folder):
-    """Sorted folders within ``folder``, one per class; none if it does not exist."""
+def class_folders(folder: Path) -> list[Path]:
+    """The subfolders of ``folder``, one per class, sorted; an empty list if it does not exist."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def list_images(root, split):
-    """Paths, int64 labels and class names of ``root``'s images for ``split`` ("train" or "test").
+def list_images(root: Path, split: str) -> tuple[list[str], Tensor, list[str]]:
+    """Paths, int64 labels (N,) and class names of ``root``'s images for ``split`` ("train" or "test").
 
-    Layouts: ``{train,test}/<class>/*`` with ``val`` also read as test, and Tiny-ImageNet's own
-    (``train/<class>/images/*``, ``val/val_annotations.txt``). Classes are numbered in the order of their
-    sorted names. Raises InputError for fewer than two classes and for a class without images.
+    Layouts: ``{train,test}/<class>/*``, where ``val`` may stand for test, and that of Tiny-ImageNet
+    (``train/<class>/images/*``, ``val/val_annotations.txt``). Labels are the positions of the sorted class
+    names. Raises InputError for fewer than two classes and for a class without images.
     """
     annotations = root / "val" / "val_annotations.txt"
     if split == "test" and annotations.is_file():
@@ -44,7 +47,8 @@ def list_images(root, split):
     return paths, labels, names
 
 
-def _grouped_images(root, split):
+def _grouped_images(root: Path, split: str) -> dict[str, list[str]]:
+    """Class name -> paths, from class folders."""
     candidates = [root / name for name in SPLIT_FOLDERS[split]]
     folder = next((path for path in candidates if class_folders(path)), candidates[0])
     classes = class_folders(folder)
@@ -56,11 +60,11 @@ def _grouped_images(root, split):
     groups = {path.name: _images_in(path / "images") or _images_in(path) for path in classes}
     for name, images in groups.items():
         if not images:
-            raise InputError(f"{folder / name} holds no images ({' '.join(SUFFIXES)}); fill the folder or remove it")
+            raise InputError(f"{folder / name} holds no images ({' '.join(SUFFIXES)}); add images or remove the folder")
     return groups
 
 
-def _images_in(folder):
+def _images_in(folder: Path) -> list[str]:
     if not folder.is_dir():
         return []
     with os.scandir(folder) as entries:
@@ -68,30 +72,31 @@ def _images_in(folder):
     return [f"{folder}{os.sep}{name}" for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
 
 
-def _annotated_images(annotations):
-    groups = {}
-    for number, line in enumerate(annotations.read_text().splitlines(), start=1):
+def _annotated_images(annotations: Path) -> dict[str, list[str]]:
+    """Class name -> paths, from Tiny-ImageNet's val_annotations.txt."""
+    groups: dict[str, list[str]] = {}
+    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
         parts = line.split("\t")
         if len(parts) < 2:
-            raise InputError(f"{annotations}: line {number} is not `file<tab>class`; unpack the files again")
+            raise InputError(f"{annotations}: line {number} is not `file<tab>class`; extract the data set again")
         groups.setdefault(parts[1], []).append(str(annotations.parent / "images" / parts[0]))
     if len(groups) < 2:
         raise InputError(
-            f"{annotations} names {len(groups)} classes but at least 2 are needed; unpack the data set again"
+            f"{annotations} names {len(groups)} classes but at least 2 are needed; extract the data set again"
         )
     return groups
 
 
-def open_image(path, channels):
-    """Decoded PIL image with 1 (grey) or 3 (RGB) channels, or the file's own for None.
+def open_image(path: str, channels: int | None) -> Image.Image:
+    """The decoded PIL image, converted to 1 (grey) or 3 (RGB) channels; None keeps the mode of the file.
 
-    Raises InputError naming a file that cannot be read.
+    Raises InputError, naming the file, if it cannot be read or has more than 8 bits per channel.
     """
     try:
         with Image.open(path, formats=FORMATS) as image:
             mode = image.mode
             converted = image.convert(MODES.get(channels, mode))
-    except Exception as error:  # a decoder may raise anything when the bytes are broken
+    except Exception as error:  # a decoder may raise anything if the file is corrupt
         reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
         raise InputError(f"cannot read the image {path} ({reason}); replace or remove it") from error
     if mode[0] in "IF":  # convert() would clip these to white
@@ -99,17 +104,19 @@ def open_image(path, channels):
     return converted
 
 
-def decode(paths, shape):
-    """uint8 tensor (N, C, H, W) of the files' images; those of another size are resized to ``shape``.
+def decode(paths: Sequence[str], shape: tuple[int, int, int]) -> Tensor:
+    """The images as one uint8 tensor (N, C, H, W); those of another size are resized to ``shape`` (C, H, W).
 
-    Resizing is bilinear with antialiasing, and told. Raises InputError naming the file that cannot be decoded.
+    Resizing is bilinear with antialiasing; the number of resized images is printed. Raises InputError for a file
+    that cannot be decoded, naming it, and for a number of channels other than 1 and 3.
     """
     channels, height, width = shape
     if channels not in MODES:
-        raise InputError(f"image files have 1 or 3 channels, not the data card's {channels}; correct the card")
+        raise InputError(f"image files have 1 or 3 channels but the data card states {channels}; correct the card")
     images = np.empty((len(paths), *shape), np.uint8)
 
-    def fill(start):
+    def fill(start: int) -> tuple[int, int]:
+        """Decode one chunk -> how many images it has, and how many of them were resized."""
         resized = 0
         for index in range(start, min(start + CHUNK, len(paths))):
             image = open_image(paths[index], channels)
@@ -127,12 +134,12 @@ def decode(paths, shape):
             bar.update(count)
             total += resized
     if total:
-        print(f"{total} of {len(paths)} images in {place} are not of {width}x{height} pixels and were resized")
+        print(f"{total} of {len(paths)} images in {place} were resized to {width}x{height} pixels")
     return torch.from_numpy(images)
 
 
-def _threads(path):
-    # Threads share out the decoding itself, but of a small file most is Python's own work, one at a time.
+def _threads(path: str) -> int:
+    # Only the decoding runs in parallel; for small files most of the time is Python code, which holds the GIL.
     try:
         return min(16, os.cpu_count() or 1) if os.path.getsize(path) > SMALL_FILE else 1
     except OSError:

@@ -1,45 +1,50 @@
-"""A split of a data set: in memory as one uint8 tensor, or decoded from its files as needed."""
+"""A split of a data set: in memory as one uint8 tensor, or decoded from its files on demand."""
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
 from datafree.datasets.folders import open_image
 from datafree.errors import InputError
 
-EVALUATION_MARGIN = 256 / 224
+EVALUATION_MARGIN = 256 / 224  # side of the resized image over side of its centre crop
+Key = tuple[int, int | None]  # index of a file, and seed of its random crop, or None for the centre crop
 
 
 class Shuffle:
-    """Endless passes over ``range(size)``; every pass has an order of its own and repeats nothing.
+    """An endless stream of the indices ``range(size)``, in a new random order at every pass.
 
-    The order is a function of a seed, which :meth:`begin` draws, and of the number of the pass; so seed
-    and number of drawn indices are all that resuming needs.
+    The order depends only on a seed, which :meth:`begin` draws, and on the number of the pass, so the seed and
+    the number of indices taken are all that is needed to resume.
     """
 
-    def __init__(self, size, device="cpu"):
+    def __init__(self, size: int, device: torch.device | str = "cpu"):
         self.size, self.device = size, device
-        self.seed, self.drawn = None, 0
-        self._pass, self._order = None, None
+        self.seed: int | None = None
+        self.drawn = 0
+        self._pass: int | None = None  # the pass that _order belongs to
+        self._order: Tensor
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> None:
+        """Give the indices on ``device`` from now on."""
         self.device, self._pass = device, None
 
-    def begin(self):
+    def begin(self) -> None:
         """Draw the seed if there is none yet."""
         if self.seed is None:
             self.seed = int(torch.randint(2**31, ()))
 
-    def take(self, n):
-        """The next ``n`` indices, int64 on the device."""
+    def take(self, n: int) -> Tensor:
+        """The next ``n`` indices, int64 (n,) on the device; :meth:`begin` must have been called."""
         parts = []
         while n > 0:
             current, position = divmod(self.drawn, self.size)
@@ -48,21 +53,22 @@ class Shuffle:
             self.drawn += len(parts[-1])
         return torch.cat(parts)
 
-    def _order_of(self, current):
+    def _order_of(self, current: int) -> Tensor:
         if self._pass != current:
-            generator = torch.Generator().manual_seed(self.seed + current)
+            generator = torch.Generator().manual_seed(self.seed + current)  # type: ignore[operator]
             self._pass, self._order = current, torch.randperm(self.size, generator=generator).to(self.device)
         return self._order
 
-    def state_dict(self):
+    def state_dict(self) -> dict[str, Any]:
+        """Seed, number of indices taken, and size."""
         return {"size": self.size, "seed": self.seed, "drawn": self.drawn}
 
-    def load_state_dict(self, state):
-        """Go on where ``state`` was taken; raises InputError if it belongs to another number of images."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue where ``state`` was taken; raises InputError if it is of another number of images."""
         if state["size"] != self.size:
             raise InputError(
                 f"the checkpoint was made with {state['size']} images but there are {self.size} "
-                "now; give the same data by --data_root"
+                "now; give the same data with --data_root"
             )
         self.seed, self.drawn, self._pass = state["seed"], state["drawn"], None
 
@@ -85,76 +91,90 @@ class Split(Protocol):
         """Images (float, in [0, 1]) and labels of the next ``n`` indices of an endless shuffled stream."""
         ...
 
-    def state_dict(self) -> dict[str, Any]: ...
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream of :meth:`sample`."""
+        ...
 
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the stream where ``state`` was taken; raises InputError if it is of another number of images."""
+        ...
 
 
 @dataclass
 class TensorSplit:
     """Images and labels on one device: uint8 (N, C, H, W) and int64 (N,)."""
 
-    images: torch.Tensor
-    labels: torch.Tensor
+    images: Tensor
+    labels: Tensor
     num_classes: int
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         self._shuffle = Shuffle(len(self), self.images.device)
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.labels)
 
     @property
     def device(self) -> torch.device:
         return self.images.device
 
-    def to(self, device):
+    def to(self, device: torch.device | str) -> "TensorSplit":
         """Move to ``device`` and return self."""
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self._shuffle.to(self.images.device)
         return self
 
-    def batches(self, batch_size):
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
             yield images.float() / 255, labels
 
-    def sample(self, n):
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """Images (float, in [0, 1]) and labels of the next ``n`` indices of an endless shuffled stream."""
         self._shuffle.begin()
         chosen = self._shuffle.take(n)
         return self.images[chosen].float() / 255, self.labels[chosen]
 
-    def state_dict(self):
-        """Where the stream of :meth:`sample` stands."""
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream of :meth:`sample`."""
         return self._shuffle.state_dict()
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the stream where ``state`` was taken; raises InputError if it is of another number of images."""
         self._shuffle.load_state_dict(state)
 
 
 class LazySplit:
-    """The interface of :class:`TensorSplit` over files, decoded by ``workers`` processes as they are needed.
+    """A split of image files that are decoded on demand by ``workers`` processes (0: by this one).
 
-    :meth:`sample` crops at random (RandomResizedCrop); :meth:`batches` crops the centre after resizing
-    the short side to 256/224 of the size, and leaves an image that has the size already as it is.
+    shape: (C, H, W) of the crops. :meth:`sample` takes random crops (RandomResizedCrop); :meth:`batches` scales an
+    image until it just covers 256/224 of the crop and takes its centre, or takes it unchanged if it has that size.
     """
 
-    def __init__(self, paths, labels, shape, num_classes, device="cpu", workers=2):
+    def __init__(
+        self,
+        paths: Sequence[str],
+        labels: Tensor,
+        shape: tuple[int, int, int],
+        num_classes: int,
+        device: torch.device | str = "cpu",
+        workers: int = 2,
+    ):
         self.paths, self.labels, self.shape, self.num_classes = paths, labels, shape, num_classes
         self.device, self.workers = torch.device(device), workers
         self._shuffle = Shuffle(len(paths))
-        self._stream, self._stream_size = None, None
+        self._stream: Iterator[tuple[Tensor, Tensor]] | None = None
+        self._stream_size: int | None = None
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def batches(self, batch_size):
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
         in_order = torch.arange(len(self)).split(batch_size)
         yield from self._load([(int(index), None) for index in part] for part in in_order)
 
-    def sample(self, n):
+    def sample(self, n: int) -> tuple[Tensor, Tensor]:
         """Images (float, in [0, 1]) and labels of the next ``n`` files of an endless shuffled stream."""
         if self._stream is None or self._stream_size != n:
             self._shuffle.begin()
@@ -163,22 +183,23 @@ class LazySplit:
         self._shuffle.drawn += n
         return batch
 
-    def state_dict(self):
-        """Where the stream of :meth:`sample` stands; the crops, too, go on from there."""
+    def state_dict(self) -> dict[str, Any]:
+        """Position in the stream of :meth:`sample`, which determines the random crops as well."""
         return self._shuffle.state_dict()
 
-    def load_state_dict(self, state):
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue the stream where ``state`` was taken; raises InputError if it is of another number of images."""
         self._shuffle.load_state_dict(state)
         self._stream = None
 
-    def _random_batches(self, n):
-        # The workers read ahead, on a copy: the split's own count is of what was handed out.
+    def _random_batches(self, n: int) -> Iterator[list[Key]]:
+        # On a copy, because the workers prefetch: the split itself counts only what was returned.
         ahead = copy.copy(self._shuffle)
         for first in itertools.count(ahead.drawn, n):
-            seeds = range(ahead.seed + first, ahead.seed + first + n)
+            seeds = range(ahead.seed + first, ahead.seed + first + n)  # type: ignore[operator]
             yield list(zip(ahead.take(n).tolist(), seeds))
 
-    def _load(self, index_batches):
+    def _load(self, index_batches: Iterable[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
         loader = DataLoader(
             _Files(self.paths, self.labels, self.shape),
             batch_sampler=index_batches,
@@ -190,20 +211,20 @@ class LazySplit:
             for images, labels in loader:
                 images = images.to(self.device, non_blocking=True)
                 yield images.float() / 255, labels.to(self.device, non_blocking=True)
-        except InputError as error:  # a worker's arrives wrapped in its traceback
+        except InputError as error:  # one from a worker is wrapped in its traceback
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
 
 
-class _Files:
-    """Map from (index, seed of the random crop or None for the centre) to uint8 image and label."""
+class _Files(Dataset[tuple[Tensor, Tensor]]):
+    """Map from a :data:`Key` to a uint8 image (C, H, W) and its label."""
 
-    def __init__(self, paths, labels, shape):
+    def __init__(self, paths: Sequence[str], labels: Tensor, shape: tuple[int, int, int]):
         self.paths, self.labels, self.shape = paths, labels, shape
 
-    def __len__(self):
+    def __len__(self) -> int:
         return len(self.paths)
 
-    def __getitem__(self, key):
+    def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
         index, seed = key
         image = open_image(self.paths[index], self.shape[0])
         size = self.shape[1:]
@@ -211,14 +232,14 @@ class _Files:
         return TF.pil_to_tensor(image), self.labels[index]
 
 
-def _random_crop(image, size, seed):
-    # Only the CPU's generator: torch.manual_seed would reset the GPU's as well.
+def _random_crop(image: Image.Image, size: tuple[int, int], seed: int) -> Image.Image:
+    # Seeds the CPU's generator alone; torch.manual_seed would also reset the GPU's.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(seed)
         return RandomResizedCrop(size)(image)
 
 
-def _centre_crop(image, size):
+def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     height, width = size
     if image.size == (width, height):
         return image

@@ -1,6 +1,5 @@
 """Phase 2 of RGAL: the student matches the teacher's outputs and stages, and keeps classes apart."""
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -25,35 +24,30 @@ class DistillLearner(Learner):
     """
 
     def __init__(self, student: Network, teacher: Network, augment: CropFlip, config: Any, total_steps: int):
-        self.teacher, self.augment = teacher, augment
+        self.network, self.teacher, self.augment = student, teacher, augment
         self.config, self.settings, self.triplets = config, config.distill, config.relation
         self.projection: criterions.StageProjection | None = None
         if self.settings.cd_loss or self.settings.gram_loss:
             self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.device)
-        self.terms = [term for term in self._all_terms(student) if term.weight]
+        if self.settings.at_loss:
+            self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes)
+        self.terms = [term for term in self.all_terms() if term.weight]
         self._require_loss()
-        optimizer = sgd(
-            [*student.parameters(), *(self.projection.parameters() if self.projection else ())], config.optim
-        )
+        parameters = [*student.parameters(), *(self.projection.parameters() if self.projection else ())]
+        optimizer = sgd(parameters, config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
-    def _all_terms(self, student: Network) -> list[Term]:
+    def all_terms(self) -> list[Term]:
         """Every term: its weight, its function of (teacher, student), and the fields that it reads of both."""
-        s, feature_term = self.settings, partial(Term, until=self.settings.custom_steps)
-        terms = [Term("kd", s.kd, self._kd, teacher=("logits",), student=("logits",))]
-        if project := self.projection:
-            channel, gram = project.channel, project.gram
-            terms += [
-                feature_term("cd_loss", s.cd_loss, lambda t, s: channel(s.stages, t.pooled), ("pooled",), ("stages",)),
-                feature_term("gram_loss", s.gram_loss, lambda t, s: gram(s.stages, t.stages), ("stages",), ("stages",)),
-            ]
-        if s.at_loss:
-            pairs = criterions.pair_stages(student.tap.stage_sizes, self.teacher.tap.stage_sizes)
-            attention = partial(self._attention, pairs)
-            terms.append(feature_term("at_loss", s.at_loss, attention, ("stages",), ("stages",)))
-        space = ("embed",) if self.triplets.sampling_space == "embedding" else ()
-        read = ("embed", "logits", "stages")
-        return [*terms, feature_term("striplet", self.triplets.striplet, self._striplet, ("logits", *space), read)]
+        s, r, logits, maps, early = self.settings, self.triplets, ("logits",), ("stages",), self.settings.custom_steps
+        space = ("embed",) if r.sampling_space == "embedding" else ()
+        return [
+            Term("kd", s.kd, self._kd, logits, logits),
+            Term("cd_loss", s.cd_loss, self._channel, ("pooled",), maps, early),
+            Term("gram_loss", s.gram_loss, self._gram, maps, maps, early),
+            Term("at_loss", s.at_loss, self._attention, maps, maps, early),
+            Term("striplet", r.striplet, self._striplet, (*logits, *space), ("embed", "logits", "stages"), early),
+        ]
 
     def _require_loss(self) -> None:
         if not any(term.until >= 1 for term in self.terms):
@@ -91,9 +85,16 @@ class DistillLearner(Learner):
             return criterions.l1_distance(student.logits, teacher.logits).mean()
         return criterions.distillation(student.logits, teacher.logits, self.settings.T)
 
-    @staticmethod
-    def _attention(pairs: list[tuple[int, int]], teacher: Features, student: Features) -> Tensor:
-        return criterions.attention(student.stages, teacher.stages, pairs)
+    def _channel(self, teacher: Features, student: Features) -> Tensor:
+        assert self.projection is not None  # made with the weight of this term
+        return self.projection.channel(student.stages, teacher.pooled)
+
+    def _gram(self, teacher: Features, student: Features) -> Tensor:
+        assert self.projection is not None
+        return self.projection.gram(student.stages, teacher.stages)
+
+    def _attention(self, teacher: Features, student: Features) -> Tensor:
+        return criterions.attention(student.stages, teacher.stages, self.pairs)
 
     def _striplet(self, teacher: Features, student: Features) -> Tensor:
         r = self.triplets

@@ -1,25 +1,25 @@
-"""The generator of images: noise in, images in [0, 1] out, for any image size."""
+"""The image generator: latents in, images in [0, 1] out, for any image size."""
 
 import math
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 
 class UpsampleConv(nn.Module):
-    """Nearest-neighbour doubling followed by a 3x3 convolution, computed as one.
+    """Nearest-neighbour upsampling by 2 and a 3x3 convolution as one: (N, C, H, W) -> (N, out_channels, 2H, 2W).
 
-    A pixel doubled to 2x2 meets the 3x3 kernel w only through sums of its taps, so both
+    A pixel repeated 2x2 is multiplied only by sums of taps of the 3x3 kernel w, so both
     steps equal one transposed convolution of stride 2 with the 4x4 kernel w * ones(2, 2):
-    the same function for 2.25 times fewer multiplications.
+    the same function with 2.25 times fewer multiplications.
     """
 
-    def __init__(self, in_channels, out_channels):
+    def __init__(self, in_channels: int, out_channels: int):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(out_channels, in_channels, 3, 3))
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         kernel = self.weight.flip(2, 3).transpose(0, 1)
         kernel = F.pad(kernel, (1, 0)) + F.pad(kernel, (0, 1))
         kernel = F.pad(kernel, (0, 0, 1, 0)) + F.pad(kernel, (0, 0, 0, 1))
@@ -27,49 +27,51 @@ class UpsampleConv(nn.Module):
 
 
 class Generator(nn.Module):
-    """Noise (N, nz) -> images (N, C, H, W) in [0, 1].
+    """Latents z (N, nz) -> images (N, C, H, W) in [0, 1].
 
-    At 32 px: linear to 2*ngf x 8 x 8, BN, two doublings with 3x3 convolutions, BN and leaky
-    ReLU, a last 3x3 convolution, sigmoid. Larger images get more doublings; sizes that are
-    no multiple of the doublings are cut out of the middle.
+    At 32 px: linear to 2*ngf x 8 x 8, BN, two upsamplings by 2, each with a 3x3 convolution, BN
+    and leaky ReLU, a last 3x3 convolution, sigmoid. Larger images need more upsamplings; the
+    output is cropped to its centre if a size is not a multiple of the upsampling factor.
+
+    ngf: channels of the last feature map. shape: (C, H, W).
     """
 
-    def __init__(self, nz, ngf, shape):
+    def __init__(self, nz: int, ngf: int, shape: tuple[int, int, int]):
         super().__init__()
         channels, self.height, self.width = shape
         doublings = max(2, math.ceil(math.log2(max(self.height, self.width) / 8)))
         scale = 2**doublings
         self.base = (2 * ngf, math.ceil(self.height / scale), math.ceil(self.width / scale))
         self.project = nn.Linear(nz, math.prod(self.base))
-        layers = [_batch_norm(2 * ngf)]
+        layers: list[nn.Module] = [_batch_norm(2 * ngf)]
         for i in range(doublings):
             width = ngf if i == doublings - 1 else 2 * ngf
             layers += [UpsampleConv(2 * ngf, width), _batch_norm(width), nn.LeakyReLU(0.2, inplace=True)]
         self.layers = nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1))
         self.reset()
 
-    def reset(self):
-        """New random weights: N(0, 0.02) for convolutions and linear layers, N(1, 0.02) for BN."""
-        _draw(self)
+    def reset(self) -> None:
+        """Re-initialise: N(0, 0.02) for convolutions and linear layers, N(1, 0.02) for BN scales, zero biases."""
+        _initialise(self)
 
-    def reset_first_layer(self):
-        """New random weights of the layer that takes the noise."""
-        _draw(self.project)
+    def reset_first_layer(self) -> None:
+        """Re-initialise the linear layer alone, which takes the latents."""
+        _initialise(self.project)
 
-    def forward(self, z):
+    def forward(self, z: Tensor) -> Tensor:
         x = self.project(z).view(-1, *self.base).contiguous(memory_format=torch.channels_last)
         images = torch.sigmoid(self.layers(x))
         top, left = (images.shape[2] - self.height) // 2, (images.shape[3] - self.width) // 2
         return images[:, :, top : top + self.height, left : left + self.width]
 
 
-def _batch_norm(channels):
-    """By the batch alone: averages over steps would lag behind a generator of so few."""
+def _batch_norm(channels: int) -> nn.BatchNorm2d:
+    """Uses batch statistics only: running averages would lag behind a generator that is trained for so few steps."""
     return nn.BatchNorm2d(channels, track_running_stats=False)
 
 
 @torch.no_grad()
-def _draw(module):
+def _initialise(module: nn.Module) -> None:
     for name, parameter in module.named_parameters():
         if name.endswith("bias"):
             parameter.zero_()

@@ -7,7 +7,7 @@ from .layers import conv3x3, he_init, out_of_place
 
 
 def mobilenetv2(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """torchvision's network and names with a stem of stride 1 and no dropout, which blurs the features."""
+    """torchvision's network, with its parameter names, a stem of stride 1, and no dropout, which perturbs features."""
     model = models.mobilenet_v2(num_classes=num_classes, dropout=0.0)
     model.features[0][0] = he_init(conv3x3(in_channels, 32))
     return out_of_place(model)

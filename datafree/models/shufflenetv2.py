@@ -7,7 +7,7 @@ from .layers import conv3x3, he_init, out_of_place
 
 
 def shufflenetv2(num_classes: int, in_channels: int = 3) -> nn.Module:
-    """torchvision's network and names with a stem of stride 1 and no max pool."""
+    """torchvision's network, with its parameter names, a stem of stride 1, and no max pool."""
     model = models.shufflenet_v2_x1_0(num_classes=num_classes)
     model.conv1[0] = conv3x3(in_channels, 24)
     model.maxpool = nn.Identity()

@@ -1,26 +1,27 @@
-"""VGG with BatchNorm for small images (Simonyan & Zisserman, ICLR 2015; the form of RepDistiller).
+"""VGG with BatchNorm for small images (Simonyan & Zisserman, ICLR 2015; as in RepDistiller).
 
-One linear layer follows a global average pool. The names of the parameters are RepDistiller's.
+One linear layer follows a global average pool. Parameters are named as in RepDistiller.
 """
 
 from collections import OrderedDict
+from collections.abc import Sequence
 from functools import partial
 
-from torch import nn
+from torch import Tensor, nn
 
 from .layers import GlobalAveragePool, he_init
 
 
 class LargeMapPool(nn.MaxPool2d):
-    """A max pool that leaves maps of 4 px or less alone: images of 32 px and of 64 px both end at 4 px."""
+    """A max pool that is skipped for maps of 4 px or less, so that 32-px and 64-px images both end at 4 px."""
 
-    def forward(self, x):
+    def forward(self, x: Tensor) -> Tensor:
         return super().forward(x) if min(x.shape[-2:]) > 4 else x
 
 
-def block(in_channels, out_channels, depth):
+def block(in_channels: int, out_channels: int, depth: int) -> nn.Sequential:
     """``depth`` times 3x3 convolution, BN and ReLU."""
-    layers = []
+    layers: list[nn.Module] = []
     for _ in range(depth):
         layers.append(nn.Conv2d(in_channels, out_channels, 3, padding=1))
         layers.append(nn.BatchNorm2d(out_channels))
@@ -29,8 +30,8 @@ def block(in_channels, out_channels, depth):
     return nn.Sequential(*layers)
 
 
-def vgg(num_classes, in_channels=3, *, depths):
-    """A VGG network with ``depths`` convolutions in its five blocks, of 64 to 512 channels."""
+def vgg(num_classes: int, in_channels: int = 3, *, depths: Sequence[int]) -> nn.Module:
+    """A VGG network of five blocks with ``depths`` convolutions each, of 64 to 512 channels."""
     return he_init(
         nn.Sequential(
             OrderedDict(

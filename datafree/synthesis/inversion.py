@@ -60,8 +60,8 @@ class InversionSynthesis(RoundSynthesis):
         if self.settings.generator_init == "maml":
             for total, parameter in zip(self.meta_gradient, self.generator.parameters()):
                 # A step in fp16 that overflowed counts as none, as it does for the inner optimiser.
-                overflows = self.update.scaler.is_enabled()
-                total += parameter.grad.nan_to_num(0, 0, 0) if overflows else parameter.grad
+                assert parameter.grad is not None
+                total += parameter.grad.nan_to_num(0, 0, 0) if self.update.scaler.is_enabled() else parameter.grad
 
     @torch.no_grad()
     def _end_round(self) -> None:
@@ -80,7 +80,11 @@ class InversionSynthesis(RoundSynthesis):
 
     def _parts(self) -> dict[str, Any]:
         """The generator, and what a round takes over from the one before."""
-        kept = {"random": {}, "reptile": {"optimizer": self.optimizer}, "maml": {"meta_optimizer": self.meta_optimizer}}
+        kept: dict[str, dict[str, Any]] = {
+            "random": {},
+            "reptile": {"optimizer": self.optimizer},
+            "maml": {"meta_optimizer": self.meta_optimizer},
+        }
         return {"generator": self.generator, **kept[self.settings.generator_init]}
 
     def state_dict(self) -> dict[str, Any]:

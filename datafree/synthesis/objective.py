@@ -41,7 +41,7 @@ class SynthesisObjective:
         self.bn_average: list[tuple[Tensor, Tensor]] = []  # (mean, variance) of each layer, over the rounds so far
         self.contrast: InstanceContrast | None = None
         self.optimizers: list[torch.optim.Optimizer] = []  # of what the objective itself learns
-        self.terms = [term for term in self._all_terms() if term.weight]
+        self.terms = [term for term in self.all_terms() if term.weight]
         names = {term.name for term in self.active()}
         if "bn" in names and not self.bn_tap.layers:
             raise InputError(
@@ -52,7 +52,7 @@ class SynthesisObjective:
             self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.device)
             self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g)]
 
-    def _all_terms(self) -> list[Term]:
+    def all_terms(self) -> list[Term]:
         """Every term: its weight, its function of (teacher, student, batch), and the fields that it reads of both."""
         s, logits = self.settings, ("logits",)
         return [

@@ -111,7 +111,8 @@ class RoundSynthesis(OptimisedSynthesis):
     def synthesize(self) -> dict[str, Tensor]:
         targets = self._targets()
         render, optimizers = self._begin_round(targets)
-        kept, kept_terms = torch.zeros(len(targets), *self.pool.shape, device=self.device), {}
+        kept = torch.zeros(len(targets), *self.pool.shape, device=self.device)
+        kept_terms: dict[str, Tensor] = {}
         lowest = torch.full((), float("inf"), device=self.device)
         with self.objective.student.frozen():
             for _ in range(self.g_steps):
