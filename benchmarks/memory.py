@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.step import Ours
-from datafree.errors import InputError, exit_on_input_error
+from datafree.errors import InputError, exit_on_input_error, usage
 from datafree.logger import table
 from datafree.runtime import choose_device, peak_memory, seed_everything
 
@@ -86,6 +86,7 @@ def row(setting):
 
 
 def main():
+    usage(__doc__, at_least=0)
     if sys.argv[1:2] == ["--one"]:
         measure(*sys.argv[2:])
     else:

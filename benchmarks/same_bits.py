@@ -27,14 +27,14 @@ DIGITS = "--threads 1 --dataset digits --crop_padding 1".split()
 STUDENT = "--teacher resnet8 --student resnet8 --epochs 4 --ep_steps 6 --kd_steps 3 --batch_size 16"
 PIXELS = "--g_steps 3 --synthesis_batch_size 16"
 GENERATOR = f"{PIXELS} --nz 16 --ngf 4"
-SYNTHESIS = {  # of the methods that do not take the options GENERATOR alone
+SYNTHESIS = {  # options of the methods that do not take just those of GENERATOR
     "noise": "",
     "real": "",
     "deepinv": PIXELS,
     "fast": f"{GENERATOR} --warmup 0 --reset_epoch 2",
     "rgal_fast": f"{GENERATOR} --warmup 0",
 }
-MORE = {  # of RGAL, with options that no method file sets
+MORE = {  # further runs of RGAL, and their options
     "cached": "--cd_loss 0.5 --striplet 0.1 --pair_sample true --view_cache 20",
     "terms": "--act 0.1 --balance 1 --tv 1e-4 --l2 1e-4 --cr 0.5 --gram_loss 0.1 --at_loss 1 --custom_steps 0.6",
     "relation": "--triplet 1 --relation release --triplet_target teacher --sampling_space logits --striplet 1"

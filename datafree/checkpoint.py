@@ -62,7 +62,7 @@ def load(path: str | Path) -> dict[str, Any]:
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
             raise InputError(
-                f"{path} asks to run or build {code[1]}; refused, nothing was executed: "
+                f"{path} contains a pickled {code[1]}; refused, nothing was executed: "
                 "save it again as a dict of tensors, numbers and strings"
             ) from error
         size = f"{os.path.getsize(path):,} bytes"
@@ -215,7 +215,7 @@ def _check_shapes(weights: dict[str, Tensor], own: dict[str, Tensor], path: str 
     one_module = len({n.rpartition(".")[0] for n in wrong}) == 1
     if one_module and all(len(a) == len(b) > 0 and a[1:] == b[1:] for a, b in wrong.values()):
         raise InputError(
-            f"{path} answers {theirs[0]} classes ({name}), the model {ours[0]}; "
+            f"{path} has {theirs[0]} classes ({name}), the model {ours[0]}; "
             "give the data set of these weights, or other weights"
         )
     raise InputError(

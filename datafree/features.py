@@ -21,6 +21,9 @@ def pooled(x: Tensor) -> Tensor:
     return x.mean((2, 3), dtype=torch.float32) if x.dim() == 4 else x
 
 
+FIELDS = ("logits", "embed", "stages", "pooled", "batch_norm")
+
+
 class Features:
     """What one forward pass gives: the fields below, of which any may be absent.
 
@@ -72,14 +75,16 @@ class Features:
 
     def only(self, fields: Iterable[str]) -> "Features":
         """These features without the fields that are not named."""
+        if unknown := set(fields) - set(FIELDS):
+            raise InputError(f"features have no field '{unknown.pop()}', only {', '.join(FIELDS)}")
         return Features(**{name: getattr(self, name) for name in fields})
 
     @staticmethod
     def _present(value: Any, name: str) -> Any:
         if value is None:
             raise InputError(
-                f"a loss term reads '{name}' of a network's features without declaring it; add '{name}' to the "
-                "fields of its Term"
+                f"a loss term reads '{name}' of a network's features, which it does not declare or which is not "
+                f"computed here; add '{name}' to the fields of its Term"
             )
         return value
 

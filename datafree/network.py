@@ -14,7 +14,7 @@ from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
 from datafree.models.factory import build_model, find_model
-from datafree.plugins import short_name
+from datafree.plugins import is_custom, short_name
 
 
 def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
@@ -23,15 +23,24 @@ def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
     return metadata[key]
 
 
+def _stated_model(metadata: dict[str, Any], path: Path) -> str:
+    """The registered model that a file of weights states; a user-defined one would run code that the file chooses."""
+    model = _stated(metadata, "model", path)
+    if not isinstance(model, str) or is_custom(model):
+        raise InputError(f"{path} states the model {model!r}, which is not a registered one; name the model")
+    return model
+
+
 def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
     """The card of the images that a file of weights is for."""
     shape, classes, mean, std = (_stated(metadata, key, path) for key in ("shape", "num_classes", "mean", "std"))
-    name = metadata.get("dataset") or path.stem
+    if not all(isinstance(values, (list, tuple)) for values in (shape, mean, std)) or len(shape) != 3:
+        raise InputError(f"{path} states shape {shape}, mean {mean}, std {std}; they must be lists, shape [C, H, W]")
     try:
-        channels, height, width = shape
+        name, (channels, height, width) = str(metadata.get("dataset") or path.stem), shape
         return DatasetCard(name, channels, height, width, classes, tuple(mean), tuple(std))
-    except (TypeError, ValueError):
-        raise InputError(f"{path} states an image shape {shape}, which is not [channels, height, width]") from None
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from None
 
 
 def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
@@ -110,15 +119,15 @@ class Network(nn.Module):
         """The network whose weights are in the file ``path``, or in the folder of a run.
 
         Files that this program writes state their model, shape, number of classes, mean and standard deviation, so that
-        nothing else is needed. Arguments take the place of what the file states; with a ``card`` so do its shape and
-        its number of classes, and its mean and std are used if the file states none.
-        Raises InputError for what is neither given nor stated, and for weights that do not fit the model.
+        nothing else is needed, except the ``model`` if it is user-defined. Arguments take the place of what the file
+        states; with a ``card`` so do its shape and its number of classes, and its mean and std are used if the file
+        states none. Raises InputError for what is neither given nor stated, and for weights that do not fit the model.
         """
         if model:
             find_model(model)  # an unknown name is reported before a missing file
         path = checkpoint.weights_file(path)
         weights, metadata = checkpoint.read_weights(path)
-        model, card = model or _stated(metadata, "model", path), card or _stated_card(metadata, path)
+        model, card = model or _stated_model(metadata, path), card or _stated_card(metadata, path)
         given = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
         network = cls.build(model, card, num_classes=num_classes, role=role, **given)
         checkpoint.load_weights(network.model, weights, path)
@@ -156,14 +165,14 @@ class Network(nn.Module):
 
         So a student of old and new classes can be compared with a teacher of the old ones.
         """
-        if classes.step != 1 or not 0 <= classes.start < classes.stop <= self.tap.num_classes:
-            raise InputError(f"the {self.name} has {self.tap.num_classes} classes, which do not include {classes}")
-        other = copy.copy(self)
-        other._classes = slice(classes.start, classes.stop)
+        if classes.step != 1 or not 0 <= classes.start < classes.stop <= self.num_classes:
+            raise InputError(f"the {self.name} has {self.num_classes} classes, which do not include {classes}")
+        other, first = copy.copy(self), self._classes.start if self._classes else 0
+        other._classes = slice(first + classes.start, first + classes.stop)
         return other._recompiled()
 
     def copy(self) -> "Network":
-        """A network of its own with equal weights, hooks and modes."""
+        """An independent network with equal weights, hooks and modes."""
         return copy.deepcopy(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":

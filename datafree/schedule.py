@@ -1,4 +1,4 @@
-"""How many steps of what a run takes; everything that counts steps or rounds asks here."""
+"""How many steps of what a run takes; everything that counts steps or rounds uses this."""
 
 from dataclasses import dataclass
 from typing import Protocol

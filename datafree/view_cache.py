@@ -37,7 +37,9 @@ class ViewCache:
     def __init__(self, teacher: Network, fields: Collection[str], possible: int, megabytes: int):
         self.teacher, self.possible = teacher, possible
         tap, device = teacher.tap, teacher.device
-        widths = {"logits": [tap.num_classes], "embed": [tap.embed_dim], "pooled": tap.stage_channels}
+        widths = {"logits": [teacher.num_classes], "embed": [tap.embed_dim], "pooled": tap.stage_channels}
+        if unknown := set(fields) - widths.keys():
+            raise ValueError(f"cannot cache {', '.join(sorted(unknown))}, only {', '.join(widths)}")
         self.widths = {name: widths[name] for name in widths if name in fields}
         width = sum(map(sum, self.widths.values()))
         self.bytes_per_view = 4 * width + 8

@@ -113,3 +113,17 @@ class Greedy(Grey):
 
 class Distill(Grey):
     """Its section would have the name of another one."""
+
+    @dataclass
+    class Options:
+        """Taken."""
+
+        shade: float = option(0.5, "Grey level.")
+
+
+class Darker(Grey):
+    """Inherits its options, which stay in the section of the class that has them."""
+
+    def sample(self, n):
+        images, targets = super().sample(n)
+        return images / 2, targets

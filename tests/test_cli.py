@@ -759,6 +759,47 @@ def test_mistakes_in_options_of_a_user_defined_class(words, message):
     assert message in refused(*words.split(), cls=DistillConfig)
 
 
+MINE = """
+from dataclasses import dataclass
+from functools import partial
+from datafree.config import option
+
+class {name}:
+    @dataclass
+    class Options:
+        {field}: float = option(0.5, "A number.")
+
+Partial = partial({name})
+"""
+
+
+@pytest.mark.parametrize("name", ["wd", "epoch", "no_download", "help", "dry_run", "method"])
+def test_an_option_of_a_user_defined_class_may_not_take_the_spelling_of_another(name, file):
+    path = file(MINE.format(name="Mine", field=name), "mine.py")
+    assert f"Mine.Options: the name {name} is taken" in refused("--source", f"{path}:Mine", cls=DistillConfig)
+
+
+@pytest.mark.parametrize(
+    "first, second, taken",
+    [
+        ({"name": "Mine", "field": "one"}, {"name": "Mine", "field": "two"}, "mine"),
+        ({"name": "Mine", "field": "one"}, {"name": "Yours", "field": "one"}, "one"),
+    ],
+)
+def test_options_of_two_user_defined_classes_may_not_share_a_name(first, second, taken, file):
+    source = f"{file(MINE.format(**first), 'a.py')}:{first['name']}"
+    learner = f"{file(MINE.format(**second), 'b.py')}:{second['name']}"
+    message = refused("--source", source, "--learner", learner, cls=DistillConfig)
+    assert f"the name {taken} is taken" in message
+    config = read("--source", source, "--method", source, cls=DistillConfig, method_files={})
+    assert config.mine.one == 0.5  # one class under two options
+
+
+def test_what_a_user_defined_name_refers_to_need_not_be_a_class(file):
+    path = file(MINE.format(name="Mine", field="one"), "mine.py")
+    assert read("--source", f"{path}:Partial", cls=DistillConfig).synthesis.source == f"{path}:Partial"
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

@@ -487,7 +487,7 @@ def test_weights_that_cannot_be_used(distil, refused, weights, teacher, tmp_path
     assert "weights of another" in given(weights("plain", 10, 1))
     assert "weights of another" in given(weights("small", 10, 1))
     line = given(weights("tiny", 7, 1))
-    assert "answers 7 classes" in line and "the model 10" in line
+    assert "has 7 classes" in line and "the model 10" in line
     contents = {"state_dict": nets.tiny(10, 1).state_dict(), "x": Creates(tmp_path / "proof")}
     torch.save(contents, tmp_path / "evil.pth")
     assert "evil.pth asks to run" in given("evil.pth") and not (tmp_path / "proof").exists()

@@ -49,6 +49,12 @@ def test_the_options_of_a_source_reach_it(distil):
     assert "nz" not in options and "tv" in options
 
 
+def test_options_are_inherited_with_their_section(distil):
+    folder = distil("--epochs", 1, "--source", custom.name("Darker"), "--level", 0.25)
+    assert yaml.safe_load((folder / "config.yaml").read_text())["grey"]["level"] == 0.25
+    assert options_of(folder)["level"] == 0.25
+
+
 def test_the_configuration_left_repeats_a_run_with_user_defined_classes(distil):
     folder = distil("--epochs", 1, "--source", GREY, "--level", 0.25, "--learner", SCALED, "--factor", 0.5)
     written = yaml.safe_load((folder / "config.yaml").read_text())

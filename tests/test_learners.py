@@ -143,7 +143,7 @@ def extended(fields_of_teacher, cached):
 def test_a_term_that_reads_an_undeclared_field_is_refused_with_and_without_a_cache():
     pool, messages = pool_of(), set()
     for cached in (False, True):
-        with pytest.raises(InputError, match="reads 'embed' .*without declaring it; add 'embed'") as refusal:
+        with pytest.raises(InputError, match="reads 'embed' .*does not declare .*add 'embed'") as refusal:
             extended((), cached).step(pool.sample(8))
         messages.add(str(refusal.value))
     assert len(messages) == 1

@@ -232,7 +232,7 @@ def test_a_student_of_more_classes_is_compared_on_those_of_the_teacher(target):
 def stored(path, net, **more):
     """Write the weights of ``net`` to ``path`` as a run does; more: further or other values, None to leave one out."""
     metadata = {
-        "model": nets.name("tiny"),
+        "model": "lenet5",
         "num_classes": net.num_classes,
         "shape": list(net.shape),
         "mean": net.mean.flatten().tolist(),
@@ -243,7 +243,7 @@ def stored(path, net, **more):
     torch.save({key: value for key, value in contents.items() if value is not None}, path)
 
 
-def trained(factory=nets.tiny, shape=SHAPE, classes=CLASSES):
+def trained(factory=MODELS["lenet5"], shape=SHAPE, classes=CLASSES):
     """A network whose weights and statistics are not those of its initialisation."""
     net = network(factory, shape, classes, mean=0.3, std=0.25)
     net(images_of(8, shape))
@@ -258,15 +258,15 @@ def test_a_network_is_rebuilt_from_what_its_file_states(shape, classes, tmp_path
     assert torch.equal(other(images), net(images)) and other.shape == shape and other.num_classes == classes
     assert torch.equal(other.mean, net.mean) and torch.equal(other.std, net.std)
     assert {key: other.metadata[key] for key in ("acc1", "dataset", "epoch")} == dict(acc1=73.5, dataset="own", epoch=9)
-    assert "nets-tiny" in other.name
+    assert "lenet5" in other.name
 
 
 def test_arguments_take_the_place_of_what_the_file_states(tmp_path):
     net, images = trained(), images_of()
-    stored(tmp_path / "net.pth", net, model=nets.name("small"))  # whose weights have other shapes
+    stored(tmp_path / "net.pth", net, model="resnet8")  # whose weights have other names
     with pytest.raises(InputError, match="net.pth"):
         Network.from_file(tmp_path / "net.pth")
-    other = Network.from_file(tmp_path / "net.pth", nets.name("tiny"), mean=(0.1,) * 3, std=(0.9,) * 3).eval()
+    other = Network.from_file(tmp_path / "net.pth", "lenet5", mean=(0.1,) * 3, std=(0.9,) * 3).eval()
     torch.testing.assert_close(other(images), net.model((images - 0.1) / 0.9))
 
 
@@ -276,8 +276,8 @@ def test_a_bare_state_dict_needs_a_model_and_a_card(tmp_path):
     with pytest.raises(InputError, match="bare.pth does not state the model of its network; name the model"):
         Network.from_file(path)
     with pytest.raises(InputError, match="bare.pth does not state the shape .* give a data card"):
-        Network.from_file(path, nets.name("tiny"))
-    other = Network.from_file(path, nets.name("tiny"), make_card()).eval()
+        Network.from_file(path, "lenet5")
+    other = Network.from_file(path, "lenet5", make_card()).eval()
     torch.testing.assert_close(other(images), net.model((images - 0.5) / 0.25))  # by the card's mean and std
 
 
@@ -311,8 +311,9 @@ def test_a_file_that_does_not_state_all_is_refused(missing, tmp_path):
         {"std": 0.25},
         {"num_classes": 9},
         {"model": "resnet_of_nobody"},
-        {"model": nets.name("nobody")},
-        {"model": "/nowhere/nets.py:tiny"},
+        {"model": "os:getcwd"},
+        {"model": 5},
+        {"model": ["lenet5"]},
     ],
     ids=str,
 )
@@ -321,6 +322,15 @@ def test_a_file_that_states_something_wrong_is_refused(wrong, tmp_path):
     with pytest.raises(InputError) as refusal:
         Network.from_file(tmp_path / "net.pth")
     assert "\n" not in str(refusal.value)
+
+
+def test_a_user_defined_model_is_named_by_the_user_and_not_by_the_file(tmp_path):
+    """What a file states must not choose the code that is run."""
+    net, images = trained(nets.tiny), images_of()
+    stored(tmp_path / "net.pth", net, model=nets.name("tiny"))
+    with pytest.raises(InputError, match="nets.py:tiny.*not a registered one; name the model"):
+        Network.from_file(tmp_path / "net.pth")
+    assert torch.equal(Network.from_file(tmp_path / "net.pth", nets.name("tiny")).eval()(images), net(images))
 
 
 def test_an_unknown_model_is_reported_before_a_missing_file(tmp_path):
@@ -359,3 +369,8 @@ def test_a_network_is_built_by_name_for_a_card(classes, rows):
     assert net.mean.flatten().tolist() == pytest.approx(MEAN) and net.std.flatten().tolist() == [0.25] * 3
     with pytest.raises(InputError, match="the student's std is .*--student_std"):
         Network.build(nets.name("tiny"), make_card(), std=(0.2,), role="student")
+
+
+def test_a_restricted_network_can_be_restricted_again():
+    net, images = network(classes=7).eval(), images_of()
+    assert torch.equal(net.restricted_to(range(2, 6)).restricted_to(range(0, 2))(images), net(images)[:, 2:4])

@@ -1,4 +1,4 @@
-"""What the engine asks of a learner: steps, and a state to resume from."""
+"""The interface between engine and learner: steps, and a state to resume from."""
 
 import math
 from collections.abc import Iterable

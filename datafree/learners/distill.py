@@ -75,7 +75,7 @@ class DistillLearner(Learner):
         views = shift_flip(images, shift, flip)
         if self.settings.mixup:
             views = mixup(views, self.settings.mixup)
-        if self.cache is None or batch.ids is None:
+        if self.settings.mixup or self.cache is None or batch.ids is None:
             return views, self.teacher.features(views)
         keys = batch.ids.repeat(times) * self.augment.count + self.augment.number(shift, flip)
         return views, self.cache.features(views, keys)

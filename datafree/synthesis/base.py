@@ -1,4 +1,4 @@
-"""What the engine asks of a source of images."""
+"""The interface between engine and source of images."""
 
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar

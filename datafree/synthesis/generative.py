@@ -50,11 +50,9 @@ class GenerativeSynthesis(OptimisedSynthesis):
             **super().state_dict(),
             "generator": self.generator.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "images_made": self.images_made,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.generator.load_state_dict(state["generator"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.images_made = state["images_made"]

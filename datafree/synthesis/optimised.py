@@ -68,9 +68,14 @@ class OptimisedSynthesis(BaseSynthesis):
         return images.detach().float(), loss, detached(terms)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"scaler": self.update.scaler.state_dict(), "objective": self.objective.state_dict()}
+        return {
+            **super().state_dict(),
+            "scaler": self.update.scaler.state_dict(),
+            "objective": self.objective.state_dict(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
         self.update.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"])
 
@@ -93,10 +98,6 @@ class RoundSynthesis(OptimisedSynthesis):
     ):
         super().__init__(teacher, student, augment, card, config, device)
         self.pool = make_pool(config, card, self.device)
-
-    @property
-    def images_made(self) -> int:  # type: ignore[override]
-        return self.pool.added
 
     def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         """A function that renders images of these target classes (N,), and the optimisers of its parameters."""
@@ -127,6 +128,7 @@ class RoundSynthesis(OptimisedSynthesis):
                 self.tick()
         self._end_round()
         self.pool.add(kept, targets)
+        self.images_made = self.pool.added
         self.objective.end_round(kept)
         return kept_terms
 
