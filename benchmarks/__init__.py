@@ -1,1 +1,1 @@
-"""Timings, which are no tests: what a step costs here, and beside the pipeline as it was released."""
+"""Measurements, run by hand: steps beside the released pipeline, memory, precision, bits of two revisions."""

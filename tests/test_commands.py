@@ -490,7 +490,7 @@ def test_weights_that_cannot_be_used(distil, refused, weights, teacher, tmp_path
     assert "has 7 classes" in line and "the model 10" in line
     contents = {"state_dict": nets.tiny(10, 1).state_dict(), "x": Creates(tmp_path / "proof")}
     torch.save(contents, tmp_path / "evil.pth")
-    assert "evil.pth asks to run" in given("evil.pth") and not (tmp_path / "proof").exists()
+    assert "evil.pth contains a pickled" in given("evil.pth") and not (tmp_path / "proof").exists()
     state = nets.tiny(10, 1).state_dict()
     state["0.0.weight"][0] = torch.nan
     torch.save(state, tmp_path / "nan.pth")
