@@ -15,74 +15,22 @@ import shutil
 import sys
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, fields
 from math import inf
 from pathlib import Path
-from types import NoneType, UnionType
-from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, NamedTuple
 
 import yaml
 
-from datafree.config import option, sections
+from datafree.config import sections
 from datafree.errors import OptionError
-from datafree.plugins import is_custom, load_object
+from datafree.options import Invocation, Option, Options, list_options, why_unused, with_custom_sections
+from datafree.plugins import is_custom
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 INTRO = """The later one wins: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
 --run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are equivalent. An option that
 shows no value is on or off: --dry_run, --dry_run false, --no_dry_run."""
-
-
-@dataclass
-class Invocation:
-    """This call of the program; not part of a configuration."""
-
-    help: bool = option(False, "Show this text and exit.", flags=("-h",))
-    config: str = option("", "YAML file with options, in sections as below; may be given several times.")
-    print_config: bool = option(False, "Print all options as YAML that --config reads, and exit.")
-    dry_run: bool = option(False, "Check everything, print the plan, and exit.")
-    gpu: int | None = option(None, "Short for --device cuda:N.", low=0)
-
-
-@dataclass(frozen=True)
-class Option:
-    """A field of a section ("": of the config itself), with its type resolved; see :func:`datafree.config.option`."""
-
-    section: str
-    name: str
-    kind: type
-    choices: tuple[str, ...]
-    default: Any
-    help: str
-    flags: tuple[str, ...] = ()
-    low: float = -inf
-    high: float = inf
-    unused_when: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
-    custom: bool = False
-    affects_result: bool = True
-    also_in: tuple[str, ...] = ()
-    aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
-
-    @property
-    def allowed(self) -> str:
-        """The values that it accepts, in words."""
-        if self.choices:
-            return f"one of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.custom
-        words = {
-            bool: "true or false",
-            int: "a whole number",
-            float: "a number",
-            tuple: "numbers separated by commas",
-            str: "a non-empty text" if self.default else "a text",
-        }[self.kind]
-        if self.high < inf:
-            words += f" from {self.low:g} to {self.high:g}"
-        elif self.low > -inf:
-            words += f" of at least {self.low:g}"
-        return f"{words}, or nothing" if self.default is None else words
-
-
-Options = Mapping[str, Option]  # name -> option
 
 
 class Setting(NamedTuple):
@@ -111,7 +59,9 @@ def parse(
     ``--help`` prints and exits. Raises OptionError, one line, for anything unknown, malformed or out of bounds, even
     if a later value replaces it, and InputError for a user-defined class that cannot be loaded.
     """
-    config_class = _with_custom_sections(config_class, argv, method_files)
+    options = {o.name: o for o in list_options(config_class, method_files)}
+    taken = [flag.removeprefix("--") for flag in _flag_table(options)]
+    config_class = with_custom_sections(config_class, _custom_names(argv, options, method_files), taken)
     options = {o.name: o for o in list_options(config_class, method_files)}
     if {"-h", "--help"} & set(argv):
         print(_help(options, config_class, description, method_files, examples))
@@ -132,89 +82,35 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=inf)
 
 
-def result_options(config: Any) -> dict[str, Any]:
-    """Option -> value for all that the result depends on: those that affect it and that something reads."""
-    options = {o.name: o for o in list_options(type(config))}
-    values: dict[str, Any] = {}
-    for name, value in reversed(asdict(config).items()):  # options outside the sections are last, and lead
-        values.update(value if isinstance(value, dict) else {name: value})
-    return {
-        name: value
-        for name, value in values.items()
-        if options[name].affects_result and not _why_unused(options[name], values, options)
-    }
-
-
-def list_options(config_class: type, method_files: Mapping[str, Any] | None = None) -> list[Option]:
-    """Every Option of a program, in the order of ``--help``."""
-    found, own = [], sections(config_class)
-    for section, cls in {"call": Invocation, "": config_class, **own}.items():
-        hints = get_type_hints(cls)
-        for f in (f for f in fields(cls) if "help" in f.metadata):
-            kind = _without_none(hints[f.name])
-            choices: tuple[str, ...] = ()
-            if get_origin(kind) is Literal:
-                kind, choices = str, get_args(kind)
-            elif f.name == "method":
-                choices = tuple(sorted(method_files or ()))
-            metadata = dict(f.metadata)
-            metadata["also_in"] = tuple(section_too for section_too in metadata["also_in"] if section_too in own)
-            metadata["unused_when"] = conditions = metadata["unused_when"] or getattr(cls, "UNUSED_WHEN", ())
-            if any(f.name in condition for condition in conditions):
-                metadata["unused_when"] = ()  # the option on which the section's others depend
-            found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **metadata))
-    return found
-
-
-def _without_none(hint: Any) -> Any:
-    return next(part for part in get_args(hint) if part is not NoneType) if isinstance(hint, UnionType) else hint
-
-
-def _with_custom_sections(config_class: type, argv: Sequence[str], method_files: Mapping[str, Any] | None) -> type:
-    """``config_class`` with a section for the ``Options`` of every user-defined class that is named."""
-    options = {o.name: o for o in list_options(config_class, method_files)}
-    added: dict[str, Any] = {}
-    for cls in map(load_object, _custom_names(argv, options)):
-        own: Any = getattr(cls, "Options", None)
-        section = cls.__name__.lower()
-        if own is None or added.get(section) is own:
-            continue
-        if not is_dataclass(own) or not all("help" in f.metadata for f in fields(own)):
-            raise _error(f"{cls.__name__}.Options must be a dataclass whose fields are made by datafree.config.option")
-        taken = [f.name for f in fields(own) if f.name in options] + [section] * (section in sections(config_class))
-        if taken:
-            raise _error(
-                f"{cls.__name__}.Options: the name {taken[0]} is taken by an option or section; choose another"
-            )
-        added[section] = own
-    extra: list[Any] = [(name, cls, field(default_factory=cls)) for name, cls in added.items()]
-    return make_dataclass(config_class.__name__, extra, bases=(config_class,)) if extra else config_class
-
-
-def _custom_names(argv: Sequence[str], options: Options) -> list[str]:
-    """The user-defined classes that flags and files name; whatever is wrong in them is reported later."""
-    flags = {flag: opt.name for flag, (opt, _) in _flag_table(options).items() if opt.custom or opt.name == "config"}
-    in_files: dict[str, str] = {}
-    in_flags: dict[str, str] = {}
+def _custom_names(
+    argv: Sequence[str], options: Options, method_files: Mapping[str, Any] | None
+) -> list[tuple[str, str]]:
+    """(option, name) of the user-defined classes in files and flags; other mistakes in these are reported later."""
+    custom = {opt.name for opt in options.values() if opt.custom}
+    flags = {flag: opt.name for flag, (opt, _) in _flag_table(options).items() if opt.name in {*custom, "config"}}
+    found: list[tuple[str, str]] = []
     for word, following in zip(argv, [*argv[1:], ""]):
         flag, equals, text = word.partition("=")
         name, text = flags.get("--" + flag[2:].replace("-", "_")), text if equals else following
         if name == "config":
-            in_files |= _scalars(Path(text), set(flags.values()))
+            found += _scalars(Path(text), custom)
         elif name:
-            in_flags[name] = text
-    return list(dict.fromkeys(text for text in {**in_files, **in_flags}.values() if is_custom(text)))
+            found.append((name, text))
+    if "method" in options and method_files:
+        method = dict(found).get("method", options["method"].default)
+        found += _scalars(Path(method_files[method]), custom) if method in method_files else []
+    return [(name, text) for name, text in found if is_custom(text)]
 
 
-def _scalars(path: Path, names: set[str], above: tuple[Path, ...] = ()) -> dict[str, str]:
-    """Values of the keys ``names`` in a YAML file and the files that it is based on; {} if it cannot be read."""
+def _scalars(path: Path, names: set[str], above: tuple[Path, ...] = ()) -> list[tuple[str, str]]:
+    """(key, value) of the keys ``names`` in a YAML file and the files that it is based on; [] if it cannot be read."""
     try:
-        found = dict(_leaves(_compose(path)))
+        found = list(_leaves(_compose(path)))
     except OptionError:
-        return {}
-    base = path.parent / found["base"] if "base" in found else None
-    below = _scalars(base, names, (*above, base)) if base and base not in above else {}
-    return {**below, **{key: text for key, text in found.items() if key in names}}
+        return []
+    bases = [path.parent / text for key, text in found if key == "base"]
+    below = [pair for base in bases if base not in above for pair in _scalars(base, names, (*above, base))]
+    return below + [(key, text) for key, text in found if key in names]
 
 
 def _leaves(node: Any) -> Iterator[tuple[str, str]]:
@@ -274,30 +170,11 @@ def _refuse_unused(settings: list[Setting], preset: list[Setting], values: dict[
 
     for setting in settings:
         opt, level = setting.option, sources.index(setting.source)
-        reasons = _why_unused(opt, defaults | values, options)
+        reasons = why_unused(opt, defaults | values, options)
         if reasons and values[opt.name] != before[opt.name] and all(decided.get(name, -1) <= level for name in reasons):
             because = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
             change = f"the {next(iter(reasons))}" if len(reasons) == 1 else "one of these"
             raise _error(f"{setting.place} has no effect because {because}; remove it or change {change}")
-
-
-def _why_unused(opt: Option, values: Mapping[str, Any], options: Options, path: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Option -> value of the reasons why nothing reads ``opt``; empty if something does. path: options on the way."""
-    for condition in opt.unused_when:
-        reasons = [_why_inactive(name, inactive, opt, values, options, path) for name, inactive in condition.items()]
-        if all(reasons):
-            return {name: value for reason in reasons for name, value in reason.items()}
-    return {}
-
-
-def _why_inactive(
-    name: str, inactive: Any, opt: Option, values: Mapping[str, Any], options: Options, path: tuple[str, ...]
-) -> dict[str, Any]:
-    """Why the option ``name`` does not use ``opt``: its value is among ``inactive``, or it is unused itself."""
-    if name in path:
-        return {}  # it would be unused by its own value
-    value = values.get(name, options[name].default)
-    return {name: value} if value in inactive else _why_unused(options[name], values, options, (*path, opt.name))
 
 
 def _convert(setting: Setting) -> Any:

@@ -6,6 +6,7 @@ import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
@@ -62,7 +63,10 @@ def short_name(name: str) -> str:
 
 def code_digest(name: str) -> str:
     """Identifies a user-defined object by its short name and the hash of its file, wherever the file is."""
-    file = inspect.getsourcefile(load_object(name))
+    found: Any = load_object(name)
+    while isinstance(found, partial):
+        found = found.func
+    file = inspect.getsourcefile(found)
     return f"{short_name(name)}:{digest(Path(file).read_bytes() if file else b'')}"
 
 

@@ -6,12 +6,13 @@ from pathlib import Path
 from typing import Any
 
 from datafree import checkpoint, plan
-from datafree.cli import result_options, to_yaml
+from datafree.cli import to_yaml
 from datafree.engine import Engine
 from datafree.evaluators import scores_line
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder, table
 from datafree.network import Network
+from datafree.options import result_options
 from datafree.plugins import short_name
 from datafree.runtime import environment, peak_memory
 from datafree.schedule import Schedule

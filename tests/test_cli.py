@@ -9,9 +9,10 @@ import nets
 import pytest
 import yaml
 
-from datafree.cli import list_options, parse, result_options, to_yaml
+from datafree.cli import parse, to_yaml
 from datafree.config import CONFIGS, DistillConfig, Relation, ScratchConfig, Synthesis, option, sections
 from datafree.errors import InputError, OptionError
+from datafree.options import list_options, result_options
 
 PUBLISHED = """--method rgal --dataset cifar100 --data_root images --teacher resnet34 --student resnet18
 --teacher_weights t.pth --epochs 240 --kd_steps 200 --ep_steps 600 --g_steps 500 --batch_size 512
@@ -715,10 +716,13 @@ def test_a_method_file_may_name_a_class_with_options(file, rgal):
     assert read("--method", "plain", "--level", "0.5", **rgal).grey.level == 0.5
 
 
-def test_options_of_a_class_that_a_later_flag_replaces_are_refused(file, rgal):
-    path = file(f"synthesis: {{source: {GREY}}}", "named.yaml")
-    assert not hasattr(read("--config", path, "--source", "noise", **rgal), "grey")
-    assert "--level" in refused("--config", path, "--source", "noise", "--level=1", **rgal)
+def test_options_of_a_class_that_a_later_flag_replaces_are_unused(file, rgal):
+    path = file(f"synthesis: {{source: {GREY}}}\ngrey: {{level: 0.75}}", "named.yaml")
+    assert result_options(read("--config", path, **rgal))["level"] == 0.75
+    control = read("--config", path, "--source", "noise", **rgal)  # what a file sets may be switched off later
+    assert "level" not in result_options(control)
+    message = refused("--config", path, "--source", "noise", "--level=1", **rgal)
+    assert "--level has no effect because source is noise" in message
 
 
 def test_a_configuration_with_options_of_a_user_defined_class_reads_back(file, rgal):

@@ -11,12 +11,13 @@ from conftest import ROOT, scratch
 
 import datafree_kd
 import train_scratch
-from datafree import cli, config, plan
+from datafree import cli, config, options, plan
 from datafree.config import DistillConfig, ScratchConfig, option, sections
+from datafree.options import list_options
 
 PROGRAMS = {ROOT / "datafree_kd.py", ROOT / "train_scratch.py"}
 # Code that handles all options alike, or states them in words, so that its reading of one makes no difference.
-NO_READERS = {Path(module.__file__).resolve() for module in (cli, config, plan)}
+NO_READERS = {Path(module.__file__).resolve() for module in (cli, config, options, plan)}
 
 
 def is_reader(file):
@@ -51,9 +52,9 @@ def unread(config_class, run):
     """The options of ``config_class`` that nothing reads during ``run()``, as section.option."""
     with recorded(config_class) as found:
         run()
-    options = {(o.section, o.name) for o in cli.list_options(config_class) if o.section != "call"}
-    assert found <= options
-    return {f"{section}.{name}".lstrip(".") for section, name in options - found}
+    declared = {(o.section, o.name) for o in list_options(config_class) if o.section != "call"}
+    assert found <= declared
+    return {f"{section}.{name}".lstrip(".") for section, name in declared - found}
 
 
 @pytest.fixture

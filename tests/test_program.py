@@ -108,7 +108,7 @@ def test_both_trainings_run_in_turn_and_the_second_uses_the_first(run):
     results = [json.loads((folder / "summary.json").read_text()) for folder in (first, second)]
     assert results[1]["teacher_acc1"] == results[0]["last_acc1"] and "teacher_acc1" not in results[0]
     assert "Plan: the first of two." in (first / "log.txt").read_text()
-    network = Network.from_file(first)
+    network = Network.from_file(first, nets.name("tiny"))
     assert (network.name, network.metadata["epoch"], network.shape) == ("network nets-tiny", EPOCHS, (1, 16, 16))
     written = torch.load(second / "checkpoints" / "model_last.pth", weights_only=True)
     assert written["model"] == nets.name("small") and written["options"]["stop_below"] == 0
