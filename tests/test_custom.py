@@ -79,7 +79,7 @@ def test_print_config_reads_back_with_user_defined_options(distil, capsys, tmp_p
         (("--source", GREY), ("--source", GREY, "--level", 0.25), "--level"),
         (("--source", GREY, "--dither", 0.5), ("--source", GREY), "--dither"),
         (("--learner", SCALED), ("--learner", SCALED, "--factor", 0.5), "--factor"),
-        (("--learner", SCALED), (), "--factor"),
+        (("--learner", SCALED), (), "--learner"),
         (("--learner", custom.name("Averaged")), (), "--learner"),
         ((), ("--learner", SCALED), "--learner"),
     ],
