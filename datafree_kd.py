@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import registry
 from datafree import program
 from datafree.config import DistillConfig
+from datafree.plugins import is_custom
 
 if TYPE_CHECKING:
     from datafree.session import Session
@@ -43,11 +44,16 @@ def distillation(session: "Session") -> "Iterator[Training]":
         source,
         schedule,
         model=options.student,
-        name=(config.method, config.teacher.teacher, options.student),
+        name=(config.method, config.teacher.teacher, options.student, *custom_learner(config)),
         plan=describe_distillation(config, session.card, schedule, teacher, source, learner.cache),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation),
     )
+
+
+def custom_learner(config: DistillConfig) -> list[str]:
+    """The user-defined learner, which is part of the name of its runs."""
+    return [config.distill.learner] if is_custom(config.distill.learner) else []
 
 
 def main() -> None:

@@ -47,7 +47,7 @@ def link(source: str | Path, path: str | Path) -> None:
     """Let ``path`` hold what ``source`` holds now, as a hard link where the file system has them."""
     with _replacing(path) as beside:
         try:
-            os.link(source, beside)  # safe, for save() replaces files and never writes into one
+            os.link(source, beside)  # safe, because save() replaces files and never writes into one
         except OSError:
             shutil.copyfile(source, beside)
 
@@ -93,7 +93,11 @@ def weights_file(path: str | Path) -> Path:
         for found in (Path(path) / "checkpoints" / name, Path(path) / name):
             if found.is_file():
                 return found
-    raise InputError(f"{path} is a folder without checkpoints/{LAST_WEIGHTS[0]}; name a file of weights")
+    inside = next(Path(path).glob(f"**/{LAST_WEIGHTS[0]}"), None)
+    hint = f", such as {inside.parent.parent}" if inside else ""
+    raise InputError(
+        f"{path} is a folder without checkpoints/{LAST_WEIGHTS[0]}; name a file of weights or the folder of a run{hint}"
+    )
 
 
 def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -157,7 +161,9 @@ def _replacing(path: str | Path) -> Iterator[Path]:
 
 def _check_readable(path: str | Path) -> None:
     if not Path(path).is_file():
-        raise InputError(f"there is no file {path}; check the path")
+        renamed = Path(path).with_name(Path(path).name.replace("student_", "model_"))
+        hint = f"it is called {renamed} now" if renamed.is_file() else "check the path"
+        raise InputError(f"there is no file {path}; {hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")
 

@@ -14,7 +14,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, fields
 from math import inf
 from pathlib import Path
@@ -28,7 +28,7 @@ from datafree.options import Invocation, Option, Options, list_options, why_unus
 from datafree.plugins import is_custom
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-INTRO = """The later one wins: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
+INTRO = """Precedence, lowest first: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
 --run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are equivalent. An option that
 shows no value is on or off: --dry_run, --dry_run false, --no_dry_run."""
 
@@ -60,8 +60,8 @@ def parse(
     if a later value replaces it, and InputError for a user-defined class that cannot be loaded.
     """
     options = {o.name: o for o in list_options(config_class, method_files)}
-    taken = [flag.removeprefix("--") for flag in _flag_table(options)]
-    config_class = with_custom_sections(config_class, _custom_names(argv, options, method_files), taken)
+    named = _class_names(argv, options, method_files)
+    config_class = with_custom_sections(config_class, named, _flag_table(options))
     options = {o.name: o for o in list_options(config_class, method_files)}
     if {"-h", "--help"} & set(argv):
         print(_help(options, config_class, description, method_files, examples))
@@ -82,44 +82,54 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(dict(values), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=inf)
 
 
-def _custom_names(
+def _class_names(
     argv: Sequence[str], options: Options, method_files: Mapping[str, Any] | None
 ) -> list[tuple[str, str]]:
-    """(option, name) of the user-defined classes in files and flags; other mistakes in these are reported later."""
-    custom = {opt.name for opt in options.values() if opt.custom}
-    flags = {flag: opt.name for flag, (opt, _) in _flag_table(options).items() if opt.name in {*custom, "config"}}
-    found: list[tuple[str, str]] = []
+    """(option, value) of the options that may name a class, in files and flags; mistakes are reported later."""
+    homes = {opt.name: opt.section for opt in options.values() if opt.custom}
+    flags = {flag: opt.name for flag, (opt, _) in _flag_table(options).items() if opt.name in {*homes, "config"}}
+    in_files: list[tuple[str, str]] = []
+    in_flags: list[tuple[str, str]] = []
     for word, following in zip(argv, [*argv[1:], ""]):
         flag, equals, text = word.partition("=")
         name, text = flags.get("--" + flag[2:].replace("-", "_")), text if equals else following
         if name == "config":
-            found += _scalars(Path(text), custom)
+            in_files += _texts(Path(text), homes)
         elif name:
-            found.append((name, text))
+            in_flags.append((name, text))
+    found = in_files + in_flags
     if "method" in options and method_files:
         method = dict(found).get("method", options["method"].default)
-        found += _scalars(Path(method_files[method]), custom) if method in method_files else []
-    return [(name, text) for name, text in found if is_custom(text)]
+        found = (_texts(Path(method_files[method]), homes) if method in method_files else []) + found
+    return found
 
 
-def _scalars(path: Path, names: set[str], above: tuple[Path, ...] = ()) -> list[tuple[str, str]]:
-    """(key, value) of the keys ``names`` in a YAML file and the files that it is based on; [] if it cannot be read."""
+def _texts(path: Path, homes: Mapping[str, str], above: tuple[Path, ...] = ()) -> list[tuple[str, str]]:
+    """(option, value) of options in a YAML file and those that it is based on; [] if it cannot be read.
+
+    homes: option -> the section in which it stands.
+    """
+    above = (*above, path.resolve())
     try:
-        found = list(_leaves(_compose(path)))
+        lines = [("", *line) for line in _scalars(_compose(path))]
+        lines += [(section, *line) for section, node in _mappings(_compose(path)) for line in _scalars(node)]
     except OptionError:
         return []
-    bases = [path.parent / text for key, text in found if key == "base"]
-    below = [pair for base in bases if base not in above for pair in _scalars(base, names, (*above, base))]
-    return below + [(key, text) for key, text in found if key in names]
+    bases = [path.parent / text for section, key, text in lines if key == "base" and not section]
+    below = [pair for base in bases if base.resolve() not in above for pair in _texts(base, homes, above)]
+    return below + [(key, text) for section, key, text in lines if homes.get(key) == section]
 
 
-def _leaves(node: Any) -> Iterator[tuple[str, str]]:
-    """(key, text) of the scalars of a mapping and of the mappings in it."""
-    for key, value in node.value if node is not None and node.id == "mapping" else ():
-        if key.id == value.id == "scalar":
-            yield key.value, value.value
-        else:
-            yield from _leaves(value)
+def _scalars(node: Any) -> list[tuple[str, str]]:
+    """(key, text) of the scalar values of a mapping."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    return [(key.value, value.value) for key, value in pairs if key.id == value.id == "scalar"]
+
+
+def _mappings(node: Any) -> list[tuple[str, Any]]:
+    """(key, mapping) of the mappings in a mapping."""
+    pairs = node.value if node is not None and node.id == "mapping" else []
+    return [(key.value, value) for key, value in pairs if key.id == "scalar" and value.id == "mapping"]
 
 
 def _foreign(config_class: type, other_configs: Iterable[type]) -> dict[str, dict[str, Option]]:
@@ -189,7 +199,7 @@ def _convert(setting: Setting) -> Any:
 
 
 def _value(opt: Option, text: str) -> Any:
-    if opt.default is None and not text:
+    if opt.default is None and text in ("", "none"):
         return None
     if opt.custom and is_custom(text):
         return text
@@ -282,6 +292,10 @@ def _read_yaml(
                 _convert(setting)
         else:
             settings.append(_yaml_setting("", key, node, place, options))
+    first: dict[Option, Setting] = {}
+    for setting in settings:
+        if first.setdefault(setting.option, setting) is not setting:
+            raise _error(f"{setting.place} is given twice (as {first[setting.option].place}); remove one of them")
     return below + [setting._replace(source=str(path)) for setting in settings]
 
 
@@ -291,6 +305,8 @@ def _read_base(
     base = Path(path).parent / str(node.value)
     if node.id != "scalar" or base.resolve() in above:
         raise _error(f"{place}: base names one other YAML file, which is not based on this one")
+    if not base.is_file():
+        raise _error(f"{place}: there is no file {base} to be based on")
     return _read_yaml(base, options, foreign, (*above, Path(path).resolve()))
 
 

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, Literal
 
 from datafree import schedule
 from datafree.errors import OptionError
+from datafree.learners import LearnersOfOtherOptions
 from datafree.synthesis import SourcesWithout
 
 Condition = Mapping[str, Any]
@@ -57,10 +58,21 @@ def option(
     return field(default=default, metadata={**metadata, **bounds})
 
 
+class AnyBut:
+    """All values but those given, as a container."""
+
+    def __init__(self, *values: str):
+        self.values = values
+
+    def __contains__(self, value: object) -> bool:
+        return value not in self.values
+
+
 CONTROL = {"source": SourcesWithout("synthesises")}
 NO_POOL = {"source": SourcesWithout("keeps_pool")}
 NO_GENERATOR = {"source": SourcesWithout("has_generator")}
 NO_ROUNDS = {"source": SourcesWithout("has_rounds")}
+OTHER_LEARNER = {"learner": LearnersOfOtherOptions()}
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
 NO_STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
 
@@ -332,7 +344,7 @@ class Relation:
         "student training the student's).",
         unused_when=NO_TRIPLETS,
     )
-    striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0)
+    striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0, unused_when=OTHER_LEARNER)
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global",
         "Features that it uses: the embedding, the chosen stages, or the logits.",
@@ -359,28 +371,44 @@ class Distill:
         "distill", "How the student is trained: by the terms below, or by a user-defined class.", custom=True
     )
     batch_size: int = option(128, "Images of a student step.", low=1)
-    pair_sample: bool = option(False, "Show every image under two augmentations, which doubles the batch.")
+    pair_sample: bool = option(
+        False, "Show every image under two augmentations, which doubles the batch.", unused_when=OTHER_LEARNER
+    )
     view_cache: int | None = option(
         None,
         "Memory limit in MB of the cache of teacher outputs per view. Empty: a quarter of the free memory on the CPU, "
         "none on a GPU. Not with mixup, gram_loss and at_loss.",
         low=0,
-        unused_when=NO_POOL,
+        unused_when=(NO_POOL, OTHER_LEARNER),
         affects_result=False,
     )
-    mixup: float = option(0.0, "Fraction of the views that are blended with another view of the batch.", low=0, high=1)
+    mixup: float = option(
+        0.0,
+        "Fraction of the views that are blended with another view of the batch.",
+        low=0,
+        high=1,
+        unused_when=OTHER_LEARNER,
+    )
     T: float = option(
         20.0, "Temperature of the KL divergence.", low=1e-6, unused_when=({"kd": (0,)}, {"kd_distance": ("l1",)})
     )
-    kd: float = option(1.0, "Weight of the distance to the teacher's logits.", low=0)
+    kd: float = option(1.0, "Weight of the distance to the teacher's logits.", low=0, unused_when=OTHER_LEARNER)
     kd_distance: Literal["kl", "l1"] = option(
         "kl", "That distance: KL divergence, or L1 of the logits (DFAD).", unused_when={"kd": (0,)}
     )
-    cd_loss: float = option(0.0, "Weight of the channel term: pooled stages, projected to the teacher's width.", low=0)
-    gram_loss: float = option(
-        0.0, "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.", low=0
+    cd_loss: float = option(
+        0.0,
+        "Weight of the channel term: pooled stages, projected to the teacher's width.",
+        low=0,
+        unused_when=OTHER_LEARNER,
     )
-    at_loss: float = option(0.0, "Weight of the distance of attention maps (ZSKT).", low=0)
+    gram_loss: float = option(
+        0.0,
+        "Weight of the pixel-wise term, channels weighted by the teacher's Gram matrix.",
+        low=0,
+        unused_when=OTHER_LEARNER,
+    )
+    at_loss: float = option(0.0, "Weight of the distance of attention maps (ZSKT).", low=0, unused_when=OTHER_LEARNER)
     custom_steps: float = option(
         1.0,
         "Fraction of the run in which the channel, Gram, attention and triplet terms are active.",

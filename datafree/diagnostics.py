@@ -42,7 +42,7 @@ def describe(
     share = torch.bincount(labels, minlength=teacher.num_classes) / count
     entropy = torch.special.entr(share).sum()
     highest = math.log(min(teacher.num_classes, count))
-    numbers = {
+    metrics = {
         "label_entropy": entropy / highest if highest else torch.ones(()),  # one image cannot spread
         "classes_hit": (share > 0).sum(),
         "teacher_confidence": features.logits.float().softmax(1).amax(1).mean(),
@@ -51,16 +51,16 @@ def describe(
         **_pixels(images),
     }
     if targets is not None:
-        numbers["target_agreement"] = (labels == targets).float().mean()
-    return {name: value.item() for name, value in numbers.items()}
+        metrics["target_agreement"] = (labels == targets).float().mean()
+    return {name: value.item() for name, value in metrics.items()}
 
 
 def _relations(embed: Tensor, space: Tensor, labels: Tensor) -> dict[str, Tensor]:
     """Spread of the classes, and the fraction of anchors with a positive, and with a negative in the focal band."""
     other = labels[:, None] != labels[None, :]
     same = ~other & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
-    distance, drawn = pairwise_distance(embed), pairwise_distance(space)
-    in_band = other & (drawn > FOCAL_BAND[0]) & (drawn < FOCAL_BAND[1])
+    distance, sampled = pairwise_distance(embed), pairwise_distance(space)
+    in_band = other & (sampled > FOCAL_BAND[0]) & (sampled < FOCAL_BAND[1])
     nearest = distance.masked_fill(~other, math.inf).amin(1)
     found = nearest.isfinite()
     return {

@@ -33,6 +33,7 @@ from datafree.evaluators import scores_line
 from datafree.grids import draw_grid, grid_rows
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
+from datafree.plugins import is_same_code
 from datafree.runtime import StopSignal, load_rng_state, rng_state
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -238,11 +239,18 @@ class Engine:
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
         for name in theirs | ours:
-            if name != "epochs" and theirs.get(name) != ours.get(name):
+            then, now = theirs.get(name), ours.get(name)
+            if name == "epochs" or then == now:
+                continue
+            if is_same_code(then, now):
                 raise InputError(
-                    f"{path} is of a run with --{name} {theirs.get(name)}, not {ours.get(name)}; resume "
-                    "with the options that it was written with, or start a new run by --log_tag NEW"
+                    f"{path}: the code of {now.rpartition(':')[0]} has changed since it was written; restore it, or "
+                    "start a new run by --log_tag NEW"
                 )
+            raise InputError(
+                f"{path} was written with --{name} {then}, not {now}; resume with the same options, or start a new run "
+                "by --log_tag NEW"
+            )
         if state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "

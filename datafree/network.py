@@ -50,7 +50,8 @@ def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float
     if not numbers or len(values) != card.channels or not all(low <= v <= 1 for v in values):
         raise InputError(
             f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the {card.channels} channels of "
-            f"{card.name}; correct --{role}_{key}, or the file of its weights, if that states it"
+            f"{card.name}; correct {'--teacher_' + key if role == 'teacher' else 'the data card'}, or the file of its "
+            "weights, if that states it"
         )
     return tuple(values)
 

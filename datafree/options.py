@@ -1,13 +1,13 @@
 """The options of a program: their types, those of user-defined classes, and which of them count."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
 from math import inf
 from types import NoneType, UnionType
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from datafree.config import option, sections
-from datafree.errors import OptionError
+from datafree.config import AnyBut, option, sections
+from datafree.errors import InputError, OptionError
 from datafree.plugins import code_digest, is_custom, load_object
 
 
@@ -86,49 +86,76 @@ def list_options(config_class: type, method_files: Mapping[str, Any] | None = No
 
 
 def _without_none(hint: Any) -> Any:
-    return next(part for part in get_args(hint) if part is not NoneType) if isinstance(hint, UnionType) else hint
+    if isinstance(hint, UnionType) or get_origin(hint) is Union:
+        return next(part for part in get_args(hint) if part is not NoneType)
+    return hint
 
 
-class OtherThan:
-    """All values but one, as a container."""
-
-    def __init__(self, value: str):
-        self.value = value
-
-    def __contains__(self, value: object) -> bool:
-        return value != self.value
-
-
-def with_custom_sections(config_class: type, named: Iterable[tuple[str, str]], taken: Iterable[str]) -> type:
+def with_custom_sections(config_class: type, named: Sequence[tuple[str, str]], spellings: Iterable[str]) -> type:
     """``config_class`` with a section for the ``Options`` of user-defined classes.
 
-    The section is named like the class that defines them, in lower case; its options are unused unless that class is
-    chosen. named: (option, name of the class) pairs. taken: names that the sections and their options cannot have.
+    The section is named like the class that defines them, in lower case; its options are unused unless such a class is
+    chosen. named: (option, value) pairs, in order of precedence; user-defined classes among the values. spellings: of the program's flags, which
+    are taken. Raises InputError for a chosen class that cannot be loaded, and OptionError for Options that cannot be.
     """
-    names = {*taken, *sections(config_class)}
+    taken_flags, taken_sections = set(spellings), {"call", "expect", "base", "method", *sections(config_class)}
     added: dict[Any, str] = {}
-    conditions: dict[str, Mapping[str, Any]] = {}
+    chosen: dict[str, dict[str, list[str]]] = {}  # section -> option -> names of the classes that have it
     for chosen_by, name in named:
-        cls = load_object(name)
-        own: Any = getattr(cls, "Options", None)
-        if own is None or own in added:
+        own = _options_of(name, required=dict(named)[chosen_by] == name) if is_custom(name) else None
+        if own is None:
             continue
-        label = f"{name.rpartition(':')[2]}.Options"
-        if not is_dataclass(own) or not all("help" in f.metadata for f in fields(own)):
-            raise OptionError(f"{label} must be a dataclass whose fields are made by datafree.config.option")
-        owner = next(base for base in getattr(cls, "__mro__", (cls,)) if "Options" in vars(base))
-        section = added[own] = owner.__name__.lower()
-        for new in (section, *(f.name for f in fields(own))):
-            if new in names:
-                raise OptionError(f"{label}: the name {new} is taken by an option or section; choose another")
-            names.add(new)
-        conditions[section] = {"source" if chosen_by == "method" else chosen_by: OtherThan(name)}
+        owner, own_options = own
+        section = owner.lower()
+        if own_options not in added:
+            label = f"{owner}.Options"
+            _check_options(own_options, label)
+            flags = [flag for f in fields(own_options) for flag in (f"--{f.name}", *f.metadata["flags"])]
+            for new, taken in [(section, taken_sections), *((flag, taken_flags) for flag in flags)]:
+                if new in taken:
+                    new = new.removeprefix("--")
+                    raise OptionError(f"{label}: the name {new} is taken by an option or section; choose another")
+                taken.add(new)
+            added[own_options] = section
+        option_name = "source" if chosen_by == "method" else chosen_by
+        chosen.setdefault(section, {}).setdefault(option_name, []).append(name)
     if not added:
         return config_class
-    extra: list[Any] = [(section, own, field(default_factory=own)) for own, section in added.items()]
+    conditions = {section: {key: AnyBut(*names) for key, names in by.items()} for section, by in chosen.items()}
+    extra: list[Any] = [
+        (section, own_options, field(default_factory=own_options)) for own_options, section in added.items()
+    ]
     return make_dataclass(
         config_class.__name__, extra, bases=(config_class,), namespace={"CUSTOM_SECTIONS": conditions}
     )
+
+
+def _options_of(name: str, required: bool) -> tuple[str, Any] | None:
+    """Name of the class that defines the ``Options`` of a user-defined class, and these; None if it has none.
+
+    required: raise InputError if the class cannot be loaded; one that a later value replaces is left alone.
+    """
+    try:
+        cls = load_object(name)
+    except InputError:
+        if required:
+            raise
+        return None
+    owner = next((base for base in getattr(cls, "__mro__", (cls,)) if "Options" in vars(base)), None)
+    return None if owner is None else (owner.__name__, cls.Options)  # type: ignore[attr-defined]
+
+
+def _check_options(own: Any, label: str) -> None:
+    if not is_dataclass(own) or not all("help" in f.metadata for f in fields(own)):
+        raise OptionError(f"{label} must be a dataclass whose fields are made by datafree.config.option")
+    try:
+        hints = get_type_hints(own)
+    except Exception as error:
+        raise OptionError(f"{label} has a type that cannot be resolved ({error})") from None
+    for f in fields(own):
+        kind = _without_none(hints[f.name])
+        if get_origin(kind) is not Literal and (get_origin(kind) or kind) not in (bool, int, float, str, tuple):
+            raise OptionError(f"{label}: {f.name} must be a bool, int, float, str, tuple or Literal, not {kind}")
 
 
 def result_options(config: Any) -> dict[str, Any]:
@@ -160,5 +187,7 @@ def _why_inactive(
     """Why the option ``name`` does not use ``opt``: its value is among ``inactive``, or it is unused itself."""
     if name in path:
         return {}  # it would be unused by its own value
+    if name not in options:
+        raise OptionError(f"--{opt.name} depends on the option {name}, which does not exist")
     value = values.get(name, options[name].default)
     return {name: value} if value in inactive else why_unused(options[name], values, options, (*path, opt.name))

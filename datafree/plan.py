@@ -2,6 +2,7 @@
 
 from datafree.config import DistillConfig
 from datafree.datasets.cards import DatasetCard
+from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network
 from datafree.plugins import is_custom
 from datafree.pool import ImagePool
@@ -30,10 +31,13 @@ def describe_distillation(
     ]
     if isinstance(source, OptimisedSynthesis):
         lines += describe_triplets(source.objective)
+    if is_custom(config.distill.learner):
+        lines.append(f"Learner: {config.distill.learner}.")
     if cache:
         megabytes = len(cache) * cache.bytes_per_view / 1e6
         lines.append(f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB.")
-    views = schedule.batch_size * (2 if config.distill.pair_sample else 1)
+    in_pairs = config.distill.pair_sample and config.distill.learner not in LearnersOfOtherOptions()
+    views = schedule.batch_size * (2 if in_pairs else 1)
     return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
 
 
@@ -41,7 +45,7 @@ def describe_training(model: str, card: DatasetCard, images: int, schedule: Sche
     """The plan of supervised training."""
     return [
         f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
-        f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {schedule.batch_size} images."
+        f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images."
     ]
 
 
@@ -57,7 +61,7 @@ def describe_teacher(teacher: Network) -> str:
     ]
     mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (teacher.mean, teacher.std))
     return (
-        f"The {teacher.name} ({', '.join(stated) or 'its file states nothing else'}) normalises images by mean {mean}, "
+        f"The {teacher.name} ({', '.join(stated) or 'no metadata in its file'}) normalises images by mean {mean}, "
         f"std {std}."
     )
 
@@ -87,11 +91,11 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
     cost = f"{schedule.total_student_steps:,} student steps of {views} views"
     if source.g_steps:
         rounds = schedule.total_synthesis_rounds
-        cost = f"{rounds:,} rounds of {source.g_steps} synthesis steps, and {cost}"
+        cost = f"{_count(rounds, 'round')} of {source.g_steps} synthesis steps, and {cost}"
     pool = getattr(source, "pool", None)
     if isinstance(pool, ImagePool):
         made, megabytes = schedule.total_synthesis_rounds * images, pool.images.nbytes / 1e6
-        cost += f"; {made:,} images, of which the pool keeps {pool.capacity:,} ({megabytes:.0f} MB)"
+        cost += f"; {made:,} images, {pool.capacity:,} of them kept in the pool ({megabytes:.0f} MB)"
     return f"Cost: {cost}."
 
 
@@ -104,6 +108,10 @@ def check_teacher(accuracy: float, expected: float, num_classes: int) -> list[st
         f"[Alarm] the teacher reaches only {accuracy:.2f} % ({wanted}); check --teacher_weights, --teacher_mean and "
         "--teacher_std, because a student is no better than its teacher"
     ]
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
 def _rounded(value: object) -> object:

@@ -4,7 +4,9 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import re
 import sys
+import traceback
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -27,6 +29,8 @@ def load_object(name: str) -> Callable[..., Any]:
     Raises InputError if the file or package cannot be imported, or does not define it.
     """
     source, _, attribute = name.rpartition(":")
+    if not source or not attribute:
+        raise InputError(f"'{name}' names no object; write path/to/file.py:name or package.module:name")
     found = getattr(_import(source), attribute, None)
     if not callable(found):
         raise InputError(
@@ -41,6 +45,8 @@ def construct(name: str, built_in: Mapping[str, str], base: type[T], **parts: An
     Raises InputError if a user-defined class cannot be loaded or constructed, or is not a subclass of ``base``.
     """
     made_by = load_object(built_in.get(name, name))
+    if isinstance(made_by, type) and not issubclass(made_by, base):
+        raise InputError(f"{name} is not a subclass of {base.__name__}; name another class, or by another option")
     try:
         made = made_by(**parts)
     except InputError:
@@ -48,7 +54,10 @@ def construct(name: str, built_in: Mapping[str, str], base: type[T], **parts: An
     except Exception as error:
         if name in built_in:
             raise
-        raise InputError(f"{name} failed when it was constructed: {first_line(error)}") from error
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        raise InputError(
+            f"{name} could not be constructed: {first_line(error)} (line {where.lineno} of {where.filename})"
+        ) from error
     if not isinstance(made, base):
         raise InputError(f"{name} made a {type(made).__name__}; it must be a subclass of {base.__name__}")
     return made
@@ -68,6 +77,12 @@ def code_digest(name: str) -> str:
         found = found.func
     file = inspect.getsourcefile(found)
     return f"{short_name(name)}:{digest(Path(file).read_bytes() if file else b'')}"
+
+
+def is_same_code(one: Any, other: Any) -> bool:
+    """Whether two different values are of :func:`code_digest` and differ in the hash alone."""
+    names = [re.fullmatch(r"(.+):[0-9a-f]{8}", str(value)) for value in (one, other)]
+    return all(names) and len({name[1] for name in names if name}) == 1
 
 
 def digest(*parts: bytes) -> str:

@@ -42,7 +42,7 @@ def run(
         print(cli.to_yaml(config), end="")
         return
     config.validate()
-    # These import torch, which takes seconds: --help and mistakes in options are answered before.
+    # These import torch, which takes seconds; --help and mistakes in the form of options are answered before.
     from datafree.session import Session
     from datafree.training import run_training
 

@@ -1,6 +1,7 @@
 """What every program needs before its training: device, data card, splits, networks."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ class Session:
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         self.card = resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write)
-        self.digests = {"card": digest(repr(self.card).encode())}
+        self.digests = {"card": digest(repr(replace(self.card, loader="")).encode())}
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
         self.test = self.split("test") if self.data.eval == "test" else None

@@ -5,15 +5,16 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from datafree.features import Features
+from datafree.errors import InputError
+from datafree.features import FIELDS, Features
 
 
 class Term(NamedTuple):
     """One term: its name, which is that of the option that weighs it, and all that its computation needs.
 
     compute: (teacher's Features, student's Features, ...) -> scalar tensor, without the weight.
-    teacher, student: fields of the Features that it reads; a network whose features no term reads is not run.
-    until: fraction of the run after which the term rests.
+    teacher, student: fields of the Features that it reads.
+    until: fraction of the run after which a term of the student is inactive.
     """
 
     name: str
@@ -22,6 +23,21 @@ class Term(NamedTuple):
     teacher: tuple[str, ...] = ()
     student: tuple[str, ...] = ()
     until: float = 1.0
+
+
+def weighted(terms: Iterable[Term]) -> list[Term]:
+    """The terms of nonzero weight. Raises InputError for two of one name, and for fields that Features do not have."""
+    terms = list(terms)
+    names = [term.name for term in terms]
+    for term in terms:
+        if names.count(term.name) > 1:
+            raise InputError(f"two terms of the loss are called {term.name}; give the new one another name")
+        for fields, known in ((term.teacher, FIELDS), (term.student, [f for f in FIELDS if f != "batch_norm"])):
+            if not isinstance(fields, tuple) or not set(fields) <= set(known):
+                raise InputError(
+                    f"the term {term.name} reads {fields!r}; that must be a tuple of names out of {', '.join(known)}"
+                )
+    return [term for term in terms if term.weight]
 
 
 def fields_read(terms: Iterable[Term], network: str) -> tuple[str, ...]:

@@ -144,7 +144,8 @@ def publish_weights(session: Session, folder: RunFolder, model: str) -> None:
     if place.exists():
         there, here = checkpoint.stored_accuracy(place, weights["model"]), weights.get("acc1")
         if there is None or here is None or here <= there:
-            folder.log(f"{place} stays as it is (top-1 {there}, these {here}); the new weights are {source}")
+            old, new = ("unknown" if value is None else f"{value:.2f} %" for value in (there, here))
+            folder.log(f"{place} stays as it is (top-1 {old}, the new weights' {new}); the new weights are {source}")
             return
     checkpoint.save(place, weights)
     folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from datafree.errors import InputError
 from datafree.network import Network
 from datafree.runtime import autocast
 
@@ -15,7 +16,7 @@ Result = TypeVar("Result")
 class Update:
     """Forward pass in the run's precision, backward pass, step; with gradient scaling in fp16.
 
-    network: tells the device and whether networks are compiled.
+    network: its device is used, and whether it is compiled.
     """
 
     def __init__(self, network: Network, precision: str = "none"):
@@ -37,6 +38,8 @@ class Update:
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous step may be overwritten
         with autocast(self.network.device, self.precision):
             loss, result = compute()
+        if not loss.requires_grad:
+            raise InputError("the loss does not depend on anything that is trained; check for detach() and no_grad()")
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.scaler.scale(loss).backward()
@@ -48,6 +51,16 @@ class Update:
             self.scaler.step(optimizer)
         self.scaler.update()
         return loss.detach(), result
+
+
+def is_scalar(value: Any) -> bool:
+    """Whether ``value`` is a tensor of one number."""
+    return torch.is_tensor(value) and value.numel() == 1
+
+
+def are_terms(value: Any) -> bool:
+    """Whether ``value`` has the form of a loss's terms, name -> scalar tensor."""
+    return isinstance(value, dict) and all(isinstance(name, str) and is_scalar(term) for name, term in value.items())
 
 
 def detached(terms: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -92,13 +92,13 @@ class ViewCache:
 def build_cache(session: "Session", teacher: Network, source: "BaseSynthesis", learner: "Learner") -> ViewCache | None:
     """A cache for what the learner reads of its teacher, within --view_cache; None if it has no use.
 
-    Raises OptionError if --view_cache asks for one that has no use, and InputError if it does not fit.
+    Raises OptionError if --view_cache requests one that has no use, and InputError if it does not fit.
     """
     megabytes, fields = session.config.distill.view_cache, learner.cached_fields
     if megabytes and not fields:
         raise OptionError(
-            "--view_cache has no effect with --mixup, whose views do not recur, nor with --gram_loss and --at_loss, "
-            "which read whole maps; remove it, or those"
+            "--view_cache has no effect, because views do not recur (--mixup), a term reads whole maps (--gram_loss, "
+            "--at_loss), or the learner does not use one; remove it, or change that"
         )
     wanted = session.device.type == "cpu" if megabytes is None else megabytes > 0
     pool = getattr(source, "pool", None)

@@ -90,7 +90,9 @@ def other_value(hint, spec):
         return str(not spec.default).lower(), not spec.default
     if get_origin(hint) is Literal:
         names = [name for name in get_args(hint) if name != spec.default]
-        name = names[0] if names else "datafree.learners.base:Learner"  # a choice of one, or a user-defined class
+        name = (
+            names[0] if names else "datafree.learners.distill:DistillLearner"
+        )  # a choice of one, or a user-defined class
         return name, name
     if isinstance(hint, UnionType):
         hint = next(part for part in get_args(hint) if part is not NoneType)
@@ -827,3 +829,44 @@ def test_help_lists_the_options_of_a_user_defined_class(capsys):
     flat = " ".join(capsys.readouterr().out.split())
     assert "grey: Plain images. --level X Grey level. (default 0.5)" in flat
     assert "--polarity NAME Whether the level is inverted. (one of positive, negative; default positive)" in flat
+
+
+# ---------------------------------------------------------------- where user-defined classes are looked for
+
+
+def test_a_text_that_looks_like_a_class_is_none_outside_its_option(file, rgal):
+    path = file('expect: {source: "RGAL, table 3: https://example.org"}\nsynthesis: {bn: 1}', "expect.yaml")
+    assert read("--config", path, **rgal).synthesis.source == "inversion"
+    assert "unknown key relation.source" in refused("--config", file("relation: {source: a.py:B}", "home.yaml"), **rgal)
+
+
+def test_a_class_that_a_later_value_replaces_need_not_exist(file, rgal):
+    path = file("synthesis: {source: gone/x.py:Gone}", "gone.yaml")
+    assert read("--config", path, "--source", "noise", **rgal).synthesis.source == "noise"
+
+
+def test_a_circle_of_bases_under_another_spelling_is_one_sentence(file, tmp_path):
+    (tmp_path / "d").mkdir()
+    path = file("base: ../d/a.yaml", "d/a.yaml")
+    assert "base" in refused("--config", path, cls=DistillConfig)
+
+
+def test_a_class_may_be_named_by_two_spellings(file, rgal):
+    other = GREY.replace("/tests/", "/tests/../tests/")
+    path = file(f"synthesis: {{source: {other}}}", "spelt.yaml")
+    assert read("--config", path, "--source", GREY, "--level=0.25", **rgal).grey.level == 0.25
+
+
+def test_an_option_that_is_set_in_two_sections_of_a_file_is_refused(file):
+    path = file("distill:\n  lr: 0.2\noptim:\n  lr: 0.3\n", "both.yaml")
+    assert "optim.lr is given twice (as " in refused("--config", path, cls=DistillConfig)
+    assert "distill.lr)" in refused("--config", path, cls=DistillConfig)
+
+
+def test_none_stands_for_nothing():
+    assert read("--synthesis_rounds", "none", "--lr_z=none", cls=DistillConfig).schedule.synthesis_rounds is None
+
+
+def test_a_base_that_is_missing_names_the_file_that_is_based_on_it(file):
+    message = refused("--config", file("base: nowhere.yaml", "top.yaml"), cls=DistillConfig)
+    assert "top.yaml:1" in message and "nowhere.yaml" in message

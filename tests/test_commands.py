@@ -372,7 +372,7 @@ def test_a_user_defined_source_counts_by_its_code_and_not_by_its_place(distil, r
     resumed = ("--epochs", 2, *words[2:], f"{tmp_path / 'sub' / 'a.py'}:Stripes", "--resume", "auto")
     assert distil(*resumed) == folder and len(rows(folder)) == 2
     (tmp_path / "sub" / "a.py").write_text(code + "\n# another state of it\n")
-    assert "--source" in refused(distil, "--epochs", 3, *resumed[2:])
+    assert "the code of a-Stripes has changed" in refused(distil, "--epochs", 3, *resumed[2:])
 
 
 def test_a_warm_up_that_has_nothing_to_do_is_refused_before_anything_is_written(distil, refused, tmp_path):

@@ -316,3 +316,9 @@ def test_a_source_that_cannot_be_imported_is_named(tmp_path):
         build_model(f"{tmp_path}/script.py:net", 10)
     with pytest.raises(InputError, match="'no_such_package_at_all.nets' cannot be imported"):
         build_model("no_such_package_at_all.nets:net", 10)
+
+
+def test_every_way_to_look_into_the_registry_gives_factories():
+    by_item = MODELS["lenet5"]
+    assert callable(by_item) and by_item is MODELS.get("lenet5") is dict(MODELS.items())["lenet5"]
+    assert all(map(callable, MODELS.values())) and "lenet5" in MODELS and MODELS.get("nobody") is None

@@ -23,6 +23,7 @@ from datafree.synthesis.controls import NoiseSource
 from datafree.synthesis.generative import GenerativeSynthesis
 from datafree.synthesis.inversion import InversionSynthesis, PixelSynthesis
 from datafree.synthesis.objective import SynthesisObjective
+from datafree.terms import Term
 
 BATCH = 8
 SMALL = dict(synthesis_batch_size=BATCH, nz=8, ngf=4, lr_g=0.05, g_steps=3, start_layer=0, sampling="uniform")
@@ -669,3 +670,19 @@ def test_synthesis_of_a_user_defined_source_may_return_nothing():
     source = user_defined(synthesize=lambda: None)
     assert source.round(7, with_student=False) == {} and (source.epoch, source.with_student) == (7, False)
     assert user_defined().round(0, with_student=True) == {}
+
+
+def test_a_further_term_may_read_batch_norm_statistics_without_the_weight_of_bn():
+    source = make(oh=1.0)
+    objective, views = source.objective, torch.rand(BATCH, *SHAPE)
+    objective.terms.append(Term("more", 1.0, lambda teacher, *_: teacher.batch_norm[0].mean.sum(), ("batch_norm",)))
+    with BatchNormTap(source.teacher) as tap:
+        source.teacher(views)
+    terms = objective(views, views, torch.zeros(BATCH, dtype=torch.long), with_student=False)[1]
+    torch.testing.assert_close(terms["more"], tap.statistics[0].mean.sum())
+
+
+def test_traits_of_another_type_are_one_sentence(tmp_path):
+    (tmp_path / "mine.py").write_text("class Mine:\n    traits = 3\n")
+    with pytest.raises(InputError, match="the traits of .*Mine are 3; they must be"):
+        traits_of(f"{tmp_path / 'mine.py'}:Mine")

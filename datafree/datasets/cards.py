@@ -1,6 +1,5 @@
 """Data cards: all that distillation needs to know about a data set in place of its training images."""
 
-import math
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -49,10 +48,12 @@ class DatasetCard:
                     f"{key} of the data card {self.name} has {len(values)} numbers but the card has "
                     f"{self.channels} channels; give one number per channel"
                 )
-            if not all(math.isfinite(v) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
+            if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
                 raise InputError(
                     f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], with std above 0"
                 )
+        if not isinstance(self.loader, str):
+            raise InputError(f"loader of the data card {self.name} is the name of a function, not {self.loader!r}")
         if type(self.flip) is not bool:
             raise InputError(f"flip of the data card {self.name} must be true or false, not {self.flip!r}")
         if self.classes and len(self.classes) != self.num_classes:
@@ -92,6 +93,9 @@ class DatasetCard:
         for key in ("mean", "std"):
             values[key] = _numbers(path, key, values[key])
         values["classes"] = tuple(map(str, values.get("classes") or ()))
+        beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
+        if beside.is_file():  # a path in a card is relative to the card
+            values["loader"] = f"{beside}:{values['loader'].rpartition(':')[2]}"
         try:
             return cls(**values)
         except InputError as error:

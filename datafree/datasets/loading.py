@@ -76,11 +76,16 @@ def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
         images, labels = (torch.as_tensor(part) for part in loader(data_root, split))
     except Exception as error:
         raise InputError(f"the loader {name} failed for the split {split}: {first_line(error)}") from error
-    if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1] or len(labels) == 0:
+    whole = not labels.is_floating_point() and labels.dtype != torch.bool
+    if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1] or not whole:
         raise InputError(
             f"the loader {name} returned images {tuple(images.shape)} of {images.dtype} and labels "
-            f"{tuple(labels.shape)}; they must be uint8 (N, C, H, W) and (N,), N at least 1"
+            f"{tuple(labels.shape)} of {labels.dtype}; they must be uint8 (N, C, H, W) and integers (N,)"
         )
+    if len(labels) == 0 or labels.amin() < 0:
+        raise InputError(f"the loader {name} returned no images, or labels below 0; classes are counted from 0")
+    if images.amax() <= 1:
+        raise InputError(f"the loader {name} returned bytes of at most {images.amax()}; they must be from 0 to 255")
     return images, labels.long()
 
 

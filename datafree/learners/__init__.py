@@ -1,3 +1,12 @@
-"""Learners: what a student step does with the images (phase 2)."""
+"""Learners: how the student is trained on the images (phase 2), by name."""
+
+from datafree.plugins import is_custom, load_object
 
 LEARNERS = {"distill": "datafree.learners.distill:DistillLearner"}
+
+
+class LearnersOfOtherOptions:
+    """The names of user-defined learners that do not read the options of distillation, as a container."""
+
+    def __contains__(self, learner: str) -> bool:
+        return is_custom(learner) and not getattr(load_object(learner), "reads_distill_options", False)

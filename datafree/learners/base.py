@@ -2,16 +2,17 @@
 
 import math
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from datafree.config import Optim
+from datafree.errors import InputError
 from datafree.network import Network
 from datafree.pool import Batch
-from datafree.update import Update, detached
+from datafree.update import Update, are_terms, detached, is_scalar
 
 if TYPE_CHECKING:
     from datafree.view_cache import ViewCache
@@ -25,7 +26,11 @@ class Learner:
     network: what is trained. schedule: steps once after each update.
     cached_fields: the fields of the teacher's Features that a :class:`datafree.view_cache.ViewCache` would have to keep
     for the loss; none if it has no use for one. cache: that cache, if there is one.
+    reads_distill_options: whether it reads the options of distillation, such as --T and --striplet, which are refused
+    as unused otherwise; a subclass of DistillLearner does.
     """
+
+    reads_distill_options: ClassVar[bool] = False
 
     cached_fields: tuple[str, ...] = ()
     cache: "ViewCache | None" = None
@@ -45,14 +50,23 @@ class Learner:
 
         progress: position in the run, in [0, 1).
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} has no method loss(batch, progress), which returns loss and terms")
 
     def step(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One update of the network -> detached terms, name -> scalar tensor."""
         self.prepare()
-        _, terms = self.update(lambda: self.loss(batch, progress), [self.optimizer])
+        _, terms = self.update(lambda: self._checked_loss(batch, progress), [self.optimizer])
         self.schedule.step()
         return detached(terms)
+
+    def _checked_loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        found = self.loss(batch, progress)
+        if not isinstance(found, tuple) or len(found) != 2 or not is_scalar(found[0]) or not are_terms(found[1]):
+            raise InputError(
+                f"{type(self).__name__}.loss returned {type(found).__name__}; it must return (loss, terms): a scalar "
+                "tensor, and a dict of name -> scalar tensor"
+            )
+        return found
 
     def metrics(self) -> dict[str, float]:
         """Further numbers to log about the steps since the last call, by name."""

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from datafree.errors import InputError
 from datafree.learners import LEARNERS
 from datafree.learners.base import Learner
 from datafree.network import Network
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
 
 def build_learner(session: "Session", teacher: Network, student: Network, total_steps: int) -> Learner:
     """The learner called ``distill.learner``. Raises InputError for a user-defined one that cannot be constructed."""
-    return construct(
+    learner = construct(
         session.config.distill.learner,
         LEARNERS,
         Learner,
@@ -23,3 +24,6 @@ def build_learner(session: "Session", teacher: Network, student: Network, total_
         config=session.config,
         total_steps=total_steps,
     )
+    if not hasattr(learner, "update"):
+        raise InputError(f"the constructor of {type(learner).__name__} must call super().__init__(...) of its Learner")
+    return learner

@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datafree import criterions, relation
 from datafree.augment import CropFlip, mixup, shift_flip
@@ -12,7 +12,9 @@ from datafree.features import Features
 from datafree.learners.base import Learner, cosine_to_zero, sgd
 from datafree.network import Network
 from datafree.pool import Batch
-from datafree.terms import Term, fields_read, weighted_sum
+from datafree.terms import Term, fields_read, weighted, weighted_sum
+
+CACHEABLE = ("logits", "embed", "pooled")  # fields of Features that a view cache can keep
 
 
 class DistillLearner(Learner):
@@ -23,19 +25,29 @@ class DistillLearner(Learner):
     config: its sections distill, relation, optim and run are read. total_steps: student steps of the whole run.
     """
 
+    reads_distill_options = True
+
     def __init__(self, student: Network, teacher: Network, augment: CropFlip, config: Any, total_steps: int):
         self.network, self.teacher, self.augment = student, teacher, augment
         self.config, self.settings, self.triplets = config, config.distill, config.relation
-        self.projection: criterions.StageProjection | None = None
-        if self.settings.cd_loss or self.settings.gram_loss:
-            self.projection = criterions.StageProjection(student.tap, teacher.tap).to(student.device)
+        self.modules = {name: module.to(student.device) for name, module in self.trained_modules().items()}
         if self.settings.at_loss:
             self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes)
-        self.terms = [term for term in self.all_terms() if term.weight]
+        self.terms = weighted(self.all_terms())
         self._require_loss()
-        parameters = [*student.parameters(), *(self.projection.parameters() if self.projection else ())]
-        optimizer = sgd(parameters, config.optim)
+        trained = [student, *self.modules.values()]
+        optimizer = sgd([parameter for module in trained for parameter in module.parameters()], config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
+
+    def trained_modules(self) -> dict[str, nn.Module]:
+        """What is trained and saved beside the student, by name: the projections, if a term uses them."""
+        if not (self.settings.cd_loss or self.settings.gram_loss):
+            return {}
+        return {"projection": criterions.StageProjection(self.network.tap, self.teacher.tap)}
+
+    @property
+    def projection(self) -> Any:
+        return self.modules.get("projection")
 
     def all_terms(self) -> list[Term]:
         """Every term: its weight, its function of (teacher, student), and the fields that it reads of both."""
@@ -61,7 +73,7 @@ class DistillLearner(Learner):
     def cached_fields(self) -> tuple[str, ...]:  # type: ignore[override]
         """None for blended views, which do not recur, nor for terms that read whole maps."""
         fields = fields_read(self.terms, "teacher")
-        return () if self.settings.mixup or "stages" in fields else fields
+        return fields if not self.settings.mixup and set(fields) <= set(CACHEABLE) else ()
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         views, teacher = self._views(batch)
@@ -86,11 +98,9 @@ class DistillLearner(Learner):
         return criterions.distillation(student.logits, teacher.logits, self.settings.T)
 
     def _channel(self, teacher: Features, student: Features) -> Tensor:
-        assert self.projection is not None  # made with the weight of this term
         return self.projection.channel(student.stages, teacher.pooled)
 
     def _gram(self, teacher: Features, student: Features) -> Tensor:
-        assert self.projection is not None
         return self.projection.gram(student.stages, teacher.stages)
 
     def _attention(self, teacher: Features, student: Features) -> Tensor:
@@ -112,5 +122,4 @@ class DistillLearner(Learner):
         return {} if rate is None else {"view_cache/hit_rate": rate}
 
     def parts(self) -> dict[str, Any]:
-        projection = {"projection": self.projection} if self.projection else {}
-        return {**super().parts(), **projection}
+        return {**super().parts(), **self.modules}

@@ -4,13 +4,14 @@ Every network takes images of any reasonable size. :func:`datafree.models.factor
 are not in the table, too.
 """
 
+from collections import UserDict
 from collections.abc import Callable
 from typing import Any
 
 from datafree.plugins import load_object
 
 
-class Factories(dict[str, Any]):
+class Factories(UserDict[str, Any]):
     """Name -> factory. One given as ``module:function`` is imported when it is used, so that names cost no torch."""
 
     def __getitem__(self, name: str) -> Callable[..., Any]:

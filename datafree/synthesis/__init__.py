@@ -1,8 +1,9 @@
 """Sources of images (phase 1) by name, with what the options need to know of each, without importing torch."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from datafree.errors import InputError
 from datafree.plugins import is_custom, load_object
 
 
@@ -43,8 +44,16 @@ SOURCES = {
 
 
 def traits_of(source: str) -> Traits:
-    """The traits of a source by name; of a user-defined class, those of its attribute ``traits``."""
-    return getattr(load_object(source), "traits", Traits()) if is_custom(source) else SOURCES[source].traits
+    """The traits of a source by name; of a user-defined class, its attribute ``traits``, or CONTROL if ``control``."""
+    if not is_custom(source):
+        return SOURCES[source].traits
+    made_by = load_object(source)
+    if getattr(made_by, "control", False):  # the attribute of earlier versions
+        return replace(Traits(), synthesises=False)
+    traits = getattr(made_by, "traits", Traits())
+    if not isinstance(traits, Traits):
+        raise InputError(f"the traits of {source} are {traits!r}; they must be a datafree.synthesis.Traits")
+    return traits
 
 
 class SourcesWithout:

@@ -10,9 +10,13 @@ from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.pool import Batch
 from datafree.synthesis import Traits
+from datafree.update import are_terms
 
 if TYPE_CHECKING:
     from datafree.network import Network
+
+
+ROUNDING = 1e-3  # by which images may leave [0, 1]
 
 
 class BaseSynthesis:
@@ -25,7 +29,7 @@ class BaseSynthesis:
     images_made: how many images were synthesised so far.
     g_steps: steps of a round, after each of which it calls ``tick``; 0 if it does not.
     epoch: of the current round, counted from 0. with_student: False during warm-up, when terms that use the student
-    rest. Both are set by :meth:`round`.
+    are inactive. Both are set by :meth:`round`.
     tick: set by the engine; called after each synthesis step, for the progress bar.
     """
 
@@ -51,8 +55,7 @@ class BaseSynthesis:
         config: Any = None,
         device: torch.device | str = "cpu",
     ):
-        if teacher is not None and student is not None and augment is not None:
-            self.teacher, self.student, self.augment = teacher, student, augment
+        self.teacher, self.student, self.augment = teacher, student, augment  # type: ignore[assignment]
         self.card, self.config = card, config
         self.device = torch.device(device)
 
@@ -70,14 +73,14 @@ class BaseSynthesis:
         A source that keeps its images in a :class:`datafree.pool.ImagePool` called ``pool`` may return what its
         ``sample`` does, a :class:`Batch` with ids, so that outputs of the teacher can be cached.
         """
-        raise NotImplementedError
+        raise InputError(f"{type(self).__name__} has no method sample(n); it must return n images and their classes")
 
     def round(self, epoch: int, with_student: bool) -> dict[str, Tensor]:
         """:meth:`synthesize` as the engine calls it -> its terms. Raises InputError for a wrong return value."""
         self.epoch, self.with_student = epoch, with_student
         terms = self.synthesize()
         terms = {} if terms is None else terms
-        if not isinstance(terms, dict) or not all(torch.is_tensor(t) and t.numel() == 1 for t in terms.values()):
+        if not are_terms(terms):
             raise InputError(
                 f"{type(self).__name__}.synthesize() returned {terms!r}; it must return the terms to log, name -> "
                 "scalar tensor, or nothing"
@@ -96,7 +99,8 @@ class BaseSynthesis:
                 "if there are none"
             )
         batch = Batch(*batch)
-        self._check_images(batch.images, n, call)
+        self._check_images(batch.images, n, call, check_range=not self._range_is_checked)
+        self._range_is_checked = True
         if batch.targets is not None and not (torch.is_tensor(batch.targets) and batch.targets.shape == (n,)):
             raise InputError(
                 f"{call} returned target classes {tuple(getattr(batch.targets, 'shape', ()))}; they must be a tensor "
@@ -104,18 +108,17 @@ class BaseSynthesis:
             )
         return batch
 
-    def _check_images(self, images: Tensor, n: int, call: str) -> None:
+    def _check_images(self, images: Tensor, n: int, call: str, check_range: bool) -> None:
         shape = (n, *(self.card.shape if self.card else images.shape[1:]))
         if images.shape != shape or not images.is_floating_point() or images.device.type != self.device.type:
             raise InputError(
                 f"{call} returned images {tuple(images.shape)} of {images.dtype} on {images.device.type}; they must be "
                 f"floats of shape {shape} on {self.device.type}"
             )
-        if not self._range_is_checked and not ((images >= 0) & (images <= 1)).all():
+        if check_range and not ((images >= -ROUNDING) & (images <= 1 + ROUNDING)).all():
             raise InputError(
                 f"{call} returned images from {images.min():.4g} to {images.max():.4g}; they must be in [0, 1]"
             )
-        self._range_is_checked = True
 
     def latest(self) -> tuple[Tensor, Tensor | None]:
         """Up to 256 images that show what the source makes now, with their target classes or None."""

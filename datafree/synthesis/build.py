@@ -4,10 +4,13 @@ from typing import TYPE_CHECKING
 
 from datafree.errors import InputError
 from datafree.network import Network
-from datafree.plugins import construct
-from datafree.synthesis import SOURCES
+from datafree.plugins import construct, is_custom
+from datafree.synthesis import SOURCES, traits_of
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.controls import RealSource
+from datafree.synthesis.optimised import make_pool
+
+__all__ = ["build_source", "make_pool"]
 
 if TYPE_CHECKING:
     from datafree.session import Session
@@ -21,21 +24,21 @@ def build_source(session: "Session", teacher: Network, student: Network) -> Base
     name, run = session.config.synthesis.source, session.config.run
     if session.config.synthesis.cr and run.deterministic and session.device.type == "cuda":
         raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
-    if name == "real":
-        return RealSource(session.split("train"))
     if student.num_classes > teacher.num_classes:
         student = student.restricted_to(range(teacher.num_classes))
-    source = construct(
-        name,
-        {name: source.path for name, source in SOURCES.items()},
-        BaseSynthesis,
-        teacher=teacher,
-        student=student,
-        augment=session.augment,
-        card=session.card,
-        config=session.config,
-        device=session.device,
-    )
+    parts = {
+        "teacher": teacher,
+        "student": student,
+        "augment": session.augment,
+        "card": session.card,
+        "config": session.config,
+        "device": session.device,
+    }
+    if name == "real":
+        return RealSource(session.split("train"))
+    source = construct(name, {name: source.path for name, source in SOURCES.items()}, BaseSynthesis, **parts)
+    if is_custom(name):  # whose constructor may not have called that of its base class
+        vars(source).update({**parts, **vars(source), "traits": traits_of(name), "card": session.card})
     if type(source).sample is BaseSynthesis.sample:
         raise InputError(f"{type(source).__name__} has no method sample(n); it must return n images and their classes")
     return source

@@ -12,7 +12,7 @@ from datafree.config import Relation, Synthesis
 from datafree.errors import InputError
 from datafree.features import Features
 from datafree.synthesis.contrast import InstanceContrast
-from datafree.terms import Term, weighted_sum
+from datafree.terms import Term, fields_read, weighted, weighted_sum
 
 if TYPE_CHECKING:
     from datafree.network import Network
@@ -32,7 +32,7 @@ class SynthesisObjective:
     """L_syn = sum of weight * term over the terms of nonzero weight (RGAL, phase 1).
 
     settings, triplets: the sections synthesis and relation of the configuration.
-    A term of weight 0 costs neither its computation nor the forward pass that only it would need.
+    A term of weight 0 is not computed, and the student is run only if a term reads its features.
     """
 
     def __init__(self, settings: Synthesis, triplets: Relation, teacher: "Network", student: "Network"):
@@ -41,9 +41,9 @@ class SynthesisObjective:
         self.bn_average: list[tuple[Tensor, Tensor]] = []  # (mean, variance) of each layer, over the rounds so far
         self.contrast: InstanceContrast | None = None
         self.optimizers: list[torch.optim.Optimizer] = []  # of what the objective itself learns
-        self.terms = [term for term in self.all_terms() if term.weight]
+        self.terms = weighted(self.all_terms())
         names = {term.name for term in self.active()}
-        if "bn" in names and not self.bn_tap.layers:
+        if "batch_norm" in fields_read(self.terms, "teacher") and not self.bn_tap.layers:
             raise InputError(
                 f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
                 "(and rely on --oh, --adv, --tv, --l2 instead)"
@@ -76,8 +76,11 @@ class SynthesisObjective:
         with_student: whether terms that use the student take part.
         """
         terms = self.active(with_student)
-        with self.bn_tap if any(term.name == "bn" for term in terms) else nullcontext():
-            teacher = self.teacher.features(views).with_batch_norm(self.bn_tap.statistics)
+        with_statistics = "batch_norm" in fields_read(terms, "teacher")
+        with self.bn_tap if with_statistics else nullcontext():
+            teacher = self.teacher.features(views)
+        if with_statistics:
+            teacher = teacher.with_batch_norm(self.bn_tap.statistics)
         student = self.student.features(views) if any(term.student for term in terms) else Features()
         return weighted_sum(terms, teacher, student, Synthesised(images, targets))
 

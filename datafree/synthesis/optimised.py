@@ -41,6 +41,7 @@ class OptimisedSynthesis(BaseSynthesis):
         if config.schedule.warmup:
             self.objective.active(with_student=False)  # refuses a warm-up without terms before the run begins
         self.update = Update(teacher, config.run.precision)
+        self._first_step = True
 
     def _targets(self) -> Tensor:
         """A batch of target classes, sorted so that a grid reads by class."""
@@ -61,6 +62,9 @@ class OptimisedSynthesis(BaseSynthesis):
 
         def compute() -> tuple[Tensor, tuple[Tensor, dict[str, Tensor]]]:
             images = render()
+            if self._first_step:  # later ones would wait for the device
+                self._check_images(images, len(targets), "the function that renders images", check_range=True)
+                self._first_step = False
             loss, terms = self.objective(images, self.augment(images), targets, self.with_student)
             return loss, (images, terms)
 
@@ -101,7 +105,18 @@ class RoundSynthesis(OptimisedSynthesis):
 
     def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         """A function that renders images of these target classes (N,), and the optimisers of its parameters."""
-        raise NotImplementedError
+        raise InputError(
+            f"{type(self).__name__} has no method _begin_round(targets), which returns (render, optimisers)"
+        )
+
+    def _checked_round(self, begun: Any) -> tuple[Render, list[torch.optim.Optimizer]]:
+        if isinstance(begun, tuple) and len(begun) == 2 and callable(begun[0]) and isinstance(begun[1], (list, tuple)):
+            if all(isinstance(optimizer, torch.optim.Optimizer) for optimizer in begun[1]):
+                return begun[0], list(begun[1])
+        raise InputError(
+            f"{type(self).__name__}._begin_round returned {type(begun).__name__}; it must return (render, optimisers): "
+            "a function without arguments, and a list of torch optimisers"
+        )
 
     def _before_step(self) -> None:
         """Called in each step after the backward pass, before the optimisers step."""
@@ -111,7 +126,7 @@ class RoundSynthesis(OptimisedSynthesis):
 
     def synthesize(self) -> dict[str, Tensor]:
         targets = self._targets()
-        render, optimizers = self._begin_round(targets)
+        render, optimizers = self._checked_round(self._begin_round(targets))
         kept = torch.zeros(len(targets), *self.pool.shape, device=self.device)
         kept_terms: dict[str, Tensor] = {}
         lowest = torch.full((), float("inf"), device=self.device)
