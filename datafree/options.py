@@ -95,8 +95,9 @@ def with_custom_sections(config_class: type, named: Sequence[tuple[str, str]], s
     """``config_class`` with a section for the ``Options`` of user-defined classes.
 
     The section is named like the class that defines them, in lower case; its options are unused unless such a class is
-    chosen. named: (option, value) pairs, in order of precedence; user-defined classes among the values. spellings: of the program's flags, which
-    are taken. Raises InputError for a chosen class that cannot be loaded, and OptionError for Options that cannot be.
+    chosen. named: (option, value) pairs, in order of precedence; user-defined classes among the values. spellings: of
+    the program's flags, which are taken. Raises InputError for a chosen class that cannot be loaded, and OptionError
+    for Options that cannot be.
     """
     taken_flags, taken_sections = set(spellings), {"call", "expect", "base", "method", *sections(config_class)}
     added: dict[Any, str] = {}
