@@ -8,6 +8,7 @@ these classes from method files, YAML files and flags and checks every value.
 Nothing here imports torch, so that mistakes in options are reported at once.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -62,6 +63,7 @@ NO_POOL = {"source": SourcesWithout("keeps_pool")}
 NO_GENERATOR = {"source": SourcesWithout("has_generator")}
 NO_ROUNDS = {"source": SourcesWithout("has_rounds")}
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
+NO_WEIGHTING = {"sampling": ("uniform",), "striplet_sampling": ("uniform",)}
 NO_STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
 
 
@@ -332,6 +334,18 @@ class Relation:
         "student training the student's).",
         unused_when=NO_TRIPLETS,
     )
+    sampling_dim: str = option(
+        "nominal",
+        "Dimension d of the density whose inverse, r^(2 - d), weights negatives: nominal (of the space; if it is "
+        "large, the nearest candidate takes almost all), intrinsic (estimated from each batch), or a number.",
+        unused_when=(NO_TRIPLETS, NO_WEIGHTING),
+    )
+    sampling_cap: float | None = option(
+        None,
+        "Largest weight of a negative, as a multiple of the median of the anchor's candidates. Empty: no limit.",
+        low=1,
+        unused_when=(NO_TRIPLETS, NO_WEIGHTING),
+    )
     striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0)
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global",
@@ -343,7 +357,11 @@ class Relation:
     )
 
     def validate(self) -> None:
-        """Raise an OptionError if the stages are none."""
+        """Raise an OptionError if the stages are none, or for an unknown dimension."""
+        if self.sampling_dim not in ("nominal", "intrinsic") and not re.fullmatch(r"\d+(\.\d+)?", self.sampling_dim):
+            raise OptionError(
+                f"--sampling_dim cannot be {self.sampling_dim!r}; it takes nominal, intrinsic or a number"
+            )
         if 0 < self.end_layer <= self.start_layer:
             raise OptionError(
                 f"start_layer {self.start_layer} is not before end_layer {self.end_layer}, so no stage is used; "
