@@ -10,6 +10,7 @@ from datafree.network import Network
 from datafree.relation import FOCAL_BAND, SPACES, effective_candidates, pairwise_distance, sampling_probabilities
 from datafree.synthesis.base import BaseSynthesis
 
+PLAIN = Relation()
 NEAR_DUPLICATE = 0.02  # root mean square difference of two images in [0, 1]
 
 
@@ -29,7 +30,7 @@ class Watch:
 
 @torch.no_grad()
 def describe(
-    images: Tensor, targets: Tensor | None, teacher: Network, student: Network, triplets: Relation
+    images: Tensor, targets: Tensor | None, teacher: Network, student: Network, triplets: Relation = PLAIN
 ) -> dict[str, float]:
     """Metrics of a batch of images (N, C, H, W) in [0, 1]; all but classes_hit are fractions or distances.
 

@@ -159,16 +159,21 @@ def triplet_mask(labels: Tensor) -> Tensor:
 
 
 def relation_loss(
-    layers: Sequence[Tensor], labels: Tensor, space: Tensor, triplets: Relation, sampling: str, direction: int
+    layers: Sequence[Tensor],
+    labels: Tensor,
+    space: Tensor,
+    margin: float,
+    sampling: str,
+    direction: int,
+    *,
+    dim: str = "nominal",
+    cap: float | None = None,
 ) -> Tensor:
     """The triplet loss summed over ``layers``, with the same sampled negatives for all of them.
 
-    triplets: margin, and dimension and cap of the weights. sampling: focal, distance or uniform.
+    sampling: focal, distance or uniform. dim, cap: of its weights.
     """
-    negatives, margin = (
-        draw_negatives(space, labels, sampling, triplets.sampling_dim, triplets.sampling_cap),
-        triplets.margin,
-    )
+    negatives = draw_negatives(space, labels, sampling, dim, cap)
     losses = [triplet_loss(layer, labels, negatives, margin, direction) for layer in layers]
     return sum(losses)  # type: ignore[return-value]
 
