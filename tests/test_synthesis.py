@@ -509,7 +509,7 @@ def test_statistics_are_averaged_over_rounds():
 
 def test_the_positive_and_the_negatives_of_the_contrast_are_detached():
     """As in CMI's code: only the local view of an image is moved, and the head by local views alone."""
-    source = make(settings(cr=1.0), triplets(relation="off"))
+    source = make(cr=1.0)
     source.synthesize()  # so that the bank is not empty
     contrast, teacher = source.objective.contrast, parts(source)[0]
     images, others = torch.rand(BATCH, *SHAPE), torch.rand(BATCH, *SHAPE)
