@@ -515,6 +515,7 @@ def test_the_positive_and_the_negatives_of_the_contrast_are_detached():
     images, others = torch.rand(BATCH, *SHAPE), torch.rand(BATCH, *SHAPE)
     views = others.clone().requires_grad_()
     x = images.clone().requires_grad_()
+    contrast.head.zero_grad()
     torch.manual_seed(3)
     contrast(x, teacher.features(views)).backward()
     assert views.grad is None or not views.grad.any()
