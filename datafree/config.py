@@ -224,6 +224,12 @@ class Synthesis:
         unused_when=NO_POOL,
         also_in=("distill",),
     )
+    pool_order: Literal["draws", "passes"] = option(
+        "draws",
+        "Order of the pool's images in student training: every batch drawn anew, or shuffled passes over the pool that "
+        "start again with each round (the released code).",
+        unused_when=(NO_POOL, {"balanced_sampling": (True,)}),
+    )
     nz: int = option(256, "Dimension of the generator's latent z.", low=1, unused_when=NO_GENERATOR)
     ngf: int = option(64, "Width of the generator.", low=1, unused_when=NO_GENERATOR)
     lr_g: float = option(1e-3, "Adam's learning rate for the generator, or for the pixels.", low=0)
