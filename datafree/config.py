@@ -77,7 +77,10 @@ class Run:
     device: str = option(
         "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.", affects_result=False
     )
-    precision: Literal["none", "bf16", "fp16"] = option("none", "Number format of the forward passes; none is fp32.")
+    precision: Literal["none", "bf16", "fp16"] = option(
+        "none",
+        "Number format of the forward passes; none is fp32, in which a GPU's convolutions use TF32, as torch has it.",
+    )
     compile: Literal["off", "default", "reduce-overhead"] = option(
         "off",
         "Mode of torch.compile for the networks: minutes to compile, then faster steps; reduce-overhead needs a GPU.",
