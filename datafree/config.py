@@ -8,6 +8,7 @@ these classes from method files, YAML files and flags and checks every value.
 Nothing here imports torch, so that mistakes in options are reported at once.
 """
 
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
@@ -74,6 +75,7 @@ NO_GENERATOR = {"source": SourcesWithout("has_generator")}
 NO_ROUNDS = {"source": SourcesWithout("has_rounds")}
 OTHER_LEARNER = {"learner": LearnersOfOtherOptions()}
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
+NO_WEIGHTING = {"sampling": ("uniform",), "striplet_sampling": ("uniform",)}
 NO_STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
 
 
@@ -87,7 +89,10 @@ class Run:
     device: str = option(
         "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.", affects_result=False
     )
-    precision: Literal["none", "bf16", "fp16"] = option("none", "Number format of the forward passes; none is fp32.")
+    precision: Literal["none", "bf16", "fp16"] = option(
+        "none",
+        "Number format of the forward passes; none is fp32, in which a GPU's convolutions use TF32, as torch has it.",
+    )
     compile: Literal["off", "default", "reduce-overhead"] = option(
         "off",
         "Mode of torch.compile for the networks: minutes to compile, then faster steps; reduce-overhead needs a GPU.",
@@ -234,6 +239,12 @@ class Synthesis:
         unused_when=NO_POOL,
         also_in=("distill",),
     )
+    pool_order: Literal["draws", "passes"] = option(
+        "draws",
+        "Order of the pool's images in student training: every batch drawn anew, or shuffled passes over the pool that "
+        "start again with each round (the released code).",
+        unused_when=(NO_POOL, {"balanced_sampling": (True,)}),
+    )
     nz: int = option(256, "Dimension of the generator's latent z.", low=1, unused_when=NO_GENERATOR)
     ngf: int = option(64, "Width of the generator.", low=1, unused_when=NO_GENERATOR)
     lr_g: float = option(1e-3, "Adam's learning rate for the generator, or for the pixels.", low=0)
@@ -344,6 +355,18 @@ class Relation:
         "student training the student's).",
         unused_when=NO_TRIPLETS,
     )
+    sampling_dim: str = option(
+        "nominal",
+        "Dimension d of the density whose inverse, r^(2 - d), weights negatives: nominal (of the space; if it is "
+        "large, the nearest candidate takes almost all), intrinsic (estimated from each batch), or a number.",
+        unused_when=(NO_TRIPLETS, NO_WEIGHTING),
+    )
+    sampling_cap: float | None = option(
+        None,
+        "Largest weight of a negative, as a multiple of the median of the anchor's candidates. Empty: no limit.",
+        low=1,
+        unused_when=(NO_TRIPLETS, NO_WEIGHTING),
+    )
     striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0, unused_when=OTHER_LEARNER)
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global",
@@ -355,7 +378,11 @@ class Relation:
     )
 
     def validate(self) -> None:
-        """Raise an OptionError if the stages are none."""
+        """Raise an OptionError if the stages are none, or for an unknown dimension."""
+        if self.sampling_dim not in ("nominal", "intrinsic") and not re.fullmatch(r"\d+(\.\d+)?", self.sampling_dim):
+            raise OptionError(
+                f"--sampling_dim cannot be {self.sampling_dim!r}; it takes nominal, intrinsic or a number"
+            )
         if 0 < self.end_layer <= self.start_layer:
             raise OptionError(
                 f"start_layer {self.start_layer} is not before end_layer {self.end_layer}, so no stage is used; "

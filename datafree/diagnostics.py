@@ -7,9 +7,10 @@ from torch import Tensor
 
 from datafree.config import Relation
 from datafree.network import Network
-from datafree.relation import FOCAL_BAND, SPACES, pairwise_distance
+from datafree.relation import FOCAL_BAND, SPACES, effective_candidates, pairwise_distance, sampling_probabilities
 from datafree.synthesis.base import BaseSynthesis
 
+PLAIN = Relation()
 NEAR_DUPLICATE = 0.02  # root mean square difference of two images in [0, 1]
 
 
@@ -18,22 +19,22 @@ class Watch:
 
     def __init__(self, source: BaseSynthesis, teacher: Network, student: Network, triplets: Relation):
         self.source, self.teacher, self.student = source, teacher, student
-        self.space = triplets.sampling_space if triplets.triplet or triplets.striplet else "embedding"
+        self.triplets = triplets if triplets.triplet or triplets.striplet else Relation()
         self.first: dict[str, float] | None = None
 
     def __call__(self) -> tuple[dict[str, float], list[str]]:
-        now = describe(*self.source.latest(), self.teacher, self.student, self.space)
+        now = describe(*self.source.latest(), self.teacher, self.student, self.triplets)
         self.first = self.first or now
         return now, alarms(now, self.first) if self.source.traits.synthesises else []
 
 
 @torch.no_grad()
 def describe(
-    images: Tensor, targets: Tensor | None, teacher: Network, student: Network, space: str = "embedding"
+    images: Tensor, targets: Tensor | None, teacher: Network, student: Network, triplets: Relation = PLAIN
 ) -> dict[str, float]:
     """Metrics of a batch of images (N, C, H, W) in [0, 1]; all but classes_hit are fractions or distances.
 
-    targets: target classes (N,), or None. space: of negative sampling (embedding | logits).
+    targets: target classes (N,), or None. triplets: how synthesis samples negatives.
     Distances are between L2-normalised teacher embeddings.
     """
     with student.frozen():
@@ -47,7 +48,7 @@ def describe(
         "classes_hit": (share > 0).sum(),
         "teacher_confidence": features.logits.float().softmax(1).amax(1).mean(),
         "student_agreement": (labels == student_labels).float().mean(),
-        **_relations(features.embed, getattr(features, SPACES[space]), labels),
+        **_relations(features.embed, getattr(features, SPACES[triplets.sampling_space]), labels, triplets),
         **_pixels(images),
     }
     if targets is not None:
@@ -55,8 +56,8 @@ def describe(
     return {name: value.item() for name, value in metrics.items()}
 
 
-def _relations(embed: Tensor, space: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    """Spread of the classes, and the fraction of anchors with a positive, and with a negative in the focal band."""
+def _relations(embed: Tensor, space: Tensor, labels: Tensor, triplets: Relation) -> dict[str, Tensor]:
+    """Spread of the classes, fractions of anchors with a positive and with a negative in the focal band, candidates."""
     other = labels[:, None] != labels[None, :]
     same = ~other & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
     distance, sampled = pairwise_distance(embed), pairwise_distance(space)
@@ -68,6 +69,10 @@ def _relations(embed: Tensor, space: Tensor, labels: Tensor) -> dict[str, Tensor
         "distance_to_other_class": torch.where(found, nearest, 0.0).sum() / found.sum().clamp_min(1),
         "anchors_with_positive": same.any(1).float().mean(),
         "anchors_with_negative_in_band": in_band.any(1).float().mean(),
+        "effective_candidates": effective_candidates(
+            sampling_probabilities(space, labels, triplets.sampling, triplets.sampling_dim, triplets.sampling_cap),
+            labels,
+        ),
     }
 
 

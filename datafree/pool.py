@@ -39,6 +39,7 @@ class ImagePool:
         self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
         self.targets = torch.empty(capacity, dtype=torch.long, device=device)
         self.added = 0
+        self._rest = torch.empty(0, dtype=torch.long, device=device)  # of the current pass
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)
@@ -53,15 +54,18 @@ class ImagePool:
         self.images[place[last]] = pixels.to(torch.uint8)
         self.targets[place[last]] = targets[last]
         self.added += len(images)
+        self._rest = self._rest[:0]  # a new pass has the new images, too
 
-    def sample(self, n: int, balanced: bool = False) -> Batch:
+    def sample(self, n: int, balanced: bool = False, passes: bool = False) -> Batch:
         """n random images; their ids count them in the order in which they were added, from 0.
 
         Without replacement while the pool is large enough. balanced: equally many of every class (up to one), as far
-        as the pool has them.
+        as the pool has them. passes: in shuffled passes over the pool, of which images that are added start a new one.
         """
         size = len(self)
-        if balanced:
+        if passes:
+            order = self._next_of_pass(n, size)
+        elif balanced:
             order = self._class_order(size)[:n]
         else:
             order = torch.randperm(size, device=self.device)[:n]
@@ -69,6 +73,13 @@ class ImagePool:
             order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
         newest = self.added - 1
         return Batch(*self._at(order), newest - (newest - order) % self.capacity)
+
+    def _next_of_pass(self, n: int, size: int) -> Tensor:
+        """The next n places, of as many passes as that takes."""
+        while len(self._rest) < n:
+            self._rest = torch.cat([self._rest, torch.randperm(size, device=self.device)])
+        order, self._rest = self._rest[:n], self._rest[n:]
+        return order
 
     def newest(self, n: int) -> tuple[Tensor, Tensor]:
         """The last n images added, or as many as are held, with their target classes."""
@@ -90,7 +101,12 @@ class ImagePool:
     def state_dict(self) -> dict[str, Any]:
         # Copies, because a checkpoint of a slice would hold the whole capacity.
         size = len(self)
-        return {"images": self.images[:size].clone(), "targets": self.targets[:size].clone(), "added": self.added}
+        return {
+            "images": self.images[:size].clone(),
+            "targets": self.targets[:size].clone(),
+            "added": self.added,
+            "rest": self._rest.clone(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         size = len(state["images"])
@@ -101,4 +117,4 @@ class ImagePool:
             )
         self.images[:size] = state["images"].to(self.device)
         self.targets[:size] = state["targets"].to(self.device)
-        self.added = state["added"]
+        self.added, self._rest = state["added"], state["rest"].to(self.device)

@@ -32,18 +32,47 @@ def pairwise_distance(features: Tensor) -> Tensor:
     return squared.clamp_min(1e-12).sqrt()
 
 
-def log_inverse_density(distance: Tensor, dim: int) -> Tensor:
-    """log w(r) = (2 - d) ln r - (d - 3)/2 ln(1 - r^2/4), inverse density on the sphere (Wu et al. 2017)."""
+def log_inverse_density(distance: Tensor, dim: float | Tensor) -> Tensor:
+    """log w(r) = (2 - d) ln r - (d - 3)/2 ln(1 - r^2/4), inverse density on the sphere (Wu et al. 2017).
+
+    Of w(r) ~ r^(2 - d) the nearest candidate takes almost all where d is large: see :func:`sampling_dimension`.
+    """
     tail = (1 - distance**2 / 4).clamp_min(1e-8)
     return (2 - dim) * distance.log() - (dim - 3) / 2 * tail.log()
 
 
-def negative_probabilities(distance: Tensor, labels: Tensor, dim: int, sampling: str) -> Tensor:
+def sampling_dimension(distance: Tensor, nominal: int, dim: str) -> float | Tensor:
+    """The d of :func:`log_inverse_density`: ``nominal``, that of the space; ``intrinsic``, estimated; or a number.
+
+    Features of d nominal dimensions lie near a manifold of far fewer, whose density is what has to be inverted.
+    """
+    if dim == "intrinsic":
+        return intrinsic_dimension(distance)
+    return nominal if dim == "nominal" else float(dim)
+
+
+def intrinsic_dimension(distance: Tensor, neighbours: int = 10) -> Tensor:
+    """Maximum likelihood estimate from the distances (B, B) of a batch to its nearest neighbours.
+
+    Levina and Bickel 2004, with the inverses averaged as MacKay and Ghahramani 2005 correct it. 3, the dimension in
+    which w(r) = 1 / r, for fewer than three rows.
+    """
+    k = min(neighbours, len(distance) - 1)
+    if k < 2:
+        return torch.full((), 3.0, device=distance.device)
+    nearest = distance.topk(k + 1, largest=False).values[:, 1:]  # without the row itself
+    return 1 / (nearest[:, -1:] / nearest[:, :-1]).log().mean().clamp_min(1e-6)
+
+
+def negative_probabilities(
+    distance: Tensor, labels: Tensor, dim: float | Tensor, sampling: str, cap: float | None = None
+) -> Tensor:
     """Row-wise probabilities (B, B) of sampling each image as an anchor's negative, an image of another class.
 
     ``focal``: inverse density within 0.5 < r < 1.0 only. ``distance``: r clamped to 0.5, kept where
     r < 1.4. ``uniform``: uniformly. An anchor whose band is empty samples uniformly from the other classes;
-    one without other classes gets an arbitrary row, which no triplet uses.
+    one without other classes gets an arbitrary row, which no triplet uses. cap: the largest weight, as a multiple of
+    the median weight of the anchor's candidates (lambda in Wu et al. 2017 limits it, too).
     """
     other = labels[:, None] != labels[None, :]
     if sampling == "uniform":
@@ -57,21 +86,46 @@ def negative_probabilities(distance: Tensor, labels: Tensor, dim: int, sampling:
         band = other & (distance < high)
         log_weight = log_inverse_density(distance.clamp(low, high), dim)
     # Masking before the softmax keeps its maximum inside the band, so nothing underflows at any dimension.
-    weights = log_weight.masked_fill(~band, -math.inf).softmax(1)
+    log_weight = log_weight.masked_fill(~band, -math.inf)
+    if cap is not None:
+        log_weight = log_weight.minimum(_row_median(log_weight, band) + math.log(cap))
+    weights = log_weight.softmax(1)
     even = other.float() / other.sum(1, keepdim=True).clamp_min(1)
     weights = torch.where(band.any(1, keepdim=True), weights, even)
     return torch.where(other.any(1, keepdim=True), weights, torch.ones_like(weights))
 
 
+def _row_median(values: Tensor, mask: Tensor) -> Tensor:
+    """(B, 1): the lower median of the masked values of each row, of which the others are -inf."""
+    middle = values.shape[1] - 1 - mask.sum(1, keepdim=True).clamp_min(1) // 2
+    return values.sort(1).values.gather(1, middle)
+
+
 @torch.no_grad()
-def draw_negatives(space: Tensor, labels: Tensor, sampling: str) -> Tensor:
+def sampling_probabilities(
+    space: Tensor, labels: Tensor, sampling: str, dim: str = "nominal", cap: float | None = None
+) -> Tensor:
+    """:func:`negative_probabilities` (B, B) by the distances of the rows of ``space`` (B, d)."""
+    distance = pairwise_distance(space)
+    d = sampling_dimension(distance, pooled(space).shape[1], dim)
+    return negative_probabilities(distance, labels, d, sampling, cap)
+
+
+def effective_candidates(probabilities: Tensor, labels: Tensor) -> Tensor:
+    """Mean over anchors with a negative of exp(entropy): as many equally likely candidates have this entropy."""
+    counted = (labels[:, None] != labels[None, :]).any(1)
+    numbers = torch.special.entr(probabilities).sum(1).exp()
+    return (numbers * counted).sum() / counted.sum().clamp_min(1)
+
+
+def draw_negatives(
+    space: Tensor, labels: Tensor, sampling: str, dim: str = "nominal", cap: float | None = None
+) -> Tensor:
     """For every anchor a and positive p, the index (B, B) of a sampled negative, of another class than a.
 
-    space: (B, d), whose distances weight the sampling. labels: (B,).
+    space: (B, d), whose distances weight the sampling. labels: (B,). dim, cap: of the weights.
     """
-    distance = pairwise_distance(space)
-    probabilities = negative_probabilities(distance, labels, pooled(space).shape[1], sampling)
-    return draw(probabilities, len(labels))
+    return draw(sampling_probabilities(space, labels, sampling, dim, cap), len(labels))
 
 
 def draw(probabilities: Tensor, count: int) -> Tensor:
@@ -105,10 +159,21 @@ def triplet_mask(labels: Tensor) -> Tensor:
 
 
 def relation_loss(
-    layers: Sequence[Tensor], labels: Tensor, space: Tensor, margin: float, sampling: str, direction: int
+    layers: Sequence[Tensor],
+    labels: Tensor,
+    space: Tensor,
+    margin: float,
+    sampling: str,
+    direction: int,
+    *,
+    dim: str = "nominal",
+    cap: float | None = None,
 ) -> Tensor:
-    """The triplet loss summed over ``layers``, with the same sampled negatives for all of them."""
-    negatives = draw_negatives(space, labels, sampling)
+    """The triplet loss summed over ``layers``, with the same sampled negatives for all of them.
+
+    sampling: focal, distance or uniform. dim, cap: of its weights.
+    """
+    negatives = draw_negatives(space, labels, sampling, dim, cap)
     losses = [triplet_loss(layer, labels, negatives, margin, direction) for layer in layers]
     return sum(losses)  # type: ignore[return-value]
 

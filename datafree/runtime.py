@@ -1,5 +1,6 @@
 """The machine under a run: device, precision, seeds, signals, and a record of them."""
 
+import importlib.util
 import os
 import platform
 import random
@@ -46,10 +47,17 @@ def choose_device(name: str) -> torch.device:
 
 
 def require_compiler(device: torch.device) -> None:
-    """Raise InputError if torch.compile lacks the C++ compiler that it needs for ``device``."""
-    if device.type == "cpu" and not shutil.which(os.environ.get("CXX", "g++")):
+    """Raise InputError if torch.compile lacks what ``device`` needs: a C++ compiler, or on a GPU Triton and a C one."""
+    if device.type == "cpu":
+        language, compilers = "C++", [os.environ.get("CXX", "g++")]
+    else:
+        language, compilers = "C", [os.environ["CC"]] if "CC" in os.environ else ["gcc", "clang", "cc"]
+        if importlib.util.find_spec("triton") is None:
+            raise InputError("--compile needs the package triton on a GPU; install it, or leave --compile off")
+    if not any(map(shutil.which, compilers)):
         raise InputError(
-            "--compile needs a C++ compiler on the CPU and finds none; install g++, or leave --compile off"
+            f"--compile needs a {language} compiler and finds none ({', '.join(compilers)}); install one, such as g++, "
+            "or leave --compile off"
         )
 
 

@@ -17,6 +17,11 @@ cells() {  # a name and its options per line; synthesis, student: the phases tha
         echo "weight$weight-synthesis-paper --triplet $weight --striplet 0"
         echo "weight$weight-synthesis-release --triplet $weight --striplet 0 --relation release"
     done
+    weighting="weight10-synthesis-paper --triplet 10 --striplet 0"  # in the 64 dimensions of the embedding
+    echo "${weighting/paper/paper-intrinsic} --sampling_dim intrinsic"
+    echo "${weighting/paper/paper-dim3} --sampling_dim 3"
+    echo "${weighting/paper/paper-cap3} --sampling_cap 3"
+    echo "${weighting/paper/paper-uniform} --sampling uniform"
     for space in embedding logits; do
         for sampling in focal distance uniform; do
             [ $space-$sampling != logits-uniform ] || continue  # uniform sampling uses no distance
@@ -44,7 +49,7 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     done
 done
 
-factors="triplet striplet relation sampling_space sampling striplet_sampling"
+factors="triplet striplet relation sampling_space sampling striplet_sampling sampling_dim sampling_cap"
 python -m datafree.report "$study"/digits_rgal_* --against triplet=0 striplet=0 --effect $factors
 for number in distance_within_class distance_to_other_class; do
     python -m datafree.report "$study"/digits_rgal_* --of images/$number --effect relation triplet

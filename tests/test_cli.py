@@ -99,6 +99,8 @@ def other_value(hint, spec):
     if hint is int:
         return str((spec.default or 0) + 3), (spec.default or 0) + 3
     if hint is float:
+        if spec.metadata.get("low", 0) > 0.25:
+            return "25e-1", 2.5
         return ("25e-2", 0.25) if spec.default != 0.25 else ("0.5", 0.5)
     return ("elsewhere", "elsewhere") if hint is str else ("0.25,1e-1", (0.25, 0.1))
 

@@ -55,6 +55,7 @@ def test_metrics_of_a_case_worked_out_by_hand():
             "distance_to_other_class": (2 * root2 + 2 * slant) / 4,
             "anchors_with_positive": 0.5,
             "anchors_with_negative_in_band": 0.5,  # the two ends of the slant, which is within 0.5 and 1
+            "effective_candidates": (2 + 1 + 1 + 3) / 4,  # an empty band leaves all of the other classes
             "pixel_distance": sum(apart) / 6 / math.sqrt(3),
             "near_duplicates": 0.0,
         },
@@ -79,7 +80,7 @@ def test_the_band_is_measured_in_the_space_of_negative_sampling():
         r = np.linalg.norm(unit[:, None] - unit[None], axis=2)
         other = labels[:, None] != labels[None]
         oracle = (other & (r > 0.5) & (r < 1.0)).any(1).mean()
-        found = describe(as_images(rows), None, teacher, teacher, space)
+        found = describe(as_images(rows), None, teacher, teacher, Relation(sampling_space=space))
         assert found["anchors_with_negative_in_band"] == pytest.approx(oracle, abs=1e-6)
         assert 0 < oracle < 1
 
@@ -263,5 +264,5 @@ def test_watch_measures_the_band_in_the_space_of_the_triplets(triplets, space):
     source.latest = lambda: (images, None)
     numbers, _ = Watch(source, teacher, teacher, triplets)()
     other = {"embedding": "logits", "logits": "embedding"}[space]
-    assert numbers == describe(images, None, teacher, teacher, space)
-    assert numbers != describe(images, None, teacher, teacher, other)
+    assert numbers == describe(images, None, teacher, teacher, Relation(sampling_space=space))
+    assert numbers != describe(images, None, teacher, teacher, Relation(sampling_space=other))

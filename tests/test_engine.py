@@ -27,6 +27,7 @@ from datafree.synthesis.objective import SynthesisObjective
 
 VARIANTS = {
     "random": (),
+    "passes": ("--pool_order", "passes"),
     "meta": ("--generator_init", "reptile", "--meta_rate", 0.5, "--class_noise", 1),
     "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
     "ring": ("--pool_size", 24, "--balanced_sampling", "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),

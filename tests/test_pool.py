@@ -202,3 +202,34 @@ def test_newest_are_the_last_ones_in_order(count, n, expected):
 def test_a_pool_that_exceeds_the_memory_is_refused_before_it_fills():
     with pytest.raises(InputError, match=r"1,000,000,000 images of \(3, 224, 224\) takes 150528.0 GB .*--pool_size"):
         ImagePool(10**9, (3, 224, 224), 10, CPU)
+
+
+# ---------------------------------------------------------------- passes
+
+
+def test_a_pass_has_every_image_once_in_an_order_of_its_own():
+    pool = filled(100, 20)
+    passes = [torch.cat([pool.sample(5, passes=True).ids for _ in range(4)]).tolist() for _ in range(3)]
+    assert all(sorted(ids) == list(range(20)) for ids in passes)
+    assert len({tuple(ids) for ids in passes}) == 3
+
+
+def test_a_batch_may_span_passes():
+    pool = filled(100, 7)
+    ids = torch.cat([pool.sample(5, passes=True).ids for _ in range(7)])
+    assert ids.bincount().tolist() == [5] * 7
+    assert pool.sample(20, passes=True).ids.bincount(minlength=7).min() >= 2
+
+
+def test_images_that_are_added_start_a_new_pass():
+    pool = filled(100, 8)
+    pool.sample(6, passes=True)
+    pool.add(torch.rand(4, 1, 2, 2), torch.zeros(4, dtype=torch.long))
+    assert sorted(pool.sample(12, passes=True).ids.tolist()) == list(range(12))
+
+
+def test_a_pass_is_continued_after_a_restart():
+    pool, other = filled(100, 12), filled(100, 12)
+    first = pool.sample(5, passes=True).ids.tolist()
+    other.load_state_dict(pool.state_dict())
+    assert sorted(first + other.sample(7, passes=True).ids.tolist()) == list(range(12))

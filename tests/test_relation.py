@@ -8,6 +8,7 @@ from pytorch_metric_learning.losses import TripletMarginLoss
 from pytorch_metric_learning.miners import DistanceWeightedMiner, distance_weighted_miner
 from pytorch_metric_learning.reducers import MeanReducer
 from scipy.stats import beta, chisquare
+from torch.nn import functional as F
 
 from datafree import relation
 from datafree.relation import CONFUSE, SEPARATE
@@ -226,6 +227,71 @@ def test_probabilities_equal_the_formula(sampling, dim):
     oracle = probability_oracle(distance, labels, dim, sampling)
     # In fp32 the exponent (d - 2) ln r carries an error of up to 1e-4 at d = 1000.
     np.testing.assert_allclose(found.numpy(), oracle, rtol=2e-3 if dim == 1000 else 3e-4, atol=1e-7)
+
+
+@pytest.mark.parametrize("cap", [1.0, 3.0, 50.0])
+@pytest.mark.parametrize("sampling", ["focal", "distance"])
+def test_a_capped_weight_is_a_multiple_of_the_median_of_its_row(sampling, cap):
+    distance, labels = torch.rand(30, 30).mul(0.6).add(0.45), torch.arange(30) % 3
+    found = relation.negative_probabilities(distance, labels, 64, sampling, cap).double().numpy()
+    for row in range(30):
+        exact = probability_oracle(distance, labels, 64, sampling)[row]
+        candidates = np.sort(exact[exact > 0])
+        limited = np.minimum(exact, cap * candidates[(len(candidates) - 1) // 2])
+        np.testing.assert_allclose(found[row], limited / limited.sum(), rtol=1e-3, atol=1e-7)
+
+
+def test_a_cap_above_all_weights_changes_nothing_and_an_empty_band_is_still_uniform():
+    distance, labels = torch.rand(20, 20).mul(0.4).add(0.55), torch.arange(20) % 2
+    plain = relation.negative_probabilities(distance, labels, 3, "focal")
+    torch.testing.assert_close(relation.negative_probabilities(distance, labels, 3, "focal", 100.0), plain)
+    far = relation.negative_probabilities(torch.full((4, 4), 1.7), torch.tensor([0, 0, 1, 1]), 64, "focal", 2.0)
+    assert far[0].tolist() == [0, 0, 0.5, 0.5]
+
+
+@pytest.mark.parametrize("dim", [2, 4, 8])
+def test_the_intrinsic_dimension_is_that_of_a_sphere_in_a_larger_space(dim):
+    """Points on a sphere of ``dim`` dimensions, embedded isometrically in 128."""
+    points = F.normalize(torch.randn(512, dim + 1), dim=1) @ torch.linalg.qr(torch.randn(128, dim + 1))[0].T
+    estimate = relation.intrinsic_dimension(relation.pairwise_distance(points)).item()
+    assert estimate == pytest.approx(dim, rel=0.12)
+
+
+@pytest.mark.parametrize("rows", [torch.rand(1, 5), torch.rand(2, 5), torch.ones(6, 5)])
+def test_the_intrinsic_dimension_of_too_few_or_equal_rows_is_finite(rows):
+    assert relation.intrinsic_dimension(relation.pairwise_distance(rows)).isfinite()
+    labels = torch.arange(len(rows)) % 2
+    assert relation.sampling_probabilities(rows, labels, "distance", "intrinsic").isfinite().all()
+
+
+def test_the_dimension_is_nominal_estimated_or_given():
+    space, labels = torch.randn(40, 3) @ torch.randn(3, 64), torch.arange(40) % 4
+    distance = relation.pairwise_distance(space)
+    for dim, d in (("nominal", 64), ("intrinsic", relation.intrinsic_dimension(distance)), ("5", 5.0)):
+        expected = relation.negative_probabilities(distance, labels, d, "distance")
+        assert torch.equal(relation.sampling_probabilities(space, labels, "distance", dim), expected)
+
+
+def test_effective_candidates_count_equally_likely_ones():
+    labels = torch.tensor([0, 1, 1, 1, 1])
+    rows = torch.zeros(5, 5)
+    rows[0, 1:] = 0.25  # four candidates
+    rows[1:, 0] = 1.0  # one
+    torch.testing.assert_close(relation.effective_candidates(rows, labels), torch.tensor((4 + 4 * 1) / 5))
+    assert relation.effective_candidates(torch.ones(3, 3) / 3, torch.zeros(3)) == 0  # no anchor has a negative
+
+
+def test_in_many_dimensions_the_nominal_density_leaves_hardly_a_choice():
+    """What --sampling_dim and --sampling_cap are for: 12 dimensions of variation, 64 nominal ones."""
+    torch.manual_seed(0)
+    space, labels = torch.randn(256, 12) @ torch.randn(12, 64), torch.arange(256) % 10
+    found = {
+        (dim, cap): relation.effective_candidates(
+            relation.sampling_probabilities(space, labels, "focal", dim, cap), labels
+        )
+        for dim, cap in (("nominal", None), ("intrinsic", None), ("nominal", 3.0))
+    }
+    assert found["nominal", None] < 2 and min(found["intrinsic", None], found["nominal", 3.0]) > 5
 
 
 @pytest.mark.parametrize("dim", [2, 3, 10, 100])

@@ -1,5 +1,6 @@
 """The machine: devices, seeds, saved random state, precision, signals, the provenance of a run."""
 
+import importlib.util
 import json
 import os
 import random
@@ -189,3 +190,23 @@ def test_free_memory_is_the_minimum_of_what_is_available_and_what_is_allowed(mon
 
 def missing():
     raise FileNotFoundError
+
+
+@pytest.mark.parametrize(
+    "device, variable, missing", [("cpu", "CXX", "C\\+\\+ compiler"), ("cuda", "CC", "C compiler")]
+)
+def test_a_missing_compiler_is_one_sentence(device, variable, missing, monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setenv(variable, "no-such-compiler")
+    with pytest.raises(
+        InputError, match=f"--compile needs a {missing} and finds none .no-such-compiler.*--compile off"
+    ):
+        runtime.require_compiler(torch.device(device))
+    monkeypatch.setenv(variable, "ls")
+    runtime.require_compiler(torch.device(device))
+
+
+def test_without_triton_nothing_is_compiled_for_a_gpu(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(InputError, match="needs the package triton"):
+        runtime.require_compiler(torch.device("cuda"))

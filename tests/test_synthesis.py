@@ -8,7 +8,7 @@ import torch
 from parts import CLASSES, SHAPE, changed, count_calls, make_card, make_source, network, options, snapshot
 
 from datafree import config, criterions, relation
-from datafree.augment import CropFlip
+from datafree.augment import CropFlip, random_resized_crop
 from datafree.batchnorm import BatchNormTap
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
@@ -18,7 +18,7 @@ from datafree.plugins import load_object
 from datafree.pool import Batch, ImagePool
 from datafree.synthesis import SOURCES, SourcesWithout, Traits, traits_of
 from datafree.synthesis.base import BaseSynthesis
-from datafree.synthesis.contrast import InstanceContrast
+from datafree.synthesis.contrast import InstanceContrast, instance
 from datafree.synthesis.controls import NoiseSource
 from datafree.synthesis.generative import GenerativeSynthesis
 from datafree.synthesis.inversion import InversionSynthesis, PixelSynthesis
@@ -506,6 +506,31 @@ def test_statistics_are_averaged_over_rounds():
 
 
 # Contrast, precision, shapes.
+
+
+def test_the_positive_and_the_negatives_of_the_contrast_are_detached():
+    """As in CMI's code: only the local view of an image is moved, and the head by local views alone."""
+    source = make(cr=1.0)
+    source.synthesize()  # so that the bank is not empty
+    contrast, teacher = source.objective.contrast, parts(source)[0]
+    images, others = torch.rand(BATCH, *SHAPE), torch.rand(BATCH, *SHAPE)
+    views = others.clone().requires_grad_()
+    x = images.clone().requires_grad_()
+    contrast.head.zero_grad()
+    torch.manual_seed(3)
+    contrast(x, teacher.features(views)).backward()
+    assert views.grad is None or not views.grad.any()
+    assert x.grad.any()
+    found = [p.grad.clone() for p in contrast.head.parameters()]
+    contrast.head.zero_grad()
+    torch.manual_seed(3)  # the same local views and the same part of the bank, with anchors that are constants
+    local = contrast.head(instance(teacher.features(random_resized_crop(images))))
+    with torch.no_grad():
+        drawn = torch.randint(contrast.added, (min(4096, contrast.added),))
+        anchor = contrast.head(instance(teacher.features(others)))
+        earlier = contrast.head(contrast.bank[drawn])
+    criterions.info_nce(local, anchor, earlier, contrast.T).backward()
+    torch.testing.assert_close(found, [p.grad for p in contrast.head.parameters()])
 
 
 def test_contrast_remembers_the_kept_batches():

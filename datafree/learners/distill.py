@@ -115,7 +115,16 @@ class DistillLearner(Learner):
         }[r.striplet_feature]
         space = teacher.embed if r.sampling_space == "embedding" else student.logits
         labels = teacher.logits.argmax(1)
-        return relation.relation_loss(layers, labels, space.detach(), r.margin, r.striplet_sampling, relation.SEPARATE)
+        return relation.relation_loss(
+            layers,
+            labels,
+            space.detach(),
+            r.margin,
+            r.striplet_sampling,
+            relation.SEPARATE,
+            dim=r.sampling_dim,
+            cap=r.sampling_cap,
+        )
 
     def metrics(self) -> dict[str, float]:
         rate = self.cache.hit_rate() if self.cache else None

@@ -137,7 +137,16 @@ class SynthesisObjective:
         def triplet(teacher: Features, student: Features, batch: Synthesised) -> Tensor:
             layers = relation.triplet_layers(teacher if of_teacher else student, r)
             labels, negatives_from = teacher.logits.argmax(1), getattr(teacher, space).detach()
-            return relation.relation_loss(layers, labels, negatives_from, r.margin, r.sampling, DIRECTIONS[r.relation])
+            return relation.relation_loss(
+                layers,
+                labels,
+                negatives_from,
+                r.margin,
+                r.sampling,
+                DIRECTIONS[r.relation],
+                dim=r.sampling_dim,
+                cap=r.sampling_cap,
+            )
 
         scored = ("embed", "stages")
         weight = 0.0 if r.relation == "off" else r.triplet

@@ -148,7 +148,7 @@ class RoundSynthesis(OptimisedSynthesis):
         return kept_terms
 
     def sample(self, n: int) -> Batch:
-        return self.pool.sample(n, self.settings.balanced_sampling)
+        return self.pool.sample(n, self.settings.balanced_sampling, self.settings.pool_order == "passes")
 
     def latest(self) -> tuple[Tensor, Tensor | None]:
         return self.pool.newest(self.settings.synthesis_batch_size)

@@ -1,0 +1,99 @@
+"""The published settings that the method files and defaults state: a number that moves has to move here, too."""
+
+import pytest
+from conftest import ROOT
+
+import registry
+from datafree import cli, config
+
+CMI_SCRIPTS = "CMI's repository (zju-vipa/CMI), its scripts for CIFAR-10, WRN-40-2 > WRN-16-1"
+PUBLISHED = {
+    "rgal": (
+        "RGAL's released code (Sharpiless/RGAL) for CIFAR",
+        "epochs 200, ep_steps 400, kd_steps 400, g_steps 400, synthesis_batch_size 256, lr_g 0.001, nz 256, ngf 64,"
+        " bn 1, oh 1, adv 1, triplet 0.1, striplet 0.1, start_layer 2, end_layer 4, margin 0.2, batch_size 128,"
+        " lr 0.1, momentum 0.9, weight_decay 0.0001, T 20, cd_loss 0.1, gram_loss 0, adv_T 1",
+    ),
+    "cmi": (
+        CMI_SCRIPTS + ", from scratch",
+        "epochs 200, ep_steps 400, kd_steps 400, g_steps 200, synthesis_batch_size 256, lr_g 0.001, bn 1, oh 1,"
+        " adv 0.5, cr 0.8, cr_T 0.1, batch_size 128, lr 0.1, T 20",
+    ),
+    "fast": (
+        "Fast's repository (zju-vipa/Fast-Datafree), WRN-40-2, 10 steps",
+        "epochs 220, warmup 20, g_steps 10, lr_g 0.002, lr_z 0.01, bn 10, bn_momentum 0.9, oh 0.4, adv 1.1,"
+        " reset_epoch 139, lr 0.2, batch_size 256, T 20",
+    ),
+    "dafl": (
+        "Chen et al., ICCV 2019, as in " + CMI_SCRIPTS,
+        "g_steps 1, kd_steps 5, synthesis_batch_size 256, nz 512, oh 1, act 0.001, balance 20, lr_g 0.001, lr 0.1,"
+        " T 20, bn 0, adv 0",
+    ),
+    "dfq": (
+        "Choi et al., CVPRW 2020, as in " + CMI_SCRIPTS,
+        "g_steps 1, kd_steps 10, bn 1, oh 1, balance 20, adv 1, act 0, lr_g 0.001, lr 0.1, T 20",
+    ),
+    "zskt": (
+        "Micaelli and Storkey, NeurIPS 2019, as in " + CMI_SCRIPTS,
+        "g_steps 1, kd_steps 5, adv 1, bn 0, oh 0, lr_g 0.001, lr 0.1, T 20",
+    ),
+    "deepinv": (
+        "Yin et al., CVPR 2020: tv 0.001 of images of deviation 0.25; the rest as in " + CMI_SCRIPTS,
+        "g_steps 1000, lr_g 0.1, bn 10, oh 1, tv 0.004, adv 1, adv_T 3, l2 0, batch_size 256, lr 0.1, T 20",
+    ),
+}
+CHOICES = {
+    "rgal": "relation paper, sampling focal, sampling_space embedding, triplet_target student, "
+    " striplet_feature global, striplet_sampling distance, keep best, generator_init random, bn_reduction norm,"
+    " adv_distance kl, adv_where agree",
+    "rgal_release": "relation release, sampling_space logits, sampling focal",
+    "fast": "generator_init maml",
+    "dafl": "source generator, oh_target predicted, flip off",
+    "dfq": "source generator, oh_target predicted, adv_where all",
+    "zskt": "source generator, adv_distance kl, adv_where all",
+    "dfad": "source generator, adv_distance l1, kd_distance l1, adv_where all",
+    "deepinv": "source pixels, adv_distance js, adv_where all",
+    "cmi": "source inversion, adv_where agree",
+}
+
+
+def options_of(method):
+    given = cli.parse(config.DistillConfig, ["--method", method], description="", method_files=registry.METHODS)[0]
+    return {
+        name: value for part in vars(given).values() if hasattr(part, "__dict__") for name, value in vars(part).items()
+    }
+
+
+def pairs(text):
+    return [pair.split() for pair in text.replace("\n", " ").split(",")]
+
+
+@pytest.mark.parametrize("method", PUBLISHED)
+def test_the_numbers_of_a_method_are_those_of_its_source(method):
+    source, text = PUBLISHED[method]
+    found, stated = options_of(method), {name: float(value) for name, value in pairs(text)}
+    assert {name: float(found[name]) for name in stated} == stated, source
+
+
+@pytest.mark.parametrize("method", CHOICES)
+def test_the_choices_of_a_method_are_those_of_its_source(method):
+    found, stated = options_of(method), dict(pairs(CHOICES[method]))
+    assert {name: found[name] for name in stated} == stated
+
+
+def test_every_method_file_is_compared_with_its_source_or_is_ours():
+    ours = {"rgal_fast", "noise", "real"}  # our recipe, and the controls
+    assert set(PUBLISHED) | set(CHOICES) | ours == set(registry.METHODS) and (ROOT / "configs" / "methods").is_dir()
+
+
+def test_the_defaults_of_the_relation_section():
+    """Margin and stages of the released code; the paper's focal sampling in the space of the embedding."""
+    r = config.Relation()
+    assert (r.margin, r.start_layer, r.end_layer, r.triplet, r.striplet) == (0.2, 2, 4, 0.0, 0.0)
+    assert (r.relation, r.sampling, r.sampling_space, r.striplet_sampling) == (
+        "paper",
+        "focal",
+        "embedding",
+        "distance",
+    )
+    assert (r.triplet_target, r.striplet_feature) == ("student", "global")
