@@ -6,6 +6,7 @@ import pickle
 import struct
 import sys
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -270,6 +271,22 @@ def test_a_test_set_does_not_change_the_training(method, distil):
     )
     for part in ("learner", "source", "rng", "means", "monitor"):
         assert same(tested[part], untested[part]), part
+
+
+@pytest.mark.parametrize("side, most", [(32, 500), (128, 500), (512, 31)])
+def test_large_images_are_evaluated_a_few_at_a_time(side, most, monkeypatch):
+    sizes = []
+    monkeypatch.setattr("datafree.session.evaluate", lambda network, split, batch_size, name: sizes.append(batch_size))
+    session = Session.__new__(Session)
+    session.device, session.card, session.test = (
+        torch.device("cpu"),
+        replace(CARDS["imagenet"], height=side, width=side),
+        1,
+    )
+    network = torch.nn.Flatten()
+    network.name = "network"
+    session.score(network)
+    assert sizes == [most]
 
 
 def test_evaluating_a_network_that_draws_at_random_changes_no_later_draw():

@@ -364,7 +364,10 @@ def test_names_are_compared_in_one_unicode_form(tmp_path, card_form, folder_form
     replace(card, classes=tuple(unicodedata.normalize(card_form, name) for name in names)).to_yaml(path)
     assert load_split(DatasetCard.from_yaml(path), tmp_path, "test").labels.tolist() == [0, 1]
     write_classes(tmp_path / "own", names, "train")
-    derived = resolve_card("own", tmp_path, may_derive=True)
+    (tmp_path / "own").rename(tmp_path / unicodedata.normalize(folder_form, "öwn"))
+    derived = resolve_card(unicodedata.normalize(card_form, "öwn"), tmp_path, may_derive=True)
+    assert len(load_split(derived, tmp_path, "train")) == 2
+    (tmp_path / unicodedata.normalize(folder_form, "öwn")).rename(tmp_path / "own")
     assert derived.classes == ("café", "zoë") == DatasetCard.from_yaml(tmp_path / "own" / "card.yaml").classes
 
 
@@ -428,6 +431,18 @@ def test_images_that_tiny_imagenets_annotations_lack_are_counted(tmp_path):
     card = DatasetCard("tiny_imagenet", 3, 64, 64, 2, (0.5,) * 3, (0.25,) * 3)
     notes = " ".join(load_split(card, tmp_path, "test").notes)
     assert f"1 files in {root} are not read: 1 without an annotation." in notes
+
+
+def test_a_class_of_files_that_are_not_read(tmp_path):
+    write_folder(tmp_path / "own", splits=("train",), count=1)
+    (tmp_path / "own" / "train" / "cat" / "0.png").rename(tmp_path / "own" / "train" / "cat" / "0.heic")
+    with pytest.raises(InputError, match=r"cat holds no images \(not read in .*train: 1 .heic\); add images"):
+        derive_card("own", tmp_path / "own")
+
+
+def test_the_other_folder_for_testing_is_mentioned(tmp_path):
+    write_folder(tmp_path / "own", splits=("test", "val"))
+    assert any(note.endswith("own/val is not read.") for note in load_split(CARD, tmp_path, "test").notes)
 
 
 def test_frames_after_the_first_are_counted(tmp_path):
@@ -660,6 +675,15 @@ def test_large_images_are_decoded_on_demand(photographs, workers):
     assert torch.equal(
         (images[2] * 255).round().byte().permute(1, 2, 0), torch.from_numpy(random_pixels(2, (128, 144, 3)))
     )
+
+
+def test_grey_files_among_large_images_are_counted(tmp_path):
+    for number in range(4):
+        pixels = random_pixels(number, (128, 144, 3) if number else (128, 144))
+        write_image(tmp_path / "own" / "test" / f"class{number % 2}" / f"{number}.png", pixels)
+    split = load_split(LARGE_CARD, tmp_path, "test", workers=0)
+    assert f"1 of 4 images sampled from {tmp_path}/own are converted from grey to colour." in split.notes
+    assert next(split.batches(4))[0].shape == (4, 3, 128, 144)
 
 
 def test_evaluation_crop_equals_torchvisions(photographs):

@@ -5,7 +5,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from threading import Lock
@@ -31,6 +31,8 @@ SMALL_FILE, LARGE_FILE = 10_000, 1_000_000  # bytes
 CHUNK = 256  # files per task of a thread
 SHOWN = 12  # classes that a message lists
 
+Groups = dict[str, list[str]]  # name of a class, composed -> paths of its images
+
 
 @dataclass
 class Listing:
@@ -42,7 +44,7 @@ class Listing:
     paths: list[str]
     labels: Tensor
     classes: tuple[str, ...]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
 
 
 @cache
@@ -71,16 +73,16 @@ def list_images(root: Path, split: str, card: DatasetCard | None = None) -> List
         place, (groups, left_out) = annotations.parent, _annotated_images(annotations)
     else:
         place, groups, left_out = _grouped_images(root, split)
-    classes, notes = _ordered_classes(groups, place, split, card)
-    if left_out:
-        kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+    classes, notes = _ordered_classes(groups, place, split, card, kinds)
+    if kinds:
         notes.append(f"{left_out.total():,} files in {place} are not read: {kinds}.")
+    for other in (root / name for name in SPLIT_FOLDERS[split]):
+        if other != place and class_folders(other):
+            notes.append(f"The {split} images are those of {place}; {other} is not read.")
     paths = [path for name in classes for path in groups.get(name, ())]
     counts = torch.tensor([len(groups.get(name, ())) for name in classes])
     return Listing(paths, torch.repeat_interleave(torch.arange(len(classes)), counts), classes, notes)
-
-
-Groups = dict[str, list[str]]  # name of a class, composed -> paths of its images
 
 
 def _grouped_images(root: Path, split: str) -> tuple[Path, Groups, Counter[str]]:
@@ -93,9 +95,10 @@ def _grouped_images(root: Path, split: str) -> tuple[Path, Groups, Counter[str]]
         images, others = _images_in(path)
         groups.setdefault(composed(path.name), []).extend(images)
         left_out += others
-    if folder.is_dir():
-        left_out["outside the class folders"] += sum(path.is_file() for path in folder.iterdir())
-    return folder, groups, +left_out
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(".") or not path.is_dir():
+            left_out["hidden" if path.name.startswith(".") else "outside the class folders"] += 1
+    return folder, groups, left_out
 
 
 def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -103,7 +106,7 @@ def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
     images: list[str] = []
     others: Counter[str] = Counter()
     visited = set()
-    for place, folders, names in os.walk(folder, followlinks=True):
+    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
         if (real := os.path.realpath(place)) in visited:
             folders.clear()  # a link to a folder above it
             continue
@@ -117,6 +120,10 @@ def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
             else:
                 others[kind or "without a suffix"] += 1
     return images, +others
+
+
+def _cannot_list(error: OSError) -> None:
+    raise InputError(f"cannot list the folder {error.filename} ({error.strerror}); make it readable or remove it")
 
 
 def _annotated_images(annotations: Path) -> tuple[Groups, Counter[str]]:
@@ -133,9 +140,12 @@ def _annotated_images(annotations: Path) -> tuple[Groups, Counter[str]]:
 
 
 def _ordered_classes(
-    groups: Groups, place: Path, split: str, card: DatasetCard | None
+    groups: Groups, place: Path, split: str, card: DatasetCard | None, left_out: str
 ) -> tuple[tuple[str, ...], list[str]]:
-    """The classes in the order of their labels, and notes about it: the card's order, or else that of their names."""
+    """The classes in the order of their labels, and notes about it: the card's order, or else that of their names.
+
+    left_out: kinds of the files that are not read.
+    """
     filled = sorted(name for name, paths in groups.items() if paths)
     stated = card.classes if card else ()
     expected = card.num_classes if card else len(groups)
@@ -151,7 +161,8 @@ def _ordered_classes(
         )
     empty = [name for name in stated or sorted(groups) if not groups.get(name)]
     if empty and (split == "train" or not filled):
-        raise InputError(f"{place / empty[0]} holds no images; add images, or remove the folder and the class")
+        unread = f" (not read in {place}: {left_out})" if left_out else ""
+        raise InputError(f"{place / empty[0]} holds no images{unread}; add images, or remove the folder and the class")
     # A folder without images is a class if the folders are as many as the card's classes, or else something different.
     classes = stated or tuple(sorted(groups) if len(groups) == expected else filled)
     if card and len(classes) != expected:

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datafree.datasets.cards import CARDS, DatasetCard
+from datafree.datasets.cards import CARDS, DatasetCard, composed
 from datafree.datasets.digits import read_digits
 from datafree.datasets.folders import (
     CONVERTED,
@@ -110,7 +110,7 @@ def resolve_card(
     card = _stated_card(name, Path(data_root), card_path)
     if card:
         return replace(card, height=image_size, width=image_size) if image_size else card
-    root = Path(data_root) / name
+    root = _folder(Path(data_root), name)
     if not may_derive:
         raise InputError(
             f"there is no data card {root / CARD_FILE}; `python train_scratch.py --dataset {name}` derives "
@@ -130,7 +130,7 @@ def _stated_card(name: str, data_root: Path, card_path: str | Path) -> DatasetCa
         return DatasetCard.from_yaml(card_path)
     if name in CARDS:
         return CARDS[name]
-    root = data_root / name
+    root = _folder(data_root, name)
     if not root.is_dir():
         raise _unknown(name, data_root)
     path = root / CARD_FILE
@@ -175,9 +175,15 @@ def _mean_and_std(counts: Tensor) -> tuple[float, float]:
     return round(mean.item(), 6), round(variance.sqrt().item(), 6)
 
 
+def _folder(data_root: Path, name: str) -> Path:
+    """``data_root/name``, or the folder there whose name differs in its Unicode form alone."""
+    alike = [path for path in class_folders(data_root) if composed(path.name) == composed(name)]
+    return alike[0] if alike and not (data_root / name).is_dir() else data_root / name
+
+
 def _folder_of(name: str, data_root: str | Path) -> Path | None:
     """The folder of data set ``name`` that contains the folder of a split, or None."""
-    roots = [Path(data_root) / folder for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
+    roots = [_folder(Path(data_root), folder) for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
     splits = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
     return next((root for root in roots if any((root / split).is_dir() for split in splits)), None)
 
