@@ -98,9 +98,16 @@ class Run:
         "Mode of torch.compile for the networks: minutes to compile, then faster steps; reduce-overhead needs a GPU.",
         affects_result=False,
     )
-    threads: int = option(0, "CPU threads; 0 leaves torch's default.", low=0, affects_result=False)
+    threads: int = option(
+        0,
+        "CPU threads; 0 leaves torch's default. Only runs with the same number are identical to the bit.",
+        low=0,
+        affects_result=False,
+    )
     deterministic: bool = option(
-        False, "Use deterministic GPU kernels only; CPU runs are always reproducible.", affects_result=False
+        False,
+        "Use deterministic GPU kernels only; CPU runs are reproducible if they have the same number of threads.",
+        affects_result=False,
     )
     resume: str = option(
         "none",
@@ -143,11 +150,18 @@ class Data:
     eval: Literal["test", "none"] = option(
         "test", "Images for evaluation; none needs no data at all.", affects_result=False
     )
+    image_size: int | None = option(
+        None, "Height and width in pixels, instead of the data card's; files in class folders are resized.", low=1
+    )
     crop_padding: int = option(4, "Pixels of zero padding before the random crop; 0 does not crop.", low=0)
     flip: Literal["card", "on", "off"] = option(
         "card", "Random horizontal flip; card: if the data set's card allows it, which that of digits does not."
     )
-    download: bool = option(True, "Download a registered data set that is missing, if possible.", affects_result=False)
+    download: bool = option(
+        True,
+        "Download a registered data set that is missing, if possible; CIFAR's archive holds its training images too.",
+        affects_result=False,
+    )
 
 
 @dataclass

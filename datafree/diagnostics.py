@@ -1,6 +1,7 @@
 """What the synthetic images look like to teacher and student, once an epoch, and when to worry."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,6 +27,14 @@ class Watch:
         now = describe(*self.source.latest(), self.teacher, self.student, self.triplets)
         self.first = self.first or now
         return now, alarms(now, self.first) if self.source.traits.synthesises else []
+
+    def state_dict(self) -> dict[str, Any]:
+        """The metrics of the run's first epoch, with which the later ones are compared."""
+        return {"first": self.first}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Compare with the first epoch of the run that ``state`` is of."""
+        self.first = state["first"]
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,7 +33,7 @@ from datafree.evaluators import scores_line
 from datafree.grids import draw_grid, grid_rows
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
-from datafree.plugins import is_same_code
+from datafree.plugins import first_line, is_same_code
 from datafree.runtime import StopSignal, load_rng_state, rng_state
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -41,11 +41,21 @@ from datafree.synthesis.base import BaseSynthesis
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
 
+class Monitor(Protocol):
+    """Called as monitor() -> (metrics of the latest images, warnings); its state is part of the checkpoint."""
+
+    def __call__(self) -> tuple[dict[str, float], list[str]]: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
     run: the section of the options. evaluate: () -> {acc1, acc5 (%), loss}, or None if there is no test set.
-    monitor: () -> (metrics of the latest images, warnings), called after each epoch, or None.
+    monitor: called after each epoch, or None.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
     when the run is resumed, except the number of epochs.
     """
@@ -59,7 +69,7 @@ class Engine:
         run: Run,
         *,
         evaluate: Callable[[], dict[str, float]] | None = None,
-        monitor: Callable[[], tuple[dict[str, float], list[str]]] | None = None,
+        monitor: Monitor | None = None,
         metadata: dict[str, Any] | None = None,
     ):
         self.learner, self.source, self.schedule, self.folder, self.run = learner, source, schedule, folder, run
@@ -168,7 +178,11 @@ class Engine:
         return improved
 
     def _draw(self, epoch: int) -> None:
-        self.folder.grid(epoch, draw_grid(*grid_rows(*self.source.latest())))
+        images, targets = self.source.latest()
+        try:
+            self.folder.grid(epoch, draw_grid(*grid_rows(images, targets)))
+        except Exception as error:  # a picture is not worth the epoch, which is not saved yet
+            self.folder.log(f"[Alarm] the image grid of epoch {epoch} could not be drawn: {first_line(error)}")
 
     @contextmanager
     def _clock(self, phase: str) -> Iterator[None]:
@@ -201,6 +215,7 @@ class Engine:
             "rng": rng_state(),
             "position": dict(self.position),
             "means": self.means.state_dict(),
+            "monitor": self.monitor.state_dict() if self.monitor else {},
             "best": dict(self.best),
             "seconds": dict(self.seconds),
             "result": dict(self.result),
@@ -227,6 +242,8 @@ class Engine:
                 "options that it was written with"
             ) from error
         self.means.load_state_dict(state["means"], self.learner.network.device)
+        if self.monitor:
+            self.monitor.load_state_dict(state["monitor"])
         for name in ("position", "best", "seconds", "result"):
             setattr(self, name, state[name])
         load_rng_state(state["rng"])

@@ -15,9 +15,10 @@ GAP, CAPTION = 2, 15  # pixels around an image of a grid, and below one with a c
 def draw_grid(images: Tensor, labels: Sequence[str] | None = None, columns: int = 8) -> Image.Image:
     """PIL image of ``images`` (N,C,H,W in [0,1]), each enlarged by a whole factor to at least 64 pixels.
 
+    Of more than three channels the first three are drawn, in red, green and blue; of two, their mean, in grey.
     ``labels``: a string per image, or per row of the grid, written below it (below its first image).
     """
-    images = images.detach().float().cpu().nan_to_num(0).clamp(0, 1)
+    images = _visible(images.detach().float().cpu().nan_to_num(0).clamp(0, 1))
     images = interpolate(images, scale_factor=max(1, math.ceil(64 / min(images.shape[-2:]))), mode="nearest")
     (count, _, height, width), labels, columns = images.shape, labels or [], min(columns, len(images))
     step = 1 if len(labels) == count else columns
@@ -34,6 +35,11 @@ def draw_grid(images: Tensor, labels: Sequence[str] | None = None, columns: int 
         corner = column * tiles.shape[-1] + GAP, row * tiles.shape[-2] + GAP + height
         ImageDraw.Draw(picture).text(corner, label, fill="black", font=font)
     return picture
+
+
+def _visible(images: Tensor) -> Tensor:
+    """Images of any number of channels as images of one or three."""
+    return images.mean(1, keepdim=True) if images.shape[1] == 2 else images[:, :3]
 
 
 def grid_rows(

@@ -100,13 +100,18 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
 
 
 def check_teacher(accuracy: float, expected: float, num_classes: int) -> list[str]:
-    """A warning if the teacher's test accuracy (%) is below what is expected, or little more than chance."""
-    if accuracy >= max(expected - 1, 200 / num_classes):
+    """A warning if the teacher's test accuracy (%) is below what is expected, or near chance.
+
+    Near is less than a tenth of the way from chance to 100 %.
+    """
+    chance = 100 / num_classes
+    if accuracy >= max(expected - 1, chance + 0.1 * (100 - chance)):
         return []
-    wanted = f"{expected:g} % was expected" if expected else "that is little more than chance"
+    wanted = f"{expected:g} % was expected" if accuracy < expected - 1 else f"chance is {chance:.2f} %"
     return [
-        f"[Alarm] the teacher reaches only {accuracy:.2f} % ({wanted}); check --teacher_weights, --teacher_mean and "
-        "--teacher_std, because a student is no better than its teacher"
+        f"[Alarm] the teacher reaches only {accuracy:.2f} % ({wanted}); check --teacher_weights, --teacher_mean, "
+        "--teacher_std and the order of the classes (`classes` in the data card), because a student is no better than "
+        "its teacher"
     ]
 
 

@@ -16,6 +16,8 @@ from datafree.network import Network
 from datafree.plugins import digest, short_name
 from datafree.runtime import autocast, choose_device, require_compiler, seed_everything, set_threads
 
+PIXELS_AT_ONCE = 500 * 128 * 128  # of an evaluation: 500 images at most, and fewer large ones
+
 
 class Session:
     """The surroundings of one run: device, data card, augmentation, test split.
@@ -23,6 +25,7 @@ class Session:
     config: of any program, with the sections run and data. derive_card: whether the training images may be opened to
     derive the card of an unknown data set. write: whether files may be written: a derived card, a download.
     digests: option -> hash of the contents of the file that it names; the result depends on these and not on the name.
+    notes: what should be known of the data that were loaded, as sentences for the log.
     """
 
     def __init__(self, config: Any, derive_card: bool = False, write: bool = True):
@@ -35,16 +38,21 @@ class Session:
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
-        self.card = resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write)
+        self.card = resolve_card(
+            self.data.dataset, self.data.data_root, self.data.card, derive_card, write, self.data.image_size
+        )
         self.digests = {"card": digest(repr(replace(self.card, loader="")).encode())}
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
+        self.notes: list[str] = []
         self.test = self.split("test") if self.data.eval == "test" else None
 
     def split(self, name: str) -> Split:
         """The ``train`` or ``test`` split of the data set, on the device."""
         download = self.data.download and self.write
-        return load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers)
+        split = load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers)
+        self.notes += split.notes
+        return split
 
     def network(
         self,
@@ -93,12 +101,18 @@ class Session:
 
     @torch.no_grad()
     def score(self, network: Network) -> dict[str, float] | None:
-        """acc1, acc5 (%) and loss on the test split; without one, None after a check that logits are finite."""
+        """acc1, acc5 (%) and loss on the test split; without one, None after a check that logits are finite.
+
+        The random states are the same afterwards, so that a run trains the same weights with and without a test set.
+        """
         network.eval()
-        if self.test:
-            return evaluate(network, self.test, name=network.name)
-        if not network(torch.rand(8, *self.card.shape, device=self.device)).isfinite().all():
-            raise InputError(f"the {network.name} gives non-finite logits; check its weights")
+        gpus = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=gpus):
+            if self.test:
+                batch_size = max(1, min(500, PIXELS_AT_ONCE // (self.card.height * self.card.width)))
+                return evaluate(network, self.test, batch_size, network.name)
+            if not network(torch.rand(8, *self.card.shape, device=self.device)).isfinite().all():
+                raise InputError(f"the {network.name} gives non-finite logits; check its weights")
         return None
 
     def evaluate_only(self, network: Network, option: str, weights: str) -> None:
@@ -107,6 +121,8 @@ class Session:
             raise InputError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
         if not weights:
             raise InputError(f"--evaluate_only has nothing to evaluate; name the weights by {option}")
+        for note in self.notes:
+            print(note)
         print(f"[Eval] {network.name} on {self.card.name}: {scores_line(self.score(network) or {})}")
 
 

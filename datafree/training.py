@@ -7,7 +7,7 @@ from typing import Any
 
 from datafree import checkpoint, plan
 from datafree.cli import to_yaml
-from datafree.engine import Engine
+from datafree.engine import Engine, Monitor
 from datafree.evaluators import scores_line
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder, table
@@ -26,7 +26,7 @@ class Training:
 
     model: name of the trained network, as given to its option. name: parts of the run folder's name.
     plan: lines for the log. teacher: evaluated before the training, if there is one.
-    monitor: () -> (metrics of the latest images, warnings), called after each epoch.
+    monitor: of the latest images, called after each epoch.
     finish: called with the run's folder after the last epoch.
     """
 
@@ -37,17 +37,18 @@ class Training:
     name: Sequence[str]
     plan: Sequence[str]
     teacher: Network | None = None
-    monitor: Callable[[], tuple[dict[str, float], list[str]]] | None = None
+    monitor: Monitor | None = None
     finish: Callable[[RunFolder], None] | None = None
 
 
 def run_training(session: Session, training: Training, dry_run: bool = False) -> None:
     """Log the plan, train, and write the summary; a dry run prints the plan and writes nothing."""
+    plan_lines = [*training.plan, *session.notes]
     if dry_run:
-        print("\n".join(training.plan))
+        print("\n".join(plan_lines))
         return
     with open_folder(session, training.name) as folder:
-        for line in training.plan:
+        for line in plan_lines:
             folder.log(line)
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
         network = training.learner.network

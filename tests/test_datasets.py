@@ -1,4 +1,8 @@
+import hashlib
+import re
 import struct
+import tracemalloc
+import unicodedata
 import urllib.error
 from dataclasses import replace
 
@@ -9,7 +13,7 @@ import torchvision
 from PIL import Image
 
 from datafree.datasets.cards import CARDS, DatasetCard
-from datafree.datasets.digits import DIGITS_FILE
+from datafree.datasets.digits import digits_file
 from datafree.datasets.loading import derive_card, load_split, resolve_card
 from datafree.datasets.splits import LazySplit, TensorSplit
 from datafree.errors import InputError, OptionError
@@ -123,25 +127,29 @@ def test_absent_card_file(tmp_path):
 # Digits
 
 
-def test_digits_file():
-    assert DIGITS_FILE.stat().st_size < 150_000
-    with np.load(DIGITS_FILE) as file:
-        images, labels, test = file["images"], file["labels"], file["test"]
-    assert images.shape == (1797, 8, 8) and images.dtype == np.uint8 and images.max() == 16
-    assert np.bincount(labels).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
-    assert test.sum() == 355
-    for label in range(10):
-        assert np.array_equal(np.flatnonzero(test[labels == label]) % 5, [4] * (np.sum(labels == label) // 5))
-    train_images = {image.tobytes() for image in images[~test]}
-    assert not any(image.tobytes() in train_images for image in images[test])
+def test_digits_files():
+    """The bytes are those of the one file of revision 5c7f4c0, from which the arrays of both splits were taken."""
+    arrays, bytes_of = {}, hashlib.sha256()
+    for split, count in (("train", 1442), ("test", 355)):
+        assert digits_file(split).stat().st_size < 75_000
+        with np.load(digits_file(split)) as file:
+            images, labels = arrays[split] = file["images"], file["labels"]
+        assert images.shape == (count, 8, 8) and images.dtype == labels.dtype == np.uint8 and images.max() == 16
+        bytes_of.update(images.tobytes() + labels.tobytes())
+    assert bytes_of.hexdigest().startswith("eb16a5b9fcc31197")
+    counts = [np.bincount(labels) for _, labels in arrays.values()]
+    assert sum(counts).tolist() == [178, 182, 177, 183, 181, 182, 181, 179, 174, 180]
+    assert np.array_equal(counts[1], sum(counts) // 5)
+    train_images = {image.tobytes() for image in arrays["train"][0]}
+    assert not any(image.tobytes() in train_images for image in arrays["test"][0])
 
 
 def test_digits_are_enlarged_bilinearly(tmp_path):
     card = resolve_card("digits", tmp_path)
     train, test = (load_split(card, tmp_path, split) for split in ("train", "test"))
     assert len(train) == 1442 and len(test) == 355 and test.images.shape == (355, 1, 16, 16)
-    with np.load(DIGITS_FILE) as file:
-        small = file["images"][file["test"]].astype(float) * 255 / 16
+    with np.load(digits_file("test")) as file:
+        small = file["images"].astype(float) * 255 / 16
     large = test.images[:, 0].numpy()
     assert np.array_equal(large[:, 0, 0], np.round(small[:, 0, 0]))
     near = 0.75 * small[:, 3] + 0.25 * small[:, 4]
@@ -155,10 +163,10 @@ def test_digits_are_enlarged_bilinearly(tmp_path):
 
 
 @pytest.mark.parametrize("test_folder", ["test", "val"])
-def test_folder_keeps_every_byte(tmp_path, test_folder, capsys):
+def test_folder_keeps_every_byte(tmp_path, test_folder):
     written = write_folder(tmp_path / "own", classes=("dog", "cat"), splits=("train", test_folder))
     split = load_split(CARD, tmp_path, "test")
-    assert "resized" not in capsys.readouterr().out
+    assert not any("resized" in note for note in split.notes)
     assert split.labels.tolist() == [0, 0, 0, 1, 1, 1]
     for index, (name, number) in enumerate((c, n) for c in ("cat", "dog") for n in range(3)):
         image = split.images[index].permute(1, 2, 0).numpy()
@@ -175,8 +183,10 @@ def test_folder_takes_precedence_over_torchvision(tmp_path):
         load_split(CARDS["cifar10"], tmp_path, "train", download=False)
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "jpeg", "JPEG", "webp", "bmp"])
-def test_every_format_is_read_and_resized_to_the_card(tmp_path, suffix, capsys):
+@pytest.mark.parametrize("suffix", "png jpg jpeg JPEG jfif webp bmp dib tif tiff TIF ppm pgm gif tga jp2 ico".split())
+def test_every_format_is_read_and_resized_to_the_card(tmp_path, suffix):
+    if f".{suffix.lower()}" not in Image.registered_extensions():
+        pytest.skip("this Pillow lacks the format")
     grey = np.full((9, 9), 100, np.uint8)
     for name in ("a", "b"):
         write_image(tmp_path / "own" / "test" / name / f"1.{suffix}", grey)
@@ -185,7 +195,9 @@ def test_every_format_is_read_and_resized_to_the_card(tmp_path, suffix, capsys):
     split = load_split(CARD, tmp_path, "test")
     assert split.images.shape == (2, 3, 6, 5)
     assert (split.images.int() - 100).abs().max() <= 2
-    assert f"2 of 2 images in {tmp_path / 'own' / 'test'} were resized to 5x6 pixels" in capsys.readouterr().out
+    place, notes = tmp_path / "own" / "test", " ".join(split.notes)
+    assert f"2 of 2 images in {place} were resized to 5x6 pixels." in notes
+    assert f"4 files in {place} are not read: 2 hidden, 2 .txt." in notes
 
 
 def test_colour_becomes_grey_for_a_grey_card(tmp_path):
@@ -246,7 +258,7 @@ def test_class_without_images(tmp_path):
 
 def test_class_count_that_differs_from_the_card(tmp_path):
     write_folder(tmp_path / "own", classes=("a", "b", "c"))
-    with pytest.raises(InputError, match="3 classes in .*own but 2 in the data card own"):
+    with pytest.raises(InputError, match="3 classes in .*own/test but 2 in the data card own"):
         load_split(CARD, tmp_path, "test")
 
 
@@ -256,6 +268,201 @@ def test_missing_data_set(tmp_path):
     with pytest.raises(InputError) as caught:
         load_split(CARD, tmp_path, "train")
     assert "--eval none" not in str(caught.value)
+
+
+# Classes: the order of the labels, and those without images
+
+
+def write_classes(root, names, split="test", card=None):
+    """One image of each class, of the grey level of its place in ``names``."""
+    for level, name in enumerate(names):
+        write_image(root / split / name / "0.png", np.full((6, 5, 3), level, np.uint8))
+    return card or replace(CARD, num_classes=len(names))
+
+
+NUMBERS = [str(number) for number in range(12)]
+
+
+def test_the_order_of_the_card_is_the_order_of_the_labels(tmp_path):
+    card = replace(write_classes(tmp_path / "own", NUMBERS), classes=tuple(NUMBERS))
+    split = load_split(card, tmp_path, "test")
+    assert split.labels.tolist() == split.images[:, 0, 0, 0].tolist() == list(range(12)) and not split.notes
+    backwards = load_split(replace(card, classes=tuple(NUMBERS[::-1])), tmp_path, "test")
+    assert backwards.labels.tolist() == list(range(12)) and backwards.images[:, 0, 0, 0].tolist() == [*range(12)][::-1]
+
+
+@pytest.mark.parametrize(
+    "names, alarm",
+    [
+        (NUMBERS, "order of plain text: 0, 1, 10, 11, 2, .* counts them as 0, 1, 2, 3, "),
+        (["class9", "class10"], "class10, class9; for .* counts them as class9, class10"),
+        (["bird", "Cat"], "Cat, bird; for .* bird, Cat"),
+        (["00", "01", "10"], None),
+        (["dog", "cat"], None),
+    ],
+)
+def test_an_order_that_may_be_another_than_the_teachers_is_called_out(tmp_path, names, alarm):
+    card = write_classes(tmp_path / "own", names)
+    split = load_split(card, tmp_path, "test")
+    (note,) = split.notes
+    assert split.labels.tolist() == list(range(len(names)))
+    assert "`classes`" in note and note.startswith("[Alarm]") == bool(alarm)
+    assert re.search(alarm or ", ".join(sorted(names)), note)
+    # With such a list in the card it is known; in that of ImageFolder it is told still, though not as an alarm.
+    again = load_split(replace(card, classes=tuple(sorted(names))), tmp_path, "test").notes
+    assert [note.startswith("The classes of") for note in again] == [True] * bool(alarm)
+
+
+@pytest.mark.parametrize("empty_folder", [False, True])
+def test_a_class_that_the_test_set_lacks_counts_as_none(tmp_path, empty_folder):
+    card = replace(write_classes(tmp_path / "own", "ac"), num_classes=3, classes=("a", "b", "c"))
+    if empty_folder:
+        (tmp_path / "own" / "test" / "b").mkdir()
+    split = load_split(card, tmp_path, "test")
+    assert split.labels.tolist() == [0, 2] and split.num_classes == 3
+    assert split.notes == [f"{tmp_path}/own/test has no images of 1 of 3 classes: b."]
+    silent = replace(card, classes=())
+    if empty_folder:
+        assert load_split(silent, tmp_path, "test").labels.tolist() == [0, 2]
+    else:
+        with pytest.raises(InputError, match="2 classes in .* but 3 in .* list `classes` in the card"):
+            load_split(silent, tmp_path, "test")
+
+
+def test_one_class_of_the_card_is_enough_to_test(tmp_path):
+    card = write_classes(tmp_path / "own", ["dog"], card=replace(CARD, classes=("cat", "dog")))
+    assert load_split(card, tmp_path, "test").labels.tolist() == [1]
+
+
+def test_a_class_that_the_training_set_lacks_is_an_error(tmp_path):
+    card = replace(write_classes(tmp_path / "own", "ac", "train"), num_classes=3, classes=("a", "b", "c"))
+    with pytest.raises(InputError, match="train/b holds no images"):
+        load_split(card, tmp_path, "train")
+
+
+def test_a_folder_that_is_no_class_of_the_card(tmp_path):
+    card = replace(write_classes(tmp_path / "own", "abx"), classes=("a", "b", "c"))
+    with pytest.raises(InputError, match="none of the classes of the data card: x, where the card names a, b, c;"):
+        load_split(card, tmp_path, "test")
+    (tmp_path / "own" / "test" / "x" / "0.png").rename(tmp_path / "own" / "test" / "x" / "._0.png")
+    notes = load_split(card, tmp_path, "test").notes
+    assert f"Folders without images in {tmp_path}/own/test are left out: x." in notes
+
+
+def test_a_folder_beside_the_classes_without_images_is_no_class(tmp_path):
+    card = write_classes(tmp_path / "own", "ab")
+    (tmp_path / "own" / "test" / "__MACOSX").mkdir()
+    split = load_split(card, tmp_path, "test")
+    assert split.labels.tolist() == [0, 1] and any("left out: __MACOSX" in note for note in split.notes)
+
+
+@pytest.mark.parametrize("card_form, folder_form", [("NFC", "NFD"), ("NFD", "NFC")])
+def test_names_are_compared_in_one_unicode_form(tmp_path, card_form, folder_form):
+    names = [unicodedata.normalize(folder_form, name) for name in ("café", "zoë")]
+    card = replace(write_classes(tmp_path / "own", names))
+    path = tmp_path / "card.yaml"
+    replace(card, classes=tuple(unicodedata.normalize(card_form, name) for name in names)).to_yaml(path)
+    assert load_split(DatasetCard.from_yaml(path), tmp_path, "test").labels.tolist() == [0, 1]
+    write_classes(tmp_path / "own", names, "train")
+    (tmp_path / "own").rename(tmp_path / unicodedata.normalize(folder_form, "öwn"))
+    derived = resolve_card(unicodedata.normalize(card_form, "öwn"), tmp_path, may_derive=True)
+    assert len(load_split(derived, tmp_path, "train")) == 2
+    (tmp_path / unicodedata.normalize(folder_form, "öwn")).rename(tmp_path / "own")
+    assert derived.classes == ("café", "zoë") == DatasetCard.from_yaml(tmp_path / "own" / "card.yaml").classes
+
+
+def test_words_of_a_card_stay_words(tmp_path):
+    path = tmp_path / "card.yaml"
+    names = ["no", "yes", "On", "010", "1_0", "0x1F", "1e3", "1:30", "~", "null", "2024-01-01", "3.0"]
+    for text in (f"[{', '.join(names)}]", "".join(f"\n- {name}" for name in names)):
+        path.write_text(
+            "name: 2024\nchannels: 1\nheight: 4\nwidth: 4\nflip: no\nmean: [0.5]\nstd: [0.2]\n"
+            f"num_classes: {len(names)}\nclasses: {text}\n"
+        )
+        card = DatasetCard.from_yaml(path)
+        assert card.classes == tuple(names) and card.name == "2024" and card.flip is False
+        card.to_yaml(path)
+        assert DatasetCard.from_yaml(path) == card
+
+
+@pytest.mark.parametrize(
+    "text, message",
+    [
+        ("{0: cat, 1: dog}", "classes must be a list of names"),
+        ("cat dog", "classes must be a list of names"),
+        ("[[cat], dog]", "classes must be a list of names"),
+        ("[cat, cat]", "names the class cat more than once"),
+        ("[cat]", "names 1 classes but num_classes is 2"),
+    ],
+)
+def test_classes_that_are_no_list_of_names(tmp_path, text, message):
+    path = tmp_path / "card.yaml"
+    CARD.to_yaml(path)
+    path.write_text(path.read_text().replace("classes: []", f"classes: {text}"))
+    with pytest.raises(InputError, match=message):
+        DatasetCard.from_yaml(path)
+
+
+# What is left out is counted
+
+
+def test_images_in_folders_below_the_class_are_read_and_other_files_counted(tmp_path):
+    root = tmp_path / "own" / "test"
+    written = write_folder(tmp_path / "own", splits=("test",), count=2)
+    write_image(root / "cat" / "more" / "deep" / "2.png", random_pixels(9, (6, 5, 3)))
+    (root / "cat" / "loop").symlink_to(root / "cat")
+    write_image(root / "cat" / ".ipynb_checkpoints" / "0.png", random_pixels(9, (6, 5, 3)))
+    write_image(root / "stray.png", random_pixels(9, (6, 5, 3)))
+    for name in ("a.heic", "b.heic", "c.npy", "README"):
+        (root / "dog" / name).write_bytes(b"x")
+    split = load_split(CARD, tmp_path, "test")
+    assert split.labels.tolist() == [0, 0, 0, 1, 1] and len(written) == 4
+    assert torch.equal(split.images[2].permute(1, 2, 0), torch.from_numpy(random_pixels(9, (6, 5, 3))))
+    (note,) = (note for note in split.notes if "not read" in note)
+    assert note.startswith(f"6 files in {root} are not read: 2 .heic, ")
+    assert all(kind in note for kind in ("1 .npy", "1 without a suffix", "1 hidden", "1 outside the class folders"))
+
+
+def test_images_that_tiny_imagenets_annotations_lack_are_counted(tmp_path):
+    root = tmp_path / "tiny-imagenet-200" / "val"
+    for number in range(3):
+        write_image(root / "images" / f"{number}.png", np.zeros((64, 64, 3), np.uint8))
+    (root / "val_annotations.txt").write_text("0.png\tn1\n1.png\tn2\n")
+    card = DatasetCard("tiny_imagenet", 3, 64, 64, 2, (0.5,) * 3, (0.25,) * 3)
+    notes = " ".join(load_split(card, tmp_path, "test").notes)
+    assert f"1 files in {root} are not read: 1 without an annotation." in notes
+
+
+def test_a_class_of_files_that_are_not_read(tmp_path):
+    write_folder(tmp_path / "own", splits=("train",), count=1)
+    (tmp_path / "own" / "train" / "cat" / "0.png").rename(tmp_path / "own" / "train" / "cat" / "0.heic")
+    with pytest.raises(InputError, match=r"cat holds no images \(not read in .*train: 1 .heic\); add images"):
+        derive_card("own", tmp_path / "own")
+
+
+def test_the_other_folder_for_testing_is_mentioned(tmp_path):
+    write_folder(tmp_path / "own", splits=("test", "val"))
+    assert any(note.endswith("own/val is not read.") for note in load_split(CARD, tmp_path, "test").notes)
+
+
+def test_frames_after_the_first_are_counted(tmp_path):
+    frames = [Image.new("RGB", (5, 6), colour) for colour in ("red", "blue")]
+    for name in ("cat", "dog"):
+        (tmp_path / "own" / "test" / name).mkdir(parents=True)
+        frames[0].save(tmp_path / "own" / "test" / name / "0.gif", save_all=True, append_images=frames[1:])
+    split = load_split(CARD, tmp_path, "test")
+    assert split.images[:, :, 0, 0].tolist() == [[255, 0, 0]] * 2
+    assert any("2 of 2 images in" in note and "without their further frames" in note for note in split.notes)
+
+
+def test_a_file_of_another_format_than_its_name_is_read_but_not_as_one_without_a_signature(tmp_path):
+    write_folder(tmp_path / "own", splits=("test",))
+    path = tmp_path / "own" / "test" / "cat" / "0.png"
+    Image.new("RGB", (5, 6), "red").save(path, format="GIF")
+    assert load_split(CARD, tmp_path, "test").images[0, :, 0, 0].tolist() == [255, 0, 0]
+    Image.new("RGB", (5, 6), "red").save(path, format="TGA")
+    with pytest.raises(InputError, match="cannot read the image"):
+        load_split(CARD, tmp_path, "test")
 
 
 # Torchvision's files
@@ -268,18 +475,6 @@ def test_mnist_files_of_torchvision(tmp_path, place):
     split = load_split(CARDS["mnist"], tmp_path, "test", download=False)
     assert np.array_equal(split.images[:, 0].numpy(), images) and split.labels.tolist() == labels.tolist()
     assert split.labels.dtype == torch.int64
-
-
-def test_channels_of_torchvisions_cifar_come_first(tmp_path, monkeypatch):
-    pixels = random_pixels(0, (10, 32, 32, 3))
-
-    class Cifar:
-        def __init__(self, root, train, download):
-            self.data, self.targets = pixels, list(range(10))
-
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", Cifar)
-    split = load_split(CARDS["cifar10"], tmp_path, "train")
-    assert np.array_equal(split.images.numpy(), pixels.transpose(0, 3, 1, 2))
 
 
 def test_torchvision_shape_that_differs_from_the_card(tmp_path):
@@ -298,10 +493,10 @@ def test_absent_torchvision_files(tmp_path, name):
 
 
 def test_failed_download(tmp_path, monkeypatch):
-    def unreachable(root, train, download):
-        raise urllib.error.URLError("no route to host") if download else RuntimeError("not found")
+    def unreachable(*arguments, **options):
+        raise urllib.error.URLError("no route to host")
 
-    monkeypatch.setattr(torchvision.datasets, "CIFAR10", unreachable)
+    monkeypatch.setattr("torchvision.datasets.cifar.download_and_extract_archive", unreachable)
     with pytest.raises(InputError, match="download failed: .*no route to host.*--data_root"):
         load_split(CARDS["cifar10"], tmp_path, "train")
 
@@ -355,7 +550,61 @@ def test_card_is_derived_from_evenly_spaced_files(tmp_path, monkeypatch):
         for number in range(6):
             write_image(tmp_path / "train" / name / f"{number}.png", np.full((4, 4), grey, np.uint8))
     monkeypatch.setattr("datafree.datasets.loading.CARD_SAMPLE", 4)
-    assert derive_card("own", tmp_path).mean == (0.5,)
+    assert derive_card("own", tmp_path)[0].mean == (0.5,)
+
+
+def test_one_grey_image_does_not_make_the_card_grey(tmp_path, capsys):
+    write_folder(tmp_path / "own", splits=("train",))
+    Image.fromarray(np.full((6, 5), 90, np.uint8)).save(tmp_path / "own" / "train" / "cat" / "0.png")
+    card = resolve_card("own", tmp_path, may_derive=True)
+    assert card.channels == 3
+    told = f"1 of 6 images in {tmp_path}/own/train were converted from grey to colour."
+    assert told in capsys.readouterr().out and told in load_split(card, tmp_path, "train").notes
+
+
+def test_the_size_of_a_derived_card_is_the_most_common_one(tmp_path, capsys):
+    write_folder(tmp_path / "own", splits=("train",))
+    write_image(tmp_path / "own" / "train" / "cat" / "0.png", random_pixels(0, (9, 9, 3)))
+    card = resolve_card("own", tmp_path, may_derive=True)
+    assert card.shape == (3, 6, 5)
+    printed = capsys.readouterr().out
+    assert "2 different sizes; 5x6 is the most common, with 5 of 6 images" in printed and "--image_size" in printed
+    assert "1 of 6 images in" in printed and "resized to 5x6" in printed
+
+
+def test_photographs_need_a_size_and_do_not_fill_the_memory(tmp_path, monkeypatch):
+    for number in range(40):
+        grey = np.full((600, 800, 3), number % 20, np.uint8)
+        write_image(tmp_path / "own" / "train" / f"{number % 2}" / f"{number}.png", grey)
+    with pytest.raises(InputError, match="have up to 800 pixels a side, most of them 800x600, .* give --image_size N"):
+        resolve_card("own", tmp_path, may_derive=True)
+    assert not (tmp_path / "own" / "card.yaml").exists()
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    tracemalloc.start()
+    card = resolve_card("own", tmp_path, may_derive=True, image_size=600)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert card.shape == (3, 600, 600) and card.mean == pytest.approx((9.5 / 255,) * 3, abs=1e-6)
+    assert peak < 15 * 600 * 600 * 3  # of the 40 images, or more than that of the numbers of their pixels
+
+
+def test_the_image_size_replaces_that_of_a_card(tmp_path):
+    CARD.to_yaml(tmp_path / "card.yaml")
+    assert resolve_card("own", tmp_path, tmp_path / "card.yaml", image_size=8).shape == (3, 8, 8)
+    assert resolve_card("imagenet", tmp_path, image_size=64).shape == (3, 64, 64)
+    write_folder(tmp_path / "own", splits=("test",))
+    split = load_split(replace(CARD, height=8, width=8), tmp_path, "test")
+    assert split.images.shape == (6, 3, 8, 8) and any("6 of 6" in note and "8x8" in note for note in split.notes)
+    with pytest.raises(InputError, match="digits hold images of shape .*--image_size for folders"):
+        load_split(resolve_card("digits", tmp_path, image_size=32), tmp_path, "test")
+
+
+def test_a_card_of_other_channels_than_files_have(tmp_path):
+    write_folder(tmp_path / "own", splits=("test",))
+    card = DatasetCard("own", 4, 6, 5, 2, (0.5,) * 4, (0.25,) * 4)
+    for size in (6, 200):  # in memory, and on demand
+        with pytest.raises(InputError, match="1 or 3 channels but the data card own states 4"):
+            load_split(replace(card, height=size, width=size), tmp_path, "test")
 
 
 # Splits
@@ -428,6 +677,15 @@ def test_large_images_are_decoded_on_demand(photographs, workers):
     )
 
 
+def test_grey_files_among_large_images_are_counted(tmp_path):
+    for number in range(4):
+        pixels = random_pixels(number, (128, 144, 3) if number else (128, 144))
+        write_image(tmp_path / "own" / "test" / f"class{number % 2}" / f"{number}.png", pixels)
+    split = load_split(LARGE_CARD, tmp_path, "test", workers=0)
+    assert f"1 of 4 images sampled from {tmp_path}/own are converted from grey to colour." in split.notes
+    assert next(split.batches(4))[0].shape == (4, 3, 128, 144)
+
+
 def test_evaluation_crop_equals_torchvisions(photographs):
     card = DatasetCard("own", 3, 130, 130, 2, (0.5,) * 3, (0.25,) * 3)
     images, _ = next(load_split(card, photographs, "test", workers=0).batches(1))
@@ -487,3 +745,15 @@ def test_a_card_may_name_the_function_that_loads_its_images(tmp_path):
         load_split(replace(CARD, loader=f"{tmp_path / 'mine.py'}:wrong"), tmp_path, "test")
     with pytest.raises(InputError, match="states"):
         load_split(replace(card, height=7), tmp_path, "test")
+
+
+@pytest.mark.parametrize("given", [[0, 0, 2], [0, 3, 1], [-1, 0, 1]])
+def test_labels_of_a_loader(tmp_path, given):
+    (tmp_path / "mine.py").write_text(LOADER)
+    np.savez(tmp_path / "test.npz", images=random_pixels(0, (3, 3, 6, 5)), labels=given)
+    card = replace(CARD, num_classes=3, loader=f"{tmp_path / 'mine.py'}:load")
+    if max(given) > 2 or min(given) < 0:
+        with pytest.raises(InputError, match=f"labels of .* from {min(given)} to {max(given)} but .* 3 classes"):
+            load_split(card, tmp_path, "test")
+    else:
+        assert "mine.py:load have no images of 1 of 3 classes: 1." in load_split(card, tmp_path, "test").notes[0]

@@ -12,6 +12,7 @@ from torch import nn
 from datafree.config import DistillConfig, Relation, sections
 from datafree.diagnostics import Watch, alarms, describe
 from datafree.network import Network
+from datafree.plan import check_teacher
 from datafree.synthesis import CONTROL
 from datafree.synthesis.base import BaseSynthesis
 
@@ -239,6 +240,17 @@ def test_watch_compares_with_the_first_epoch():
     assert [len(found) for _, found in epochs] == [0, 0, 1] and "half as diverse" in epochs[2][1][0]
 
 
+def test_a_resumed_run_is_compared_with_the_first_epoch_of_all():
+    teacher = linear(TEACHER).freeze()
+    source = Source()
+    watch, resumed = (Watch(source, teacher, teacher, Relation()) for _ in range(2))
+    assert resumed.state_dict() == {"first": None}
+    watch()
+    resumed.load_state_dict(watch.state_dict())
+    found = [resumed()[1] for _ in range(2)]
+    assert not found[0] and "half as diverse" in found[1][0]
+
+
 def test_a_control_is_described_but_causes_no_warning():
     teacher = linear(TEACHER).freeze()
     watch = Watch(Control(), teacher, teacher, Relation())
@@ -266,3 +278,26 @@ def test_watch_measures_the_band_in_the_space_of_the_triplets(triplets, space):
     other = {"embedding": "logits", "logits": "embedding"}[space]
     assert numbers == describe(images, None, teacher, teacher, Relation(sampling_space=space))
     assert numbers != describe(images, None, teacher, teacher, Relation(sampling_space=other))
+
+
+@pytest.mark.parametrize(
+    "accuracy, expected, classes, reason",
+    [
+        (99.0, 0, 2, None),
+        (99.0, 99.5, 2, None),
+        (66.0, 0, 3, None),
+        (56.0, 0, 2, None),
+        (54.0, 0, 2, "chance is 50.00 %"),
+        (16.67, 0, 12, "chance is 8.33 %"),
+        (92.0, 95, 10, "95 % was expected"),
+        (12.0, 10, 10, "chance is 10.00 %"),
+        (94.1, 95, 10, None),
+        (70.0, 0, 1000, None),
+        (0.1, 0, 1000, "chance is 0.10 %"),
+    ],
+)
+def test_a_weak_teacher_is_told_by_what_is_expected_or_by_chance(accuracy, expected, classes, reason):
+    warnings = check_teacher(accuracy, expected, classes)
+    assert len(warnings) == bool(reason)
+    if reason:
+        assert reason in warnings[0] and "order of the classes" in warnings[0] and "--teacher_mean" in warnings[0]

@@ -145,6 +145,13 @@ def test_resume_auto_of_nothing_starts_and_logs_so(distil):
     assert len(rows(folder)) == 4
 
 
+def test_the_alarms_of_a_resumed_run_compare_with_its_first_epoch(distil):
+    first = checkpoint_of(distil("--epochs", 1))["monitor"]["first"]
+    folder = distil("--epochs", 3, "--resume", "auto")
+    assert checkpoint_of(folder)["monitor"]["first"] == first
+    assert first["pixel_distance"] == pytest.approx(rows(folder)[0]["images/pixel_distance"], abs=1e-6)
+
+
 def test_a_wrong_path_to_resume_from_is_an_error(distil, refused, tmp_path):
     assert "no/such.pth" in refused(distil, "--resume", "no/such.pth")
     assert not (tmp_path / "runs").exists()
@@ -407,6 +414,18 @@ def test_evaluation_and_grids_come_at_their_epochs_and_at_the_end(make_engine, t
     files = tmp_path / "run" / "checkpoints"
     best, last = (torch.load(files / f"model_{which}.pth", weights_only=True) for which in ("best", "last"))
     assert (best["epoch"], best["acc1"], last["epoch"], last["acc1"]) == (4, 70.0, 5, 60.0)
+
+
+def test_a_picture_that_fails_does_not_end_the_run(make_engine, tmp_path, monkeypatch):
+    def failing(*given):
+        raise TypeError("cannot handle this image")
+
+    monkeypatch.setattr("datafree.engine.draw_grid", failing)
+    engine = make_engine([])
+    engine.train()
+    log = (tmp_path / "run" / "log.txt").read_text()
+    assert "[Alarm] the image grid of epoch 0 could not be drawn: TypeError: cannot handle this image" in log
+    assert engine.position["epoch"] == 2 and (engine.folder.checkpoints / "last.pth").exists()
 
 
 def test_the_checkpoint_is_written_before_the_process_may_end(make_engine, tmp_path, monkeypatch):

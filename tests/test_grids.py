@@ -26,6 +26,14 @@ def test_grids_of_any_shape(shape):
     assert picture.size[0] == columns * (shape[3] * scale + 4)
 
 
+@pytest.mark.parametrize("channels", [2, 4, 5, 12])
+def test_images_of_any_number_of_channels_are_drawn(channels):
+    images = torch.rand(2, channels, 64, 64)
+    drawn = np.asarray(draw_grid(images))[2:66, 2:66]
+    expected = images[0].mean(0).expand(3, 64, 64) if channels == 2 else images[0, :3]
+    assert np.array_equal(drawn, (expected * 255).round().byte().permute(1, 2, 0).numpy())
+
+
 def test_captions_stay_clear_of_the_images():
     images = torch.zeros(4, 3, 64, 64)
     per_image, per_row = ["cat", "a long name of a class", "dog", "frog"], ["one", "two, with a long label"]

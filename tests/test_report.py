@@ -266,8 +266,15 @@ ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "
 
 
 @pytest.mark.parametrize(
-    "freedom, quantile", [(1, 12.706), (4, 2.776), (9, 2.262), (10, 2.228), (20, 2.086), (100, 1.984)]
+    "freedom, quantile",
+    [
+        *enumerate(
+            (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622, 2.2281, 2.2010, 2.1788), 1
+        ),
+        *enumerate((2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860, 2.0796, 2.0739, 2.0687), 13),
+        *((30, 2.0423), (31, 2.0395), (40, 2.0211), (60, 2.0003), (100, 1.9840), (10**6, 1.9600)),
+    ],
 )
 def test_the_quantile_of_students_t(freedom, quantile):
     """Values of the usual printed table."""
-    assert report.t_quantile(freedom) == pytest.approx(quantile, abs=3e-3)
+    assert report.t_quantile(freedom) == pytest.approx(quantile, abs=3e-4)

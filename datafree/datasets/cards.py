@@ -1,5 +1,6 @@
 """Data cards: all that distillation needs to know about a data set in place of its training images."""
 
+import unicodedata
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -15,7 +16,8 @@ class DatasetCard:
     """Shape, number of classes and normalisation of a data set.
 
     height, width: in pixels. mean, std: one number per channel, for images in [0, 1]. flip: whether a
-    horizontally mirrored image keeps its class. classes: their names in order; empty if they are unknown.
+    horizontally mirrored image keeps its class. classes: their names in the order of the teacher's outputs, composed
+    (Unicode's NFC); empty if they are unknown, and class folders are in the order of their names.
     loader: for images that are neither in class folders nor torchvision's, the name of a function, such as
     path/to/file.py:load: (data_root, split) -> uint8 images (N, C, H, W) and int64 labels (N,) of "train" or "test".
     Raises InputError for an invalid value.
@@ -61,6 +63,11 @@ class DatasetCard:
                 f"the data card {self.name} names {len(self.classes)} classes but num_classes is "
                 f"{self.num_classes}; correct one of them"
             )
+        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        if twice:
+            raise InputError(
+                f"the data card {self.name} names the class {twice[0]} more than once; correct its classes"
+            )
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -71,7 +78,7 @@ class DatasetCard:
         """Write the card to ``path``; raises InputError if the file cannot be written."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
         try:
-            Path(path).write_text(yaml.safe_dump(values, sort_keys=False), encoding="utf-8")
+            Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
         except OSError as error:
             raise InputError(
                 f"cannot write the data card {path} ({error.strerror}); make its folder "
@@ -92,7 +99,10 @@ class DatasetCard:
             raise InputError(f"{path}: {', '.join(missing)} missing; the keys of a data card are {', '.join(known)}")
         for key in ("mean", "std"):
             values[key] = _numbers(path, key, values[key])
-        values["classes"] = tuple(map(str, values.get("classes") or ()))
+        classes = values.get("classes") or ()
+        if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+            raise InputError(f"{path}: classes must be a list of names in the order of the labels, not {classes!r}")
+        values["classes"] = tuple(map(composed, classes))
         beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
         if beside.is_file():  # a path in a card is relative to the card
             values["loader"] = f"{beside}:{values['loader'].rpartition(':')[2]}"
@@ -102,10 +112,15 @@ class DatasetCard:
             raise InputError(f"{path}: {error}") from None
 
 
+def composed(name: str) -> str:
+    """The name in Unicode's NFC, because archives of macOS spell an accent as a letter of its own."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _read_mapping(path: str | Path) -> dict[Any, Any]:
     """The top level of a YAML file; its keys may be of any type."""
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        values = yaml.load(Path(path).read_text(encoding="utf-8"), _CardLoader)
     except OSError as error:
         raise InputError(f"cannot read the data card {path} ({error.strerror}); check --card") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -113,6 +128,24 @@ def _read_mapping(path: str | Path) -> dict[Any, Any]:
     if not isinstance(values, dict):
         raise InputError(f"the data card {path} must consist of `key: value` lines")
     return values
+
+
+class _CardLoader(yaml.SafeLoader):
+    """Leaves names as they are written: to YAML, `no` is false, `010` is 8 and `1_0` is 10."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        for key, value in node.value:
+            if key.value == "name":
+                _as_text(value)
+            elif key.value == "classes" and isinstance(value, yaml.SequenceNode):
+                for name in value.value:
+                    _as_text(name)
+        return super().construct_mapping(node, deep)
+
+
+def _as_text(node: Any) -> None:
+    if isinstance(node, yaml.ScalarNode):
+        node.tag = "tag:yaml.org,2002:str"
 
 
 def _numbers(path: str | Path, key: str, values: Any) -> tuple[float, ...]:

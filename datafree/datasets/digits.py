@@ -7,7 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DIGITS_FILE = Path(__file__).with_name("digits.npz")
+
+def digits_file(split: str) -> Path:
+    """The file of ``split``: one for each, so that testing reads no training image."""
+    return Path(__file__).with_name(f"digits_{split}.npz")
 
 
 def read_digits(split: str) -> tuple[Tensor, Tensor]:
@@ -15,9 +18,8 @@ def read_digits(split: str) -> tuple[Tensor, Tensor]:
 
     The originals are 8x8 with values 0..16; they are upsampled twofold (bilinear) and scaled to 0..255.
     """
-    with np.load(DIGITS_FILE) as file:
-        chosen = file["test"] if split == "test" else ~file["test"]
-        originals = torch.from_numpy(file["images"][chosen]).unsqueeze(1).float()
-        labels = torch.from_numpy(file["labels"][chosen]).long()
+    with np.load(digits_file(split)) as file:
+        originals = torch.from_numpy(file["images"]).unsqueeze(1).float()
+        labels = torch.from_numpy(file["labels"]).long()
     images = F.interpolate(originals, scale_factor=2, mode="bilinear", align_corners=False)
     return (images * 255 / 16).round().to(torch.uint8), labels

@@ -1,9 +1,15 @@
-"""Images in class folders: finding the files, and decoding them into one tensor."""
+"""Images in class folders: finding the files, the order of the classes, and decoding."""
 
 import os
-from collections.abc import Sequence
+import re
+from collections import Counter
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,15 +17,41 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from datafree.datasets.cards import DatasetCard, composed
 from datafree.errors import InputError
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP")
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 WITHOUT = {"train": "", "test": ", or run without a test set: --eval none"}  # remedy to append to a message
-MODES: dict[int | None, str] = {1: "L", 3: "RGB"}  # by number of channels
-SMALL_FILE = 10_000  # bytes
+# Of the formats that Pillow knows, those that it cannot decode by itself.
+UNSUITABLE = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+MODES = {1: "L", 3: "RGB"}  # by number of channels
+CONVERTED = {1: "converted to grey", 3: "converted from grey to colour"}
+GREY_MODES = {"1", "L", "LA", "La"}
+SMALL_FILE, LARGE_FILE = 10_000, 1_000_000  # bytes
 CHUNK = 256  # files per task of a thread
+SHOWN = 12  # classes that a message lists
+
+Groups = dict[str, list[str]]  # name of a class, composed -> paths of its images
+
+
+@dataclass
+class Listing:
+    """The image files of a split, their labels int64 (N,), the classes in order, and what should be known of them.
+
+    notes: sentences for the log: about the order of the classes, absent classes, files that are left out.
+    """
+
+    paths: list[str]
+    labels: Tensor
+    classes: tuple[str, ...]
+    notes: list[str]
+
+
+@cache
+def readable() -> dict[str, str]:
+    """Suffix of a file, such as ``.png`` -> its format, for all that Pillow decodes by itself."""
+    formats = Image.registered_extensions()
+    return {suffix: name for suffix, name in formats.items() if name in Image.OPEN and name not in UNSUITABLE}
 
 
 def class_folders(folder: Path) -> list[Path]:
@@ -29,118 +61,281 @@ def class_folders(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
 
-def list_images(root: Path, split: str) -> tuple[list[str], Tensor, list[str]]:
-    """Paths, int64 labels (N,) and class names of ``root``'s images for ``split`` ("train" or "test").
+def list_images(root: Path, split: str, card: DatasetCard | None = None) -> Listing:
+    """The images of ``root`` for ``split`` ("train" or "test").
 
-    Layouts: ``{train,test}/<class>/*``, where ``val`` may stand for test, and that of Tiny-ImageNet
-    (``train/<class>/images/*``, ``val/val_annotations.txt``). Labels are the positions of the sorted class
-    names. Raises InputError for fewer than two classes and for a class without images.
+    Layouts: ``{train,test}/<class>/**``, where ``val`` may stand for test, and that of Tiny-ImageNet
+    (``train/<class>/images/*``, ``val/val_annotations.txt``). The label of an image is the position of its class among
+    the card's classes, or else among the sorted class names. Raises InputError if the classes are not the card's.
     """
     annotations = root / "val" / "val_annotations.txt"
     if split == "test" and annotations.is_file():
-        groups = _annotated_images(annotations)
+        place, (groups, left_out) = annotations.parent, _annotated_images(annotations)
     else:
-        groups = _grouped_images(root, split)
-    names = sorted(groups)
-    paths = [path for name in names for path in groups[name]]
-    labels = torch.repeat_interleave(torch.arange(len(names)), torch.tensor([len(groups[n]) for n in names]))
-    return paths, labels, names
+        place, groups, left_out = _grouped_images(root, split)
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
+    classes, notes = _ordered_classes(groups, place, split, card, kinds)
+    if kinds:
+        notes.append(f"{left_out.total():,} files in {place} are not read: {kinds}.")
+    for other in (root / name for name in SPLIT_FOLDERS[split]):
+        if other != place and class_folders(other):
+            notes.append(f"The {split} images are those of {place}; {other} is not read.")
+    paths = [path for name in classes for path in groups.get(name, ())]
+    counts = torch.tensor([len(groups.get(name, ())) for name in classes])
+    return Listing(paths, torch.repeat_interleave(torch.arange(len(classes)), counts), classes, notes)
 
 
-def _grouped_images(root: Path, split: str) -> dict[str, list[str]]:
-    """Class name -> paths, from class folders."""
+def _grouped_images(root: Path, split: str) -> tuple[Path, Groups, Counter[str]]:
+    """The folder of a split, the images of its class folders, and how many files of each kind are left out."""
     candidates = [root / name for name in SPLIT_FOLDERS[split]]
     folder = next((path for path in candidates if class_folders(path)), candidates[0])
-    classes = class_folders(folder)
-    if len(classes) < 2:
-        raise InputError(
-            f"{folder} holds {len(classes)} class folders but at least 2 are needed; "
-            f"arrange the images as {folder}/<class>/*{SUFFIXES[0]}{WITHOUT[split]}"
-        )
-    groups = {path.name: _images_in(path / "images") or _images_in(path) for path in classes}
-    for name, images in groups.items():
-        if not images:
-            raise InputError(f"{folder / name} holds no images ({' '.join(SUFFIXES)}); add images or remove the folder")
-    return groups
+    groups: Groups = {}
+    left_out: Counter[str] = Counter()
+    for path in class_folders(folder):
+        images, others = _images_in(path)
+        groups.setdefault(composed(path.name), []).extend(images)
+        left_out += others
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith(".") or not path.is_dir():
+            left_out["hidden" if path.name.startswith(".") else "outside the class folders"] += 1
+    return folder, groups, left_out
 
 
-def _images_in(folder: Path) -> list[str]:
-    if not folder.is_dir():
-        return []
-    with os.scandir(folder) as entries:
-        names = sorted(entry.name for entry in entries)
-    return [f"{folder}{os.sep}{name}" for name in names if name.lower().endswith(SUFFIXES) and not name.startswith(".")]
+def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
+    """Paths of the images in ``folder`` and below, sorted, and how many other files there are of each kind."""
+    images: list[str] = []
+    others: Counter[str] = Counter()
+    visited = set()
+    for place, folders, names in os.walk(folder, onerror=_cannot_list, followlinks=True):
+        if (real := os.path.realpath(place)) in visited:
+            folders.clear()  # a link to a folder above it
+            continue
+        visited.add(real)
+        others["hidden"] += sum(name.startswith(".") for name in folders)
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            kind = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower()
+            if kind in readable():
+                images.append(f"{place}{os.sep}{name}")
+            else:
+                others[kind or "without a suffix"] += 1
+    return images, +others
 
 
-def _annotated_images(annotations: Path) -> dict[str, list[str]]:
-    """Class name -> paths, from Tiny-ImageNet's val_annotations.txt."""
-    groups: dict[str, list[str]] = {}
+def _cannot_list(error: OSError) -> None:
+    raise InputError(f"cannot list the folder {error.filename} ({error.strerror}); make it readable or remove it")
+
+
+def _annotated_images(annotations: Path) -> tuple[Groups, Counter[str]]:
+    """Images of Tiny-ImageNet's val_annotations.txt, and the number of those that it does not name."""
+    groups: Groups = {}
+    folder = annotations.parent / "images"
     for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
         parts = line.split("\t")
         if len(parts) < 2:
             raise InputError(f"{annotations}: line {number} is not `file<tab>class`; extract the data set again")
-        groups.setdefault(parts[1], []).append(str(annotations.parent / "images" / parts[0]))
-    if len(groups) < 2:
+        groups.setdefault(composed(parts[1]), []).append(str(folder / parts[0]))
+    present = len(os.listdir(folder)) if folder.is_dir() else 0
+    return groups, +Counter({"without an annotation": present - sum(map(len, groups.values()))})
+
+
+def _ordered_classes(
+    groups: Groups, place: Path, split: str, card: DatasetCard | None, left_out: str
+) -> tuple[tuple[str, ...], list[str]]:
+    """The classes in the order of their labels, and notes about it: the card's order, or else that of their names.
+
+    left_out: kinds of the files that are not read.
+    """
+    filled = sorted(name for name, paths in groups.items() if paths)
+    stated = card.classes if card else ()
+    expected = card.num_classes if card else len(groups)
+    if len(groups) < (1 if stated else 2):
         raise InputError(
-            f"{annotations} names {len(groups)} classes but at least 2 are needed; extract the data set again"
+            f"{place} holds {len(groups)} class folders but at least 2 are needed; "
+            f"arrange the images as {place}/<class>/*.png{WITHOUT[split]}"
         )
-    return groups
+    if unknown := sorted(set(filled) - set(stated or filled)):
+        raise InputError(
+            f"{place} has folders that are none of the classes of the data card: {listed(unknown)}, where the card "
+            f"names {listed(stated)}; rename the folders, or correct the card"
+        )
+    empty = [name for name in stated or sorted(groups) if not groups.get(name)]
+    if empty and (split == "train" or not filled):
+        unread = f" (not read in {place}: {left_out})" if left_out else ""
+        raise InputError(f"{place / empty[0]} holds no images{unread}; add images, or remove the folder and the class")
+    # A folder without images is a class if the folders are as many as the card's classes, or else something different.
+    classes = stated or tuple(sorted(groups) if len(groups) == expected else filled)
+    if card and len(classes) != expected:
+        raise InputError(
+            f"{len(classes)} classes in {place} but {expected} in the data card {card.name}; correct the folders or "
+            "the card (--card), or list `classes` in the card, so that those without images are known"
+        )
+    return classes, [*_order_notes(classes, place, bool(stated)), *_empty_notes(classes, groups, place)]
 
 
-def open_image(path: str, channels: int | None) -> Image.Image:
-    """The decoded PIL image, converted to 1 (grey) or 3 (RGB) channels; None keeps the mode of the file.
+def _order_notes(classes: tuple[str, ...], place: Path, stated: bool) -> list[str]:
+    """What to say of an order of the classes that may be another than the teacher's."""
+    natural = tuple(sorted(classes, key=_natural))
+    if classes == tuple(sorted(classes)) != natural:
+        alarm = "" if stated else "[Alarm] "
+        return [
+            f"{alarm}The classes of {place} are in the order of plain text: {listed(classes)}; for a teacher that "
+            f"counts them as {listed(natural)}, list `classes` in that order in the data card."
+        ]
+    if stated:
+        return []
+    return [
+        f"The classes of {place} are in the order of their names: {listed(classes)}; for a teacher with another order, "
+        "list `classes` in its order in the data card."
+    ]
+
+
+def _natural(name: str) -> list[tuple[int, int, str]]:
+    """Sort key in which numbers count as numbers, and capitals as small letters."""
+    parts = re.findall(r"\d+|\D+", name.casefold())
+    return [(0, int(part), "") if part.isdecimal() else (1, 0, part) for part in parts]
+
+
+def _empty_notes(classes: tuple[str, ...], groups: Groups, place: Path) -> list[str]:
+    """What to say of classes and folders without images."""
+    notes = []
+    if absent := [name for name in classes if not groups.get(name)]:
+        notes.append(f"{place} has no images of {len(absent)} of {len(classes)} classes: {listed(absent)}.")
+    if others := sorted(name for name in groups if name not in classes):
+        notes.append(f"Folders without images in {place} are left out: {listed(others)}.")
+    return notes
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, and how many there are if they are many."""
+    return ", ".join(names[:SHOWN]) + (f", ... ({len(names)} in all)" if len(names) > SHOWN else "")
+
+
+def open_image(path: str) -> Image.Image:
+    """The image file, of which only the header is read yet; raises InputError, naming the file, if that fails."""
+    try:
+        return Image.open(path, formats=_formats(os.path.splitext(path)[1].lower()))
+    except Exception as error:  # a decoder may raise anything if the file is corrupt
+        raise _unreadable(path, error) from error
+
+
+@cache
+def _formats(suffix: str) -> list[str]:
+    """Formats to try for a file: its own first; of those without a signature, which any bytes may pass as, no other."""
+    own = readable().get(suffix, "PNG")
+    signed = [name for name in dict.fromkeys([own, *readable().values()]) if Image.OPEN[name][1]]
+    return [*signed, own]
+
+
+def _unreadable(path: str, error: Exception) -> InputError:
+    reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+    return InputError(f"cannot read the image {path} ({reason}); replace or remove it")
+
+
+def channels_of(image: Image.Image) -> int:
+    """1 for a grey image, 3 for one in colour."""
+    return 1 if image.mode in GREY_MODES else 3
+
+
+def read_image(path: str, channels: int) -> tuple[Image.Image, Counter[str]]:
+    """The decoded image, converted to 1 (grey) or 3 (RGB) channels, and what was changed or left out.
 
     Raises InputError, naming the file, if it cannot be read or has more than 8 bits per channel.
     """
-    try:
-        with Image.open(path, formats=FORMATS) as image:
-            mode = image.mode
-            converted = image.convert(MODES.get(channels, mode))
-    except Exception as error:  # a decoder may raise anything if the file is corrupt
-        reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
-        raise InputError(f"cannot read the image {path} ({reason}); replace or remove it") from error
-    if mode[0] in "IF":  # convert() would clip these to white
-        raise InputError(f"the image {path} has more than 8 bits per channel; save it with 8 bits")
-    return converted
+    with open_image(path) as image:
+        if image.mode[0] in "IF":  # convert() would clip these to white
+            raise InputError(f"the image {path} has more than 8 bits per channel; save it with 8 bits")
+        changes = Counter[str]()
+        if channels_of(image) != channels:
+            changes[CONVERTED[channels]] += 1
+        try:
+            # The second image of a MPO file is a preview or another eye's view.
+            if image.format != "MPO" and getattr(image, "is_animated", False):
+                changes["read without their further frames or pages"] += 1
+            return image.convert(MODES[channels]), changes
+        except Exception as error:
+            raise _unreadable(path, error) from error
 
 
-def decode(paths: Sequence[str], shape: tuple[int, int, int]) -> Tensor:
-    """The images as one uint8 tensor (N, C, H, W); those of another size are resized to ``shape`` (C, H, W).
+def survey(paths: Sequence[str], most: int) -> tuple[Counter[int], Counter[tuple[int, int]]]:
+    """How many of up to ``most`` evenly spaced images have which channels, and which (height, width); by headers."""
+    channels, sizes = Counter[int](), Counter[tuple[int, int]]()
+    for path in evenly_spaced(paths, most):
+        with open_image(path) as image:
+            channels[channels_of(image)] += 1
+            sizes[image.height, image.width] += 1
+    return channels, sizes
 
-    Resizing is bilinear with antialiasing; the number of resized images is printed. Raises InputError for a file
-    that cannot be decoded, naming it, and for a number of channels other than 1 and 3.
+
+def evenly_spaced(paths: Sequence[str], most: int) -> Sequence[str]:
+    """At most ``most`` of the paths."""
+    return paths[:: -(-len(paths) // most)]
+
+
+def decode(paths: Sequence[str], shape: tuple[int, int, int]) -> tuple[Tensor, list[str]]:
+    """The images as one uint8 tensor (N, C, H, W), and notes on how many were converted; see :func:`for_each_image`."""
+    images = np.empty((len(paths), *shape), np.uint8)
+    notes = for_each_image(paths, shape, images.__setitem__)
+    return torch.from_numpy(images), notes
+
+
+def histograms(paths: Sequence[str], shape: tuple[int, int, int]) -> tuple[Tensor, list[str]]:
+    """How often each value occurs in each channel, int64 (C, 256), and notes; see :func:`for_each_image`.
+
+    The images are counted one by one, so that a set of photographs does not fill the memory.
+    """
+    counts, lock = np.zeros((shape[0], 256), np.int64), Lock()
+
+    def count(index: int, pixels: np.ndarray) -> None:
+        one = np.stack([np.bincount(channel.ravel(), minlength=256) for channel in pixels])
+        with lock:
+            np.add(counts, one, out=counts)
+
+    notes = for_each_image(paths, shape, count)
+    return torch.from_numpy(counts), notes
+
+
+def for_each_image(
+    paths: Sequence[str], shape: tuple[int, int, int], receive: Callable[[int, np.ndarray], Any]
+) -> list[str]:
+    """Call ``receive(index, pixels)`` with each image, uint8 (C, H, W), in any order -> notes on conversions.
+
+    Images of another size are resized to ``shape`` (C, H, W), bilinearly with antialiasing. Raises InputError for a
+    file that cannot be decoded, naming it.
     """
     channels, height, width = shape
-    if channels not in MODES:
-        raise InputError(f"image files have 1 or 3 channels but the data card states {channels}; correct the card")
-    images = np.empty((len(paths), *shape), np.uint8)
+    threads, chunk = _threads(paths[0])
 
-    def fill(start: int) -> tuple[int, int]:
-        """Decode one chunk -> how many images it has, and how many of them were resized."""
-        resized = 0
-        for index in range(start, min(start + CHUNK, len(paths))):
-            image = open_image(paths[index], channels)
+    def read(start: int) -> tuple[int, Counter[str]]:
+        """Decode one chunk -> how many images it has, and how they were changed."""
+        changes: Counter[str] = Counter()
+        for index in range(start, min(start + chunk, len(paths))):
+            image, changed = read_image(paths[index], channels)
+            changes += changed
             if image.size != (width, height):
-                image, resized = image.resize((width, height), Image.Resampling.BILINEAR), resized + 1
-            images[index] = np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1)
-        return index + 1 - start, resized
+                image = image.resize((width, height), Image.Resampling.BILINEAR)
+                changes[f"resized to {width}x{height} pixels"] += 1
+            receive(index, np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1))
+        return index + 1 - start, changes
 
-    place, total = os.path.commonpath([paths[0], paths[-1]]), 0
+    place, total = os.path.commonpath([paths[0], paths[-1]]), Counter[str]()
     with (
-        ThreadPoolExecutor(_threads(paths[0])) as pool,
+        ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(paths), desc=f"reading {place}", unit="image", disable=None) as bar,
     ):
-        for count, resized in pool.map(fill, range(0, len(paths), CHUNK)):
+        for count, changes in pool.map(read, range(0, len(paths), chunk)):
             bar.update(count)
-            total += resized
-    if total:
-        print(f"{total} of {len(paths)} images in {place} were resized to {width}x{height} pixels")
-    return torch.from_numpy(images)
+            total += changes
+    return [f"{count:,} of {len(paths):,} images in {place} were {change}." for change, count in total.items()]
 
 
-def _threads(path: str) -> int:
+def _threads(path: str) -> tuple[int, int]:
+    """How many threads decode, and how many files each takes at a time, for files like this one."""
     # Only the decoding runs in parallel; for small files most of the time is Python code, which holds the GIL.
+    # Each thread holds an image in memory, which may be a photograph of a hundred megabytes.
     try:
-        return min(16, os.cpu_count() or 1) if os.path.getsize(path) > SMALL_FILE else 1
+        size = os.path.getsize(path)
     except OSError:
-        return 1
+        size = 0
+    most = 1 if size <= SMALL_FILE else 16 if size <= LARGE_FILE else 4
+    return min(most, os.cpu_count() or 1), CHUNK if size <= SMALL_FILE else CHUNK // 16

@@ -3,31 +3,36 @@
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
-from typing import Any
 
 import torch
-import torchvision
 from torch import Tensor
 
-from datafree.datasets.cards import CARDS, DatasetCard
+from datafree.datasets.cards import CARDS, DatasetCard, composed
 from datafree.datasets.digits import read_digits
-from datafree.datasets.folders import SPLIT_FOLDERS, SUFFIXES, WITHOUT, class_folders, decode, list_images, open_image
+from datafree.datasets.folders import (
+    CONVERTED,
+    MODES,
+    SPLIT_FOLDERS,
+    WITHOUT,
+    class_folders,
+    decode,
+    evenly_spaced,
+    histograms,
+    list_images,
+    listed,
+    survey,
+)
 from datafree.datasets.splits import LazySplit, TensorSplit
+from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
 from datafree.errors import InputError, OptionError
 from datafree.plugins import first_line, load_object
 
-TORCHVISION = {
-    "mnist": "MNIST",
-    "fashion_mnist": "FashionMNIST",
-    "svhn": "SVHN",
-    "cifar10": "CIFAR10",
-    "cifar100": "CIFAR100",
-}
 OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
 LARGE_IMAGE = 128 * 128  # pixels
 LARGE_SPLIT = 4 * 2**30  # bytes
 CARD_FILE = "card.yaml"
-CARD_SAMPLE = 5000  # images
+CARD_SAMPLE, SURVEY = 5000, 500  # images
+LARGEST_DERIVED = 512  # pixels a side; larger images need --image_size
 
 
 def load_split(
@@ -56,17 +61,20 @@ def load_split(
     elif card.name == "digits":
         images, labels, source = *read_digits(split), "the shipped digits"
     elif card.name in TORCHVISION:
-        images, labels = _torchvision_images(card.name, Path(data_root), split, download)
         source = "torchvision's files"
+        try:
+            images, labels = read_torchvision(card.name, Path(data_root), split, download)
+        except Missing as error:
+            raise _missing(card.name, data_root, split, f" ({error})") from error
     else:
         raise _missing(card.name, data_root, split)
     if images.shape[1:] != card.shape:
         raise InputError(
             f"{source} hold images of shape {tuple(images.shape[1:])} but the data card "
-            f"{card.name} states {card.shape}; correct the card or give it another name"
+            f"{card.name} states {card.shape}; correct the card or give it another name, and give --image_size for "
+            "folders of images only"
         )
-    _check_classes(card, int(labels.max()) + 1, source)
-    return TensorSplit(images, labels, card.num_classes).to(device)
+    return TensorSplit(images, labels, card.num_classes, _check_labels(card, labels, source)).to(device)
 
 
 def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -90,64 +98,97 @@ def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
 
 
 def resolve_card(
-    name: str, data_root: str | Path, card_path: str | Path = "", may_derive: bool = False, write: bool = True
+    name: str,
+    data_root: str | Path,
+    card_path: str | Path = "",
+    may_derive: bool = False,
+    write: bool = True,
+    image_size: int | None = None,
 ) -> DatasetCard:
     """The card of data set ``name``: ``card_path`` if given, a registered card, or ``data_root/<name>/card.yaml``.
 
-    A card given as ``card_path`` keeps its own name. If there is no card and ``may_derive``, it is derived from the
-    training images and, if ``write``, saved as ``data_root/<name>/card.yaml``, so that they are not needed again.
-    Raises InputError if there is no card, and OptionError if ``name`` is neither registered nor a folder.
+    A card given as ``card_path`` keeps its own name; ``image_size``, in pixels, replaces height and width. If there is
+    no card and ``may_derive``, it is derived from the training images and, if ``write``, saved as
+    ``data_root/<name>/card.yaml``, so that they are not needed again. Raises InputError if there is no card, and
+    OptionError if ``name`` is neither registered nor a folder.
     """
+    card = _stated_card(name, Path(data_root), card_path)
+    if card:
+        return replace(card, height=image_size, width=image_size) if image_size else card
+    root = _folder(Path(data_root), name)
+    if not may_derive:
+        raise InputError(
+            f"there is no data card {root / CARD_FILE}; `python train_scratch.py --dataset {name}` derives "
+            "it from the training images, or give one with --card"
+        )
+    card, notes = derive_card(name, root, image_size)
+    print("\n".join(notes))
+    if write:
+        card.to_yaml(root / CARD_FILE)
+        print(f"data card derived from the training images and written to {root / CARD_FILE}: {card}")
+    return card
+
+
+def _stated_card(name: str, data_root: Path, card_path: str | Path) -> DatasetCard | None:
+    """The card that a file or the registry states; None for a folder without one."""
     if card_path:
         return DatasetCard.from_yaml(card_path)
     if name in CARDS:
         return CARDS[name]
-    root = Path(data_root) / name
+    root = _folder(data_root, name)
     if not root.is_dir():
-        raise _unknown(name, Path(data_root))
+        raise _unknown(name, data_root)
     path = root / CARD_FILE
-    if path.is_file():
-        return replace(DatasetCard.from_yaml(path), name=name)
-    if not may_derive:
-        raise InputError(
-            f"there is no data card {path}; `python train_scratch.py --dataset {name}` derives "
-            "it from the training images, or give one with --card"
-        )
-    card = derive_card(name, root)
-    if not write:
-        return card
-    card.to_yaml(path)
-    print(f"data card derived from the training images and written to {path}: {card}")
-    return card
+    return replace(DatasetCard.from_yaml(path), name=name) if path.is_file() else None
 
 
-def derive_card(name: str, root: Path) -> DatasetCard:
-    """The card of the class folders in ``root/train``.
+def derive_card(name: str, root: Path, image_size: int | None = None) -> tuple[DatasetCard, list[str]]:
+    """The card of the class folders in ``root/train``, and notes on what was found and how it was decided.
 
-    Size and channels are those of the first image; mean and standard deviation are over all pixels of up to
-    5,000 images, evenly spaced in the list of files, which is sorted by class.
+    Channels, size, mean and standard deviation are those of up to 5,000 images, evenly spaced in the list of files,
+    which is sorted by class: 3 channels if any of them is in colour, and ``image_size`` or else the most common size.
+    Raises InputError if there is no ``image_size`` and the images are too large to be taken as they are.
     """
-    paths, _, classes = list_images(root, "train")
-    first = open_image(paths[0], channels=None)
-    shape = (1 if first.mode in ("1", "L", "LA") else 3, first.height, first.width)
-    step = -(-len(paths) // CARD_SAMPLE)
-    pixels = decode(paths[::step], shape).transpose(0, 1).flatten(1)
-    mean, std = zip(*(_mean_and_std(channel) for channel in pixels))
-    return DatasetCard(name, *shape, len(classes), mean, std, classes=tuple(classes))
+    listing = list_images(root, "train")
+    sample = evenly_spaced(listing.paths, CARD_SAMPLE)
+    channels, sizes = survey(sample, CARD_SAMPLE)
+    (height, width), most = sizes.most_common(1)[0]
+    if image_size:
+        height = width = image_size
+    elif max(height, width) > LARGEST_DERIVED:
+        raise InputError(
+            f"the images of {root / 'train'} have up to {max(map(max, sizes))} pixels a side, most of them "
+            f"{width}x{height}, which is large for a network; give --image_size N, such as 224, or write a data card"
+        )
+    elif len(sizes) > 1:
+        listing.notes.append(
+            f"The images of {root / 'train'} have {len(sizes)} different sizes; {width}x{height} is the most common, "
+            f"with {most:,} of {len(sample):,} images. --image_size N gives all of them another."
+        )
+    shape = (max(channels), height, width)
+    counts, notes = histograms(sample, shape)
+    mean, std = zip(*map(_mean_and_std, counts.double()))
+    card = DatasetCard(name, *shape, len(listing.classes), mean, std, classes=listing.classes)
+    return card, [*listing.notes, *notes]
 
 
-def _mean_and_std(values: Tensor) -> tuple[float, float]:
-    """Of uint8 ``values`` (N,) scaled to [0, 1], to 6 decimals; from their histogram, which needs no float copy."""
-    counts = torch.bincount(values, minlength=256).double()
+def _mean_and_std(counts: Tensor) -> tuple[float, float]:
+    """Of values 0..255 scaled to [0, 1], to 6 decimals, from the number of each of them, float64 (256,)."""
     levels = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * levels).sum() / counts.sum()
     variance = (counts * (levels - mean) ** 2).sum() / counts.sum()
     return round(mean.item(), 6), round(variance.sqrt().item(), 6)
 
 
+def _folder(data_root: Path, name: str) -> Path:
+    """``data_root/name``, or the folder there whose name differs in its Unicode form alone."""
+    alike = [path for path in class_folders(data_root) if composed(path.name) == composed(name)]
+    return alike[0] if alike and not (data_root / name).is_dir() else data_root / name
+
+
 def _folder_of(name: str, data_root: str | Path) -> Path | None:
     """The folder of data set ``name`` that contains the folder of a split, or None."""
-    roots = [Path(data_root) / folder for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
+    roots = [_folder(Path(data_root), folder) for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
     splits = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
     return next((root for root in roots if any((root / split).is_dir() for split in splits)), None)
 
@@ -155,57 +196,37 @@ def _folder_of(name: str, data_root: str | Path) -> Path | None:
 def _folder_split(
     card: DatasetCard, root: Path, split: str, device: torch.device | str, workers: int
 ) -> TensorSplit | LazySplit:
-    paths, labels, classes = list_images(root, split)
-    _check_classes(card, len(classes), root)
-    if card.classes and card.classes != tuple(classes):
-        theirs, ours = next(pair for pair in zip(classes, card.classes) if pair[0] != pair[1])
-        raise InputError(
-            f"the class folders of {root} for {split} differ from the data card's classes: {theirs} is in the place "
-            f"of {ours}; rename the folder, or correct the card"
-        )
+    if card.channels not in MODES:
+        raise InputError(f"image files have 1 or 3 channels but the data card {card.name} states {card.channels}")
+    listing = list_images(root, split, card)
+    paths, labels, notes = listing.paths, listing.labels, listing.notes
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
-        return LazySplit(paths, labels, card.shape, card.num_classes, device, workers)
-    return TensorSplit(decode(paths, card.shape), labels, card.num_classes).to(device)
+        found, _ = survey(paths, SURVEY)
+        if others := found.total() - found[channels]:
+            notes.append(f"{others} of {found.total()} images sampled from {root} are {CONVERTED[channels]}.")
+        return LazySplit(paths, labels, card.shape, card.num_classes, device, workers, notes)
+    images, converted = decode(paths, card.shape)
+    return TensorSplit(images, labels, card.num_classes, [*notes, *converted]).to(device)
 
 
-def _torchvision_images(name: str, data_root: Path, split: str, download: bool) -> tuple[Tensor, Tensor]:
-    """uint8 images (N, C, H, W) and int64 labels (N,) of torchvision's data set."""
-    build = getattr(torchvision.datasets, TORCHVISION[name])
-    options: dict[str, Any] = {"split": split} if name == "svhn" else {"train": split == "train"}
-    own = data_root / name
-    attempts = [(data_root, False), (own, False)] + [(own, True)] * download
-    for place, fetch in attempts:
-        try:
-            data = build(str(place), download=fetch, **options)
-            break
-        except ImportError as error:
-            raise InputError(f"{name} needs the package {error.name}; run `pip install {error.name}`") from error
-        except Exception as error:  # missing, corrupt and unreachable files raise different types
-            reason = " ".join(str(error).split())
-    else:
-        raise _missing(name, data_root, split, f" ({'download failed: ' if download else ''}{reason})")
-    images = torch.as_tensor(data.data)
-    labels = torch.as_tensor(data.labels if name == "svhn" else data.targets)
-    if images.dim() == 3:
-        images = images.unsqueeze(1)
-    elif name != "svhn":
-        images = images.permute(0, 3, 1, 2)
-    return images.contiguous(), labels.long()
-
-
-def _check_classes(card: DatasetCard, found: int, source: str | Path) -> None:
-    if found != card.num_classes:
+def _check_labels(card: DatasetCard, labels: Tensor, source: str) -> list[str]:
+    """Notes on classes without images; raises InputError for labels that are none of the card's classes."""
+    counts = torch.bincount(labels.clamp_min(0), minlength=card.num_classes)
+    if len(counts) > card.num_classes or labels.min() < 0:
         raise InputError(
-            f"{found} classes in {source} but {card.num_classes} in the data card {card.name}; "
-            "correct the folders or give the right card with --card"
+            f"the labels of {source} are from {labels.min()} to {labels.max()} but the data card {card.name} has "
+            f"{card.num_classes} classes, counted from 0; correct the labels or give the right card with --card"
         )
+    absent = [card.classes[k] if card.classes else str(k) for k in (counts == 0).nonzero().flatten().tolist()]
+    return [f"{source} have no images of {len(absent)} of {card.num_classes} classes: {listed(absent)}."] * bool(absent)
 
 
 def _missing(name: str, data_root: str | Path, split: str, reason: str = "") -> InputError:
     root = Path(data_root) / name
-    files = f" and for torchvision's files in {data_root} and {root}" if name in TORCHVISION else ""
-    layout = f"{root}/{SPLIT_FOLDERS[split][0]}/<class>/*{{{','.join(SUFFIXES)}}}"
+    public = name in TORCHVISION
+    files = f" and for torchvision's files {split_files(name, split)} in {data_root} and {root}" if public else ""
+    layout = f"{root}/{SPLIT_FOLDERS[split][0]}/<class>/*.png (or another image format)"
     return InputError(
         f"no {split} images of {name}: looked for {layout}{files}{reason}; "
         f"give their folder with --data_root{WITHOUT[split]}"

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from datafree.datasets.folders import open_image
+from datafree.datasets.folders import read_image
 from datafree.errors import InputError
 
 EVALUATION_MARGIN = 256 / 224  # side of the resized image over side of its centre crop
@@ -74,9 +74,10 @@ class Shuffle:
 
 
 class Split(Protocol):
-    """Images and labels of a split of a data set, on ``device``."""
+    """Images and labels of a split of a data set, on ``device``. notes: sentences about it for the log."""
 
     num_classes: int
+    notes: Sequence[str]
 
     @property
     def device(self) -> torch.device: ...
@@ -102,11 +103,12 @@ class Split(Protocol):
 
 @dataclass
 class TensorSplit:
-    """Images and labels on one device: uint8 (N, C, H, W) and int64 (N,)."""
+    """Images and labels on one device: uint8 (N, C, H, W) and int64 (N,). notes: sentences about them for the log."""
 
     images: Tensor
     labels: Tensor
     num_classes: int
+    notes: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(len(self), self.images.device)
@@ -159,7 +161,9 @@ class LazySplit:
         num_classes: int,
         device: torch.device | str = "cpu",
         workers: int = 2,
+        notes: Sequence[str] = (),
     ):
+        self.notes = notes
         self.paths, self.labels, self.shape, self.num_classes = paths, labels, shape, num_classes
         self.device, self.workers = torch.device(device), workers
         self._shuffle = Shuffle(len(paths))
@@ -226,7 +230,7 @@ class _Files(Dataset[tuple[Tensor, Tensor]]):
 
     def __getitem__(self, key: Key) -> tuple[Tensor, Tensor]:
         index, seed = key
-        image = open_image(self.paths[index], self.shape[0])
+        image, _ = read_image(self.paths[index], self.shape[0])
         size = self.shape[1:]
         image = _centre_crop(image, size) if seed is None else _random_crop(image, size, seed)
         return TF.pil_to_tensor(image), self.labels[index]
