@@ -5,6 +5,7 @@ import codecs
 import os
 import re
 import shutil
+import warnings
 from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -65,7 +66,8 @@ def load(path: str | Path) -> dict[str, Any]:
     if kind := other_kind(path):
         raise InputError(f"{path} is {kind}")
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about types of storage that are deprecated
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
@@ -148,7 +150,7 @@ def load_weights(
             raise InputError(f"{path} cannot be loaded into the model: {error}") from error
         _check_names(missing, extra if missing else [], path)
     left_out = [*extra, *fit.outside]
-    return fit.notes + [f"{len(left_out)} tensors of its file were left out ({_few(left_out)})"] * bool(left_out)
+    return fit.notes + [f"{len(left_out)} of its file's tensors left out: {_few(left_out)}"] * bool(left_out)
 
 
 def stored_accuracy(path: str | Path, model: str) -> float | None:
@@ -228,7 +230,7 @@ def _chosen(contents: dict[str, Any], key: str, path: Path, notes: list[str], ke
     others = [k for k, v in contents.items() if k != found[0] and _is_state_dict(v) and not shapes - _shapes(v)]
     if others:
         averaged = [k for k in others if k in AVERAGED_KEYS]
-        which = "their average over the training" if averaged else "others of the same shapes"
+        which = "averages over the training" if averaged else "others of the same shapes"
         notes.append(
             f"its weights are those under {found[0]} in its file; {which} are under {', '.join(averaged or others)}, "
             f"which {key_option} can name"
@@ -265,7 +267,7 @@ def _tensors(weights: dict[str, Any], path: Path, notes: list[str]) -> dict[str,
             "that it had before its quantisation"
         )
     if others:
-        notes.append(f"{len(others)} entries of its file that are no tensors were left out ({_few(others)})")
+        notes.append(f"{len(others)} of its file's entries left out, which are no tensors: {_few(others)}")
         kept = OrderedDict((name, value) for name, value in weights.items() if torch.is_tensor(value))
         kept._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]
         return kept

@@ -14,7 +14,14 @@ from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
 from datafree.models import MODELS
-from datafree.models.factory import build_model, find_model, is_from_library, own_normalisation, torchvisions_network
+from datafree.models.factory import (
+    AUXILIARY_HEADS,
+    build_model,
+    find_model,
+    is_from_library,
+    own_normalisation,
+    torchvisions_networks,
+)
 from datafree.plugins import is_custom, short_name
 
 
@@ -56,21 +63,23 @@ def _large_images(model: str, card: DatasetCard) -> list[str]:
     """A sentence if ``model`` is a registered network for small images and those of ``card`` are large."""
     if model not in MODELS or min(card.height, card.width) < LARGE:
         return []
-    other = torchvisions_network(model)
+    others = torchvisions_networks(model)[-1:]
     return [
-        f"it is made for images of about 32 pixels and does {card.height * card.width / 1024:.0f} times the work at "
-        f"{card.height}x{card.width}" + f"; {other} is for large images" * bool(other)
+        f"it is made for images of about 32 pixels and does {card.height * card.width / 1024:.0f} times that work at "
+        f"{card.height}x{card.width}" + "".join(f"; {other} is for large images" for other in others)
     ]
 
 
 def _with_hint(error: InputError, model: str, weights: dict[str, Tensor], classes: int) -> InputError:
     """``error``, with the name of torchvision's network if the weights are of that one and not of ours."""
-    other = torchvisions_network(model)
-    if not other:
-        return error
-    with torch.device("meta"):
-        twin = build_model(other, classes)
-    return InputError(f"{error}; they fit {other}") if fitting.find_fits(weights, twin, twin.state_dict())[0] else error
+    for other in torchvisions_networks(model):
+        with torch.device("meta"):
+            twin = build_model(other, classes)
+        own = twin.state_dict()
+        whole, _ = fitting.find_fits(weights, twin, own)
+        if any(not fitting.changes_the_network(fit, own) for fit in whole):
+            return InputError(f"{error} They are those of {other}, which is another network than {model}")
+    return error
 
 
 def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
@@ -139,7 +148,10 @@ class Network(nn.Module):
         its factory brings, and the mean and std that these state.
         """
         module = build_model(model, num_classes or card.num_classes, card.channels, pretrained)
-        return cls._made(module, model, card, {"mean": mean, "std": std}, role, pretrained)
+        network = cls._made(module, model, card, {"mean": mean, "std": std}, role, pretrained)
+        if pretrained:
+            network.notes.append("its weights are those that the model brings")
+        return network
 
     @classmethod
     def _made(
@@ -195,11 +207,18 @@ class Network(nn.Module):
         model, card = model or _stated_model(metadata, path), card or _stated_card(metadata, path)
         given = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
         module = build_model(model, num_classes or card.num_classes, card.channels)
-        network = cls._made(module, model, card, given, role, use_own=True)
+        network, modules = cls._made(module, model, card, given, role, use_own=True), list(module.modules())
         try:
             notes += checkpoint.load_weights(network.model, weights, path, option)
         except InputError as error:
             raise _with_hint(error, model, weights, num_classes or card.num_classes) from error
+        if modules != list(module.modules()):  # a module was replaced by one of an earlier version, without hooks
+            network = cls._made(module, model, card, given, role, use_own=True)
+        if model.rpartition(":")[2] in AUXILIARY_HEADS and not mean:
+            notes.append(
+                "if its weights come from torchvision's, which expect mean 0.5 and std 0.5 (transform_input), "
+                f"give these by {_option(role, 'mean')} and {_option(role, 'std')}"
+            )
         network.metadata, network.notes = metadata, notes + network.notes
         return network
 

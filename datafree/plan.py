@@ -59,10 +59,8 @@ def describe_normalisation(network: Network) -> str:
         f"{key} {_rounded(network.metadata[key])}" for key in ("dataset", "epoch", "acc1") if key in network.metadata
     ]
     mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (network.mean, network.std))
-    return (
-        f"The {network.name} ({', '.join(stated) or 'its file states nothing else'}) normalises images by mean {mean}, "
-        f"std {std}."
-    )
+    about = ", ".join(stated) or "nothing else is stated with its weights"
+    return f"The {network.name} ({about}) normalises images by mean {mean}, std {std}."
 
 
 def describe_notes(*networks: Network) -> list[str]:

@@ -9,8 +9,9 @@ import torch
 from datafree.augment import CropFlip
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
-from datafree.errors import InputError, OptionError
+from datafree.errors import InputError
 from datafree.evaluators import evaluate, scores_line
+from datafree.models.factory import find_model
 from datafree.network import Network
 from datafree.plan import describe_normalisation, describe_notes
 from datafree.plugins import digest, short_name
@@ -86,23 +87,17 @@ class Session:
     def load_teacher(self) -> Network:
         """The teacher with its weights, frozen."""
         options = self.config.teacher
-        weights = options.teacher_weights or published_weights(self.card.name, options.teacher)
-        try:
-            network = self.network(
-                "teacher",
-                options.teacher,
-                weights,
-                options.teacher_mean,
-                options.teacher_std,
-                key=options.teacher_weights_key,
-            )
-        except InputError as error:
-            if options.teacher_weights or Path(weights).exists() or isinstance(error, OptionError):
-                raise
-            raise InputError(
-                f"{error} (train it by: python train_scratch.py --dataset {self.card.name} "
-                f"--model {options.teacher}; or give --teacher_weights, which is {OWN} if the model brings its weights)"
-            ) from None
+        weights: str | Path = options.teacher_weights
+        if not weights:
+            find_model(options.teacher)  # an unknown name is reported before a missing file
+            weights = published_weights(self.card.name, options.teacher)
+            if not weights.exists():
+                raise InputError(
+                    f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
+                    f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
+                )
+        mean, std, key = options.teacher_mean, options.teacher_std, options.teacher_weights_key
+        network = self.network("teacher", options.teacher, weights, mean, std, key=key)
         return network.freeze()
 
     @torch.no_grad()

@@ -75,16 +75,13 @@ def is_from_library(name: str) -> bool:
     return name.partition(":")[0] in ("torchvision", "timm")
 
 
-def torchvisions_network(name: str) -> str:
-    """torchvision's name of the network that the registered ``name`` is a version of; empty if there is none."""
-    former = {
-        "mobilenetv2": "mobilenet_v2",
-        "shufflenetv2": "shufflenet_v2_x1_0",
-        "vgg11": "vgg11_bn",
-        "vgg13": "vgg13_bn",
-    }
-    short = former.get(name, name)
-    return f"torchvision:{short}" if name in MODELS and short in _torchvision_names() else ""
+def torchvisions_networks(name: str) -> list[str]:
+    """torchvision's networks that the registered ``name`` is a version of, and other versions of them."""
+    if name not in MODELS:
+        return []
+    former = {"mobilenetv2": "mobilenet_v2", "shufflenetv2": "shufflenet_v2_x1_0"}.get(name, name)
+    versions = [f"{name}_torchvision"] if f"{name}_torchvision" in MODELS else []
+    return versions + [f"torchvision:{n}" for n in (former, f"{former}_bn") if n in _torchvision_names()]
 
 
 def own_normalisation(model: nn.Module) -> dict[str, tuple[float, ...]]:
@@ -118,12 +115,13 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, pretrained:
             f"torchvision's {name} takes images of 3 channels, not {in_channels}; "
             "name a user-defined model as path/to/file.py:factory"
         )
+    options: dict[str, Any] = {"aux_logits": False} if name in AUXILIARY_HEADS else {}
     if not pretrained:
-        options: dict[str, Any] = {"aux_logits": False, "init_weights": True} if name in AUXILIARY_HEADS else {}
+        options |= {"init_weights": True} if options else {}
         return torchvision.models.get_model(name, weights=None, num_classes=num_classes, **options)
     try:
         weights = torchvision.models.get_model_weights(name).DEFAULT
-        model = torchvision.models.get_model(name, weights=weights)
+        model = torchvision.models.get_model(name, weights=weights, **options)
     except Exception as error:  # a download may fail in many ways
         raise InputError(f"torchvision's weights of {name} cannot be had: {first_line(error)}") from error
     transform = weights.transforms()
