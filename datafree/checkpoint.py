@@ -139,16 +139,15 @@ def load_weights(
     for name, tensor in fit.tensors.items():
         if name in own and tensor.is_floating_point() and not torch.isfinite(tensor).all():
             raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
-    if not fit.missing(own):
-        _check_names([], fitting.changes_the_network(fit, own), path)
-        _check_shapes(fit.wrong_shapes(own), path)
     with fitting.restored_on_error(own):
         try:
             missing, extra = fitting.load(model, fit, own)
         except InputError as error:
-            _check_names(fit.missing(own), fit.extra(own), path)
+            missing = fit.missing(own)
+            _check_names(missing, fit.extra(own) if missing else fitting.changes_the_network(fit, own), path)
+            _check_shapes(fit.wrong_shapes(own), path)
             raise InputError(f"{path} cannot be loaded into the model: {error}") from error
-        _check_names(missing, extra if missing else [], path)
+        _check_names(missing, extra if missing else fitting.changes_the_network(fit, own, extra), path)
     left_out = [*extra, *fit.outside]
     return fit.notes + [f"{len(left_out)} of its file's tensors left out: {_few(left_out)}"] * bool(left_out)
 
@@ -221,6 +220,8 @@ def _chosen(contents: dict[str, Any], key: str, path: Path, notes: list[str], ke
     if _is_state_dict(contents):
         return contents
     found = [k for k in (*WEIGHT_KEYS, *AVERAGED_KEYS) if _is_state_dict(contents.get(k))]
+    if not found and 2 * sum(map(torch.is_tensor, contents.values())) > len(contents):
+        return contents  # with numbers among the tensors
     if not found:
         raise InputError(
             f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "

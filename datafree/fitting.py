@@ -106,8 +106,8 @@ def restored_on_error(own: dict[str, Tensor]) -> Iterator[None]:
         raise
 
 
-def changes_the_network(fit: Fit, own: dict[str, Tensor]) -> list[str]:
-    """The names of tensors, which the network lacks, that tell of another network than this one.
+def changes_the_network(fit: Fit, own: dict[str, Tensor], extra: list[str] | None = None) -> list[str]:
+    """Those of the names ``extra``, or of all that the network lacks, that tell of another network than this one.
 
     A tensor within one of its modules takes part in that module's computation, and the next of a numbered series
     (layer1.2 where there are layer1.0 and layer1.1) makes it deeper. Others do not: heads beside the network, counters.
@@ -118,7 +118,8 @@ def changes_the_network(fit: Fit, own: dict[str, Tensor]) -> list[str]:
         for i, part in enumerate(parts):
             children.setdefault(".".join(parts[:i]), set()).add(part)
     root = _common(own)
-    return [name for name in fit.extra(own) if _is_inside(name, fit.tensors[name], children, root)]
+    names = [name for name in (fit.extra(own) if extra is None else extra) if name in fit.tensors]
+    return [name for name in names if _is_inside(name, fit.tensors[name], children, root)]
 
 
 def _is_inside(name: str, tensor: Tensor, children: dict[str, set[str]], root: str) -> bool:

@@ -15,6 +15,7 @@ ZIPPED = {  # an entry that only such an archive has -> what it is and the way
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of torch.save before 1.6
 MAGIC = {  # (offset, bytes) -> what it is and the way
     (0, b"\x89HDF\r\n"): "an HDF5 file, as Keras writes them: convert it to a state_dict of PyTorch",
+    (0, b"{"): "a JSON text, such as the index of weights in several files: save them as one by torch.save",
     (4, b"TFL3"): f"a TensorFlow Lite model: {SAVE_STATE_DICT}, in PyTorch",
     (0, b"GGUF"): f"a GGUF file: {SAVE_STATE_DICT}, in PyTorch",
     (0, b"\x93NUMPY"): "an array of NumPy: save a dict of tensors by torch.save",

@@ -22,7 +22,7 @@ def _depthwise(channels: int, stride: int) -> nn.Conv2d:
     return nn.Conv2d(channels, channels, 3, stride, 1, groups=channels, bias=False)
 
 
-def _shuffled(left: Tensor, right: Tensor) -> Tensor:
+def shuffled(left: Tensor, right: Tensor) -> Tensor:
     """Channels of both (N, C, H, W) in turns -> (N, 2C, H, W)."""
     return torch.stack([left, right], dim=2).flatten(1, 2)
 
@@ -41,7 +41,7 @@ class Unit(nn.Module):
         left, right = x.chunk(2, dim=1)
         right = F.relu(self.bn1(self.conv1(right)))
         right = self.bn2(self.conv2(right))
-        return _shuffled(left, F.relu(self.bn3(self.conv3(right))))
+        return shuffled(left, F.relu(self.bn3(self.conv3(right))))
 
 
 class DownUnit(nn.Module):
@@ -60,7 +60,7 @@ class DownUnit(nn.Module):
         left = F.relu(self.bn2(self.conv2(self.bn1(self.conv1(x)))))
         right = F.relu(self.bn3(self.conv3(x)))
         right = self.bn4(self.conv4(right))
-        return _shuffled(left, F.relu(self.bn5(self.conv5(right))))
+        return shuffled(left, F.relu(self.bn5(self.conv5(right))))
 
 
 class ShuffleNetV2(nn.Module):
