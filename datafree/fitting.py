@@ -177,7 +177,10 @@ def _translated(fit: Fit, model: nn.Module) -> Iterator[Fit]:
             tensors = dict(translate(dict(fit.tensors), model))
         except Exception:  # made for other files
             return
-        yield Fit(tensors, fit.outside, fit.prefix, [*fit.notes, f"{owner} translated its names"])
+        resized = [n for n, t in tensors.items() if n in fit.tensors and t.shape != fit.tensors[n].shape]
+        dropped = [n for n in fit.tensors if n not in tensors] if tensors.keys() <= fit.tensors.keys() else []
+        note = f"{owner} translated its weights" + f", and resized {', '.join(resized)}" * bool(resized)
+        yield Fit(tensors, [*fit.outside, *dropped], fit.prefix, [*fit.notes, note])
 
 
 def _renamed(weights: dict[str, Tensor], off: str, on: str) -> dict[str, Tensor]:

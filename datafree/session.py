@@ -115,7 +115,10 @@ class Session:
         if self.test is None:
             raise InputError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
         if not weights:
-            raise InputError(f"--evaluate_only has nothing to evaluate; name the weights by {option}")
+            raise InputError(
+                f"--evaluate_only has nothing to evaluate; name the weights by {option} (a teacher is evaluated by "
+                "train_scratch.py --evaluate_only, with --model, --weights, --mean and --std)"
+            )
         print("\n".join([*describe_notes(network), describe_normalisation(network)]))
         print(f"[Eval] {network.name} on {self.card.name}: {scores_line(self.score(network) or {})}")
 

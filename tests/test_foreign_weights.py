@@ -519,6 +519,17 @@ def test_timms_weights_and_normalisation(tmp_path):
     assert any(note.startswith("its own mean, 0.485,0.456,0.406, differs") for note in network.notes)
 
 
+def test_what_timm_does_to_weights_is_stated(tmp_path):
+    """A position embedding of another image size is resized; masks, which are computed, are dropped."""
+    pytest.importorskip("timm")
+    vit = build_model("timm:test_vit", CLASSES)
+    positions = vit.pos_embed.shape
+    weights = {**vit.state_dict(), "pos_embed": torch.randn(1, 17, positions[2])}
+    [note] = translated(vit, weights, tmp_path)
+    assert note.endswith("vision_transformer translated its weights, and resized pos_embed")
+    assert vit.pos_embed.shape == positions
+
+
 def test_a_registered_network_on_large_images_is_called_out():
     card = DatasetCard("large", 3, 224, 224, 3, (0.5,) * 3, (0.5,) * 3)
     [note] = Network.build("resnet8", card).notes
