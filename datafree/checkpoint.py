@@ -136,9 +136,6 @@ def load_weights(
     own = {name: tensor for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
     whole, tried = fitting.find_fits(weights, model, own)
     fit = _only_one(whole, path, key_option) if whole else min(tried, key=lambda fit: len(fit.missing(own)))
-    for name, tensor in fit.tensors.items():
-        if name in own and tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
     with fitting.restored_on_error(own):
         try:
             missing, extra = fitting.load(model, fit, own)
@@ -148,6 +145,9 @@ def load_weights(
             _check_shapes(fit.wrong_shapes(own), path)
             raise InputError(f"{path} cannot be loaded into the model: {error}") from error
         _check_names(missing, extra if missing else fitting.changes_the_network(fit, own, extra), path)
+        for name, value in model.state_dict().items():
+            if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
     left_out = [*extra, *fit.outside]
     return fit.notes + [f"{len(left_out)} of its file's tensors left out: {_few(left_out)}"] * bool(left_out)
 

@@ -17,6 +17,7 @@ from typing import Any, TypeVar
 from datafree.errors import InputError
 
 T = TypeVar("T")
+MARK = re.compile(r"@[0-9a-f]{8}\b")  # on the name of a package that a user's file is in, see _import_in_package
 
 
 def is_custom(name: str) -> bool:
@@ -94,11 +95,8 @@ def _import(source: str) -> ModuleType:
     try:
         return _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        # The mark that _import_in_package gives a package is no part of what the user wrote.
+        # The mark is no part of what the user wrote.
         raise InputError(f"'{source}' cannot be imported: {MARK.sub('', first_line(error))}") from error
-
-
-MARK = re.compile(r"@[0-9a-f]{8}(?=\b)")
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -250,6 +250,18 @@ def test_the_former_names_of_a_vision_transformer(tmp_path):
     assert_equal_states(model, source)
 
 
+def test_a_former_name_of_a_weight_that_is_not_finite(tmp_path):
+    source, model = (nn.Sequential(torchvision.models.vision_transformer.MLPBlock(4, 4, 0.0)) for _ in range(2))
+    former = {
+        name.replace("0.0.", "0.linear_1.").replace("0.3.", "0.linear_2."): t for name, t in source.state_dict().items()
+    }
+    former["0.linear_2.bias"][0] = torch.nan
+    before = model[0][0].weight.clone()
+    with pytest.raises(InputError, match="0.3.bias is not finite"):
+        translated(model, former, tmp_path)
+    assert torch.equal(model[0][0].weight, before)
+
+
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 @pytest.mark.parametrize("forms", ["old to new", "new to old"])
 def test_both_forms_of_weight_norm(forms, tmp_path):
