@@ -30,7 +30,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
     from datafree.view_cache import build_cache
 
     config, options = session.config, session.config.student
-    student = session.network("student", options.student, options.student_weights)
+    student = session.network("student", options.student, options.student_weights, key=options.student_weights_key)
     if config.run.evaluate_only:
         session.evaluate_only(student, "--student_weights", options.student_weights)
         return
@@ -45,7 +45,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
         schedule,
         model=options.student,
         name=(config.method, config.teacher.teacher, options.student, *custom_learner(config)),
-        plan=describe_distillation(config, session.card, schedule, teacher, source, learner.cache),
+        plan=describe_distillation(config, session.card, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation),
     )

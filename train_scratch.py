@@ -27,7 +27,9 @@ def supervised(session: "Session") -> "Iterator[Training]":
     from datafree.training import Training, publish_weights
 
     config, options = session.config, session.config.training
-    network = session.network("model", options.model, options.weights)
+    network = session.network(
+        "model", options.model, options.weights, options.mean or (), options.std or (), key=options.weights_key
+    )
     if config.run.evaluate_only:
         session.evaluate_only(network, "--weights", options.weights)
         return

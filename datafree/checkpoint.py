@@ -5,6 +5,8 @@ import codecs
 import os
 import re
 import shutil
+import warnings
+from collections import Counter, OrderedDict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +16,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from datafree import fitting
 from datafree.errors import InputError
+from datafree.formats import is_safetensors, other_kind
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
-WRAPPERS = ("module.", "_orig_mod.")  # put before every name by DataParallel and by torch.compile
+# Where it may keep their average over the training: timm, torchvision's reference training, others.
+AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict_ema", "ema_model", "net_ema", "ema")
+KEY_OPTION = "--weights_key"
 LAST_WEIGHTS = ("model_last.pth", "student_last.pth")  # of a run, and of one of an earlier version
 PLAIN = (int, float, str, list, tuple)
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
@@ -55,18 +61,22 @@ def link(source: str | Path, path: str | Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU; no code in the file is ever run. Raises InputError."""
     _check_readable(path)
+    if is_safetensors(path):
+        return _load_safetensors(Path(path))
+    if kind := other_kind(path):
+        raise InputError(f"{path} is {kind}")
     try:
-        with torch.serialization.safe_globals(HARMLESS):
+        with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about types of storage that are deprecated
             state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
             raise InputError(
-                f"{path} contains a pickled {code[1]}; refused, nothing was executed: "
-                "save it again as a dict of tensors, numbers and strings"
+                f"{path} contains a pickled {code[1]}; refused, nothing was executed: save it again as a dict of "
+                "tensors, numbers and strings, which of a whole network is torch.save(network.state_dict(), FILE)"
             ) from error
-        size = f"{os.path.getsize(path):,} bytes"
-        raise InputError(f"{path} is truncated or no torch checkpoint ({size}); copy or download it again") from error
+        raise InputError(f"{path} {_broken(path)}") from error
     if not isinstance(state, dict):
         raise InputError(f"{path} holds a {type(state).__name__}; a checkpoint or state_dict is a dict")
     return state
@@ -100,30 +110,50 @@ def weights_file(path: str | Path) -> Path:
     )
 
 
-def read_weights(path: str | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read_weights(
+    path: str | Path, key: str = "", notes: list[str] | None = None, key_option: str = KEY_OPTION
+) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The state_dict in the file ``path``, and the plain values beside it (acc1, dataset, ...).
 
-    The file is a state_dict, a checkpoint that holds one under a key of WEIGHT_KEYS, or safetensors; or the folder of
-    a run is given. Raises InputError if it cannot be read or holds no weights.
+    The file is a state_dict, a checkpoint that holds one under a key of WEIGHT_KEYS or else of AVERAGED_KEYS, or
+    safetensors; or the folder of a run is given. key: of the state_dict instead, with dots where it is nested, or a
+    prefix of names in it. notes: gets a sentence if the file has several sets of weights, or more than tensors.
+    key_option: the option that gives the key, for these sentences.
+    Raises InputError if the file cannot be read or holds no weights.
     """
     path = weights_file(path)
-    return _split(_load_safetensors(path) if path.suffix == ".safetensors" else load(path), path)
+    contents = _load_safetensors(path) if path.suffix == ".safetensors" else load(path)
+    notes = [] if notes is None else notes
+    metadata = {} if _is_state_dict(contents) else {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
+    return _tensors(_chosen(contents, key, path, notes, key_option), path, notes), metadata
 
 
-def load_weights(model: nn.Module, weights: dict[str, Tensor], path: str | Path) -> None:
-    """Load ``weights``, read from ``path``, into ``model``.
+def load_weights(
+    model: nn.Module, weights: dict[str, Tensor], path: str | Path, key_option: str = KEY_OPTION
+) -> list[str]:
+    """Load ``weights``, read from ``path``, into ``model`` -> what was done to their names, and what was left out.
 
-    The model changes only if every tensor fits and is finite; otherwise an InputError names what does not.
+    The model changes only if it gets every tensor, and only finite ones; otherwise an InputError names what does not
+    fit. Names may have a prefix, or be those of an earlier version that their owner translates. Tensors that the model
+    does not need are left out, unless they tell of another network.
     """
-    own = model.state_dict()
-    while not weights.keys() & own.keys() and all(name.startswith(WRAPPERS) for name in weights):
-        weights = {name.partition(".")[2]: tensor for name, tensor in weights.items()}
-    _check_names(weights, own, path)
-    _check_shapes(weights, own, path)
-    for name, tensor in weights.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
-    model.load_state_dict(dict(weights))  # without its record of versions, torch fills absent counters
+    own = {name: tensor for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
+    whole, tried = fitting.find_fits(weights, model, own)
+    fit = _only_one(whole, path, key_option) if whole else min(tried, key=lambda fit: len(fit.missing(own)))
+    with fitting.restored_on_error(own):
+        try:
+            missing, extra = fitting.load(model, fit, own)
+        except InputError as error:
+            missing = fit.missing(own)
+            _check_names(missing, fit.extra(own) if missing else fitting.changes_the_network(fit, own), path)
+            _check_shapes(fit.wrong_shapes(own), path)
+            raise InputError(f"{path} cannot be loaded into the model: {error}") from error
+        _check_names(missing, extra if missing else fitting.changes_the_network(fit, own, extra), path)
+        for name, value in model.state_dict().items():
+            if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
+                raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
+    left_out = [*extra, *fit.outside]
+    return fit.notes + [f"{len(left_out)} of its file's tensors left out: {_few(left_out)}"] * bool(left_out)
 
 
 def stored_accuracy(path: str | Path, model: str) -> float | None:
@@ -168,6 +198,15 @@ def _check_readable(path: str | Path) -> None:
         raise InputError(f"{path} may not be read; change its permissions")
 
 
+def _broken(path: str | Path) -> str:
+    """Why a file is none that torch wrote, or not all of it, and the way."""
+    with open(path, "rb") as file:
+        head = file.read(64)
+    pointer = " (it is a pointer of Git LFS: git lfs pull)" * head.startswith(b"version https://git-lfs")
+    size = f"{os.path.getsize(path):,} bytes"
+    return f"is truncated or no torch checkpoint ({size}); copy or download it again{pointer}"
+
+
 def _load_safetensors(path: Path) -> dict[str, Any]:
     _check_readable(path)
     try:
@@ -180,40 +219,108 @@ def _load_safetensors(path: Path) -> dict[str, Any]:
         raise InputError(f"{path} is truncated or no safetensors file; copy or download it again") from error
 
 
-def _split(contents: dict[str, Any], path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict in a checkpoint, and the plain values (numbers, strings, lists) beside it."""
+def _chosen(contents: dict[str, Any], key: str, path: Path, notes: list[str], key_option: str) -> dict[str, Any]:
+    """The state_dict under ``key``, or under a usual one, or the whole of the file's ``contents``."""
+    if key:
+        return _named(contents, key, path, key_option)
     if _is_state_dict(contents):
-        return contents, {}
-    for key in WEIGHT_KEYS:
-        if _is_state_dict(contents.get(key)):
-            return contents[key], {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
-    raise InputError(
-        f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "
-        f"{', '.join(WEIGHT_KEYS)}, such as a run's model_last.pth"
-    )
+        return contents
+    found = [k for k in (*WEIGHT_KEYS, *AVERAGED_KEYS) if _is_state_dict(contents.get(k))]
+    if not found and 2 * sum(map(torch.is_tensor, contents.values())) > len(contents):
+        return contents  # with numbers among the tensors
+    if not found:
+        raise InputError(
+            f"{path} holds no weights (found: {_few(contents)}); give a state_dict, bare or under "
+            f"{', '.join(WEIGHT_KEYS)}, such as a run's model_last.pth, or name their key by {key_option}"
+        )
+    taken, shapes = contents[found[0]], _shapes(contents[found[0]])
+    others = [k for k, v in contents.items() if k != found[0] and _is_state_dict(v) and not shapes - _shapes(v)]
+    if others:
+        averaged = [k for k in others if k in AVERAGED_KEYS]
+        which = "averages over the training" if averaged else "others of the same shapes"
+        notes.append(
+            f"its weights are those under {found[0]} in its file; {which} are under {', '.join(averaged or others)}, "
+            f"which {key_option} can name"
+        )
+    elif found[0] in AVERAGED_KEYS:
+        notes.append(f"its weights are those under {found[0]}, an average over the training, as its file has no others")
+    return taken
+
+
+def _named(contents: dict[str, Any], key: str, path: Path, key_option: str) -> dict[str, Any]:
+    """What is at ``key`` in the contents: a dict there, with dots for what is nested, or names with that prefix."""
+    value: Any = contents
+    for part in [key] if key in contents else key.split("."):
+        value = value.get(part) if isinstance(value, dict) else None
+    if _is_state_dict(value):
+        return value
+    for weights in (contents, *(contents.get(k) for k in (*WEIGHT_KEYS, *AVERAGED_KEYS))):
+        if weights is not None and _is_state_dict(weights):
+            start = key.removesuffix(".") + "."
+            named = {name[len(start) :]: tensor for name, tensor in weights.items() if name.startswith(start)}
+            if named:
+                return named
+    raise InputError(f"{path} holds no weights under {key} (found: {_few(contents)}); correct {key_option}")
+
+
+def _tensors(weights: dict[str, Any], path: Path, notes: list[str]) -> dict[str, Tensor]:
+    """``weights`` without entries that are no tensors; raises InputError if they are a quantised network's."""
+    others = [name for name, value in weights.items() if not torch.is_tensor(value)]
+    quantised = [name for name in others if "_packed_params" in name]
+    quantised += [name for name, value in weights.items() if torch.is_tensor(value) and value.is_quantized]
+    if quantised:
+        raise InputError(
+            f"{path} holds the weights of a quantised network ({_few(quantised)}), which has no gradients; give those "
+            "that it had before its quantisation"
+        )
+    if others:
+        notes.append(f"{len(others)} of its file's entries left out, which are no tensors: {_few(others)}")
+        kept = OrderedDict((name, value) for name, value in weights.items() if torch.is_tensor(value))
+        kept._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]
+        return kept
+    return weights
 
 
 def _is_state_dict(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and len(value) > 0
-        and all(isinstance(name, str) and torch.is_tensor(tensor) for name, tensor in value.items())
+    """Whether it is a dict of tensors by name; quantised networks and some layers have other entries, too."""
+    if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
+        return False
+    tensors = sum(torch.is_tensor(entry) for entry in value.values())
+    return tensors > 0 and all(
+        torch.is_tensor(entry) or "_packed_params" in name or name.endswith(("_extra_state", "zero_point", "scale"))
+        for name, entry in value.items()
     )
 
 
-def _check_names(weights: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:
-    # a batch counter that decides nothing, absent from files older than torch 0.4.1
-    missing = [n for n in own if n not in weights and not n.endswith("num_batches_tracked")]
-    unexpected = [n for n in weights if n not in own]
-    if missing or unexpected:
+def _shapes(weights: dict[str, Any]) -> Counter[tuple[int, ...]]:
+    """How often each shape occurs, but those of counters."""
+    return Counter(tuple(t.shape) for t in weights.values() if torch.is_tensor(t) and t.dim())
+
+
+def _only_one(fits: list[fitting.Fit], path: str | Path, key_option: str) -> fitting.Fit:
+    """The one of ``fits`` that is the network's own: without a prefix, or behind that of a wrapper."""
+    plain = [fit for fit in fits if not fit.prefix] or [fit for fit in fits if fit.prefix in fitting.WRAPPERS]
+    if len(plain) != 1 and len({fit.prefix for fit in fits}) > 1:
+        raise InputError(
+            f"{path} holds several sets of weights that fit, under {', '.join(fit.prefix for fit in fits)}; "
+            f"name one of them by {key_option}"
+        )
+    fit = (plain or fits)[0]
+    others = [other.prefix for other in fits if other.prefix and other.prefix != fit.prefix]
+    if others:
+        fit.notes.append(f"weights that fit as well are under {', '.join(others)}, which {key_option} can name")
+    return fit
+
+
+def _check_names(missing: list[str], extra: list[str], path: str | Path) -> None:
+    if missing or extra:
         raise InputError(
             f"{path} does not fit the model: {len(missing)} tensors missing ({_few(missing)}), "
-            f"{len(unexpected)} unexpected ({_few(unexpected)}); weights of another model?"
+            f"{len(extra)} unexpected ({_few(extra)}); weights of another model?"
         )
 
 
-def _check_shapes(weights: dict[str, Tensor], own: dict[str, Tensor], path: str | Path) -> None:
-    wrong = {n: (tuple(t.shape), tuple(own[n].shape)) for n, t in weights.items() if t.shape != own[n].shape}
+def _check_shapes(wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], path: str | Path) -> None:
     if not wrong:
         return
     name, (theirs, ours) = next(iter(wrong.items()))

@@ -168,16 +168,26 @@ class Data:
 class Teacher:
     """The frozen network whose knowledge is transferred."""
 
-    teacher: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
+    teacher: str = option(
+        "wrn40_2", "Registered model, torchvision:NAME, timm:NAME, path/to/file.py:factory or package:factory."
+    )
     teacher_weights: str = option(
         "",
-        "File of its weights, or folder of the run that trained it; checkpoints/pretrained/<dataset>_<teacher>.pth if "
-        "empty.",
+        "File of its weights, or folder of the run that trained it; own: those that the model brings; "
+        "checkpoints/pretrained/<dataset>_<teacher>.pth if empty.",
+        affects_result=False,
+    )
+    teacher_weights_key: str = option(
+        "",
+        "Key of its weights in that file, such as state_dict_ema for averaged ones, or prefix of their names; the "
+        "usual ones if empty.",
+        unused_when={"teacher_weights": ("own",)},
         affects_result=False,
     )
     teacher_mean: tuple[float, ...] = option(
         (),
-        "Its input mean per channel, in [0, 1]; if empty, the one stored with its weights, or else the data card's.",
+        "Its input mean per channel, in [0, 1]; if empty, the one stored with its weights, or else the one that the "
+        "model itself states, or else the data card's.",
         low=0,
         high=1,
     )
@@ -201,7 +211,14 @@ class Student:
     student: str = option("wrn16_1", "Model, named like the teacher.")
     student_weights: str = option(
         "",
-        "File or run folder of weights to start from, or to evaluate; randomly initialised if empty.",
+        "File or run folder of weights to start from, or to evaluate; own: those that the model brings; randomly "
+        "initialised if empty.",
+        affects_result=False,
+    )
+    student_weights_key: str = option(
+        "",
+        "Key of its weights in that file, like the teacher's.",
+        unused_when={"student_weights": ("", "own")},
         affects_result=False,
     )
 
@@ -479,11 +496,31 @@ class ScratchOptim(Optim):
 class Training:
     """Supervised training on real images."""
 
-    model: str = option("wrn40_2", "Registered model, torchvision model, path/to/file.py:factory or package:factory.")
+    model: str = option(
+        "wrn40_2", "Registered model, torchvision:NAME, timm:NAME, path/to/file.py:factory or package:factory."
+    )
     weights: str = option(
         "",
-        "File or run folder of weights to start from, or to evaluate; randomly initialised if empty.",
+        "File or run folder of weights to start from, or to evaluate; own: those that the model brings; randomly "
+        "initialised if empty.",
         affects_result=False,
+    )
+    weights_key: str = option(
+        "",
+        "Key of the weights in that file, such as state_dict_ema for averaged ones, or prefix of their names; the "
+        "usual ones if empty.",
+        unused_when={"weights": ("", "own")},
+        affects_result=False,
+    )
+    mean: tuple[float, ...] | None = option(
+        None,
+        "The network's input mean per channel, in [0, 1]; if empty, the one stored with its weights, or else the one "
+        "that the model itself states, or else the data card's.",
+        low=0,
+        high=1,
+    )
+    std: tuple[float, ...] | None = option(
+        None, "Its input standard deviation per channel; defaults like the mean.", low=1e-6, high=1
     )
     epochs: int = option(200, "Epochs; the learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
     batch_size: int = option(128, "Images of a step.", low=1)

@@ -9,11 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datafree import checkpoint
+from datafree import checkpoint, fitting
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
-from datafree.models.factory import build_model, find_model
+from datafree.models import MODELS
+from datafree.models.factory import (
+    AUXILIARY_HEADS,
+    build_model,
+    find_model,
+    is_from_library,
+    own_normalisation,
+    torchvisions_networks,
+)
 from datafree.plugins import is_custom, short_name
 
 
@@ -26,7 +34,7 @@ def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
 def _stated_model(metadata: dict[str, Any], path: Path) -> str:
     """The registered model that a file of weights states; a user-defined one would run code that the file chooses."""
     model = _stated(metadata, "model", path)
-    if not isinstance(model, str) or is_custom(model):
+    if not isinstance(model, str) or (is_custom(model) and not is_from_library(model)):
         raise InputError(f"{path} states the model {model!r}, which is not a registered one; name the model")
     return model
 
@@ -43,6 +51,39 @@ def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
         raise InputError(f"{path}: {error}") from None
 
 
+LARGE = 96  # pixels from which a registered network, whose stem is for 32, does many times the usual work
+
+
+def _option(role: str, name: str) -> str:
+    """The option that gives ``name`` (mean, std, weights_key) of the network called ``role``."""
+    if role == "student" and name in ("mean", "std"):
+        return "the data card"
+    return f"--{role}_{name}" if role in ("teacher", "student") else f"--{name}"
+
+
+def _large_images(model: str, card: DatasetCard) -> list[str]:
+    """A sentence if ``model`` is a registered network for small images and those of ``card`` are large."""
+    if model not in MODELS or min(card.height, card.width) < LARGE:
+        return []
+    others = torchvisions_networks(model)[-1:]
+    return [
+        f"it is made for images of about 32 pixels and does {card.height * card.width / 1024:.0f} times that work at "
+        f"{card.height}x{card.width}" + "".join(f"; {other} is for large images" for other in others)
+    ]
+
+
+def _with_hint(error: InputError, model: str, weights: dict[str, Tensor], classes: int) -> InputError:
+    """``error``, with the name of torchvision's network if the weights are of that one and not of ours."""
+    for other in torchvisions_networks(model):
+        with torch.device("meta"):
+            twin = build_model(other, classes)
+        own = twin.state_dict()
+        whole, _ = fitting.find_fits(weights, twin, own)
+        if any(not fitting.changes_the_network(fit, own) for fit in whole):
+            return InputError(f"{error} They are those of {other}, which is another network than {model}")
+    return error
+
+
 def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
     """``values`` of a mean or std, which must be one number per channel."""
     low = 1e-6 if key == "std" else 0
@@ -50,10 +91,13 @@ def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float
     if not numbers or len(values) != card.channels or not all(low <= v <= 1 for v in values):
         raise InputError(
             f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the {card.channels} channels of "
-            f"{card.name}; correct {'--teacher_' + key if role == 'teacher' else 'the data card'}, or the file of its "
-            "weights, if that states it"
+            f"{card.name}; correct {_option(role, key)}, or the file of its weights, if that states it"
         )
     return tuple(values)
+
+
+def _numbers(values: Sequence[float]) -> str:
+    return ",".join(f"{value:.4g}" for value in values)
 
 
 class Network(nn.Module):
@@ -63,7 +107,8 @@ class Network(nn.Module):
     teacher and a student with different ones see the same views.
 
     shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units. metadata: what the file of its
-    weights states (acc1, epoch, dataset, ...), if there is one.
+    weights states (acc1, epoch, dataset, ...), if there is one. notes: sentences on what was guessed, converted or left
+    out when it was built, without their subject.
     """
 
     def __init__(
@@ -78,6 +123,7 @@ class Network(nn.Module):
         super().__init__()
         self.model = model.to(memory_format=torch.channels_last)
         self.shape, self.name, self.metadata = tuple(shape), name, metadata or {}
+        self.notes: list[str] = []
         self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
@@ -96,14 +142,42 @@ class Network(nn.Module):
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
         role: str = "network",
+        pretrained: bool = False,
     ) -> "Network":
         """The network called ``model``, randomly initialised, for the images of ``card``.
 
-        num_classes, mean, std: instead of the card's. role: what messages call it.
+        num_classes, mean, std: instead of the card's. role: what messages call it. pretrained: with the weights that
+        its factory brings, and the mean and std that these state.
         """
-        module = build_model(model, num_classes or card.num_classes, card.channels)
-        mean, std = (_checked(role, key, v or getattr(card, key), card) for key, v in (("mean", mean), ("std", std)))
-        return cls(module, card.shape, mean, std, f"{role} {short_name(model)}")
+        module = build_model(model, num_classes or card.num_classes, card.channels, pretrained)
+        network = cls._made(module, model, card, {"mean": mean, "std": std}, role, pretrained)
+        if pretrained:
+            network.notes.append("its weights are those that the model brings")
+        return network
+
+    @classmethod
+    def _made(
+        cls,
+        module: nn.Module,
+        model: str,
+        card: DatasetCard,
+        given: dict[str, Sequence[float]],
+        role: str,
+        use_own: bool,
+    ) -> "Network":
+        """The network of ``module``; use_own: its own mean and std, if it states them, come before the card's."""
+        own = {key: v for key, v in own_normalisation(module).items() if use_own and len(v) == card.channels}
+        used = {key: _checked(role, key, given[key] or own.get(key) or getattr(card, key), card) for key in given}
+        network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(model)}")
+        network.notes += _large_images(model, card)
+        for key, values in own.items():
+            other, whose = (used[key], "used here") if given[key] else (getattr(card, key), "of the data card")
+            if values != tuple(other):
+                taken = "" if given[key] else f", is used; {_option(role, key)} gives another"
+                network.notes.append(
+                    f"its own {key}, {_numbers(values)}, differs from that {whose}, {_numbers(other)}{taken}"
+                )
+        return network
 
     @classmethod
     def from_file(
@@ -116,23 +190,38 @@ class Network(nn.Module):
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
         role: str = "network",
+        key: str = "",
     ) -> "Network":
         """The network whose weights are in the file ``path``, or in the folder of a run.
 
         Files that this program writes state their model, shape, number of classes, mean and standard deviation, so that
         nothing else is needed, except the ``model`` if it is user-defined. Arguments take the place of what the file
-        states; with a ``card`` so do its shape and its number of classes, and its mean and std are used if the file
-        states none. Raises InputError for what is neither given nor stated, and for weights that do not fit the model.
+        states; with a ``card`` so do its shape and its number of classes. Where the file states no mean and std, those
+        that the model itself states are used, or else the card's. key: of the weights in the file, see
+        :func:`datafree.checkpoint.read_weights`. Raises InputError for what is neither given nor stated, and for
+        weights that do not fit the model.
         """
         if model:
             find_model(model)  # an unknown name is reported before a missing file
-        path = checkpoint.weights_file(path)
-        weights, metadata = checkpoint.read_weights(path)
+        notes: list[str] = []
+        path, option = checkpoint.weights_file(path), _option(role, "weights_key")
+        weights, metadata = checkpoint.read_weights(path, key, notes, option)
         model, card = model or _stated_model(metadata, path), card or _stated_card(metadata, path)
         given = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
-        network = cls.build(model, card, num_classes=num_classes, role=role, **given)
-        checkpoint.load_weights(network.model, weights, path)
-        network.metadata = metadata
+        module = build_model(model, num_classes or card.num_classes, card.channels)
+        network, modules = cls._made(module, model, card, given, role, use_own=True), list(module.modules())
+        try:
+            notes += checkpoint.load_weights(network.model, weights, path, option)
+        except InputError as error:
+            raise _with_hint(error, model, weights, num_classes or card.num_classes) from error
+        if modules != list(module.modules()):  # a module was replaced by one of an earlier version, without hooks
+            network = cls._made(module, model, card, given, role, use_own=True)
+        if model.rpartition(":")[2] in AUXILIARY_HEADS and not mean:
+            notes.append(
+                "if its weights come from torchvision's, which expect mean 0.5 and std 0.5 (transform_input), "
+                f"give these by {_option(role, 'mean')} and {_option(role, 'std')}"
+            )
+        network.metadata, network.notes = metadata, notes + network.notes
         return network
 
     @property

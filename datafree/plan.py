@@ -19,6 +19,7 @@ def describe_distillation(
     card: DatasetCard,
     schedule: Schedule,
     teacher: Network,
+    student: Network,
     source: BaseSynthesis,
     cache: ViewCache | None,
 ) -> list[str]:
@@ -26,7 +27,8 @@ def describe_distillation(
     pair = f"{config.teacher.teacher} -> {config.student.student}"
     lines = [
         f"Plan: distilling {pair} on {describe_images(card)}, on {teacher.device}.",
-        describe_teacher(teacher),
+        describe_normalisation(teacher),
+        *describe_notes(teacher, student),
         describe_source(config.synthesis.source, teacher),
     ]
     if isinstance(source, OptimisedSynthesis):
@@ -45,7 +47,8 @@ def describe_training(model: str, card: DatasetCard, images: int, schedule: Sche
     """The plan of supervised training."""
     return [
         f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
-        f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images."
+        f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
+        *describe_notes(network),
     ]
 
 
@@ -54,16 +57,19 @@ def describe_images(card: DatasetCard) -> str:
     return f"{card.name}, {'x'.join(map(str, card.shape))}, {card.num_classes} classes"
 
 
-def describe_teacher(teacher: Network) -> str:
-    """What its file states of the teacher, and its normalisation."""
+def describe_normalisation(network: Network) -> str:
+    """What its file states of the network, and its normalisation."""
     stated = [
-        f"{key} {_rounded(teacher.metadata[key])}" for key in ("dataset", "epoch", "acc1") if key in teacher.metadata
+        f"{key} {_rounded(network.metadata[key])}" for key in ("dataset", "epoch", "acc1") if key in network.metadata
     ]
-    mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (teacher.mean, teacher.std))
-    return (
-        f"The {teacher.name} ({', '.join(stated) or 'no metadata in its file'}) normalises images by mean {mean}, "
-        f"std {std}."
-    )
+    mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (network.mean, network.std))
+    about = ", ".join(stated) or "nothing else is stated with its weights"
+    return f"The {network.name} ({about}) normalises images by mean {mean}, std {std}."
+
+
+def describe_notes(*networks: Network) -> list[str]:
+    """What was guessed, converted or left out when the networks were built."""
+    return [f"The {network.name}: {note}." for network in networks for note in network.notes]
 
 
 def describe_source(name: str, teacher: Network) -> str:

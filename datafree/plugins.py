@@ -1,5 +1,6 @@
 """User-defined classes and functions, named ``path/to/file.py:name`` or ``package.module:name`` on a command line."""
 
+import ast
 import hashlib
 import importlib
 import importlib.util
@@ -7,7 +8,8 @@ import inspect
 import re
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
@@ -16,6 +18,7 @@ from typing import Any, TypeVar
 from datafree.errors import InputError
 
 T = TypeVar("T")
+MARK = re.compile(r"@[0-9a-f]{8}\b")  # on the name of a package that a user's file is in, see _import_in_package
 
 
 def is_custom(name: str) -> bool:
@@ -106,24 +109,65 @@ def _import(source: str) -> ModuleType:
     try:
         return _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
     except (Exception, SystemExit) as error:
-        raise InputError(f"'{source}' cannot be imported: {first_line(error)}") from error
+        # The mark is no part of what the user wrote.
+        raise InputError(f"'{source}' cannot be imported: {MARK.sub('', first_line(error))}") from error
 
 
 def _import_file(path: Path) -> ModuleType:
     # The module's name is the full path: a file called random.py must not replace Python's own random.
     # Its state when it was read is part of the name, so that a file that changed since is read again.
-    name = f"{path}@{digest(path.read_bytes())}"
-    if name in sys.modules:
-        return sys.modules[name]
-    spec = importlib.util.spec_from_file_location(name, path)
+    contents = path.read_bytes()
+    dots = max((n.level for n in ast.walk(ast.parse(contents)) if isinstance(n, ast.ImportFrom)), default=0)
+    with _on_path([str(path.parent)]):  # the file may import its neighbours
+        if dots:
+            return _import_in_package(path, _package_root(path, dots), digest(str(path).encode(), contents))
+        name = f"{path}@{digest(contents)}"
+        return sys.modules[name] if name in sys.modules else _execute(path, name)
+
+
+@contextmanager
+def _on_path(folders: list[str]) -> Iterator[None]:
+    """Modules are found in ``folders``, too, while the block runs."""
+    sys.path[:0] = folders
+    try:
+        yield
+    finally:
+        for folder in folders:
+            sys.path.remove(folder)
+
+
+def _package_root(path: Path, dots: int) -> Path:
+    """The folder of the outermost package that ``path`` is in: which has __init__.py, or which its dots lead to."""
+    root = path.parent
+    while dots > 1 or (root.parent / "__init__.py").is_file():
+        root, dots = root.parent, dots - 1
+    return root
+
+
+def _import_in_package(path: Path, root: Path, mark: str) -> ModuleType:
+    """The module in ``path``, which imports others by dots, as a part of the package in the folder ``root``.
+
+    The package has ``mark`` in its name, so that packages of equal names do not replace one another.
+    """
+    package = f"{root.name.replace('.', '_')}@{mark}"
+    with _on_path([str(root.parent)]):
+        if package not in sys.modules:
+            if (root / "__init__.py").is_file():
+                _execute(root / "__init__.py", package, [str(root)])
+            else:
+                sys.modules[package] = ModuleType(package)
+                sys.modules[package].__path__ = [str(root)]
+        return importlib.import_module(".".join([package, *path.relative_to(root).with_suffix("").parts]))
+
+
+def _execute(path: Path, name: str, search: list[str] | None = None) -> ModuleType:
+    """Execute the file ``path`` as the module ``name``. search: folders of its submodules, if it is a package."""
+    spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=search)
     assert spec and spec.loader  # of a .py file
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    sys.path.insert(0, str(path.parent))  # the file may import its neighbours
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
-    finally:
-        sys.path.remove(str(path.parent))
     return module

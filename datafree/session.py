@@ -10,13 +10,16 @@ import torch
 from datafree.augment import CropFlip
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
-from datafree.errors import InputError, OptionError
+from datafree.errors import InputError
 from datafree.evaluators import evaluate, scores_line
+from datafree.models.factory import find_model
 from datafree.network import Network
+from datafree.plan import describe_normalisation, describe_notes
 from datafree.plugins import digest, short_name
 from datafree.runtime import autocast, choose_device, require_compiler, seed_everything, set_threads
 
 PIXELS_AT_ONCE = 500 * 128 * 128  # of an evaluation: 500 images at most, and fewer large ones
+OWN = "own"  # in place of a file: the weights that the model's factory brings
 
 
 class Session:
@@ -62,15 +65,20 @@ class Session:
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
         num_classes: int = 0,
+        key: str = "",
     ) -> Network:
         """Build ``model`` and load ``weights``, if given -> :class:`Network` on the device.
 
-        Without ``mean`` and ``std``, those stored with the weights are used, or else the card's. num_classes: instead
-        of the card's, as for a teacher of the old classes alone.
+        weights: a file, the folder of a run, or OWN, for those that the model's factory brings. Without ``mean`` and
+        ``std``, those stored with the weights are used, or else the model's own, or else the card's. num_classes:
+        instead of the card's, as for a teacher of the old classes alone. key: of the weights in their file.
         """
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role}
         if weights:
-            network = Network.from_file(weights, model, self.card, **options)
+            if weights == OWN:
+                network = Network.build(model, self.card, pretrained=True, **options)
+            else:
+                network = Network.from_file(weights, model, self.card, key=key, **options)
             tensors = (tensor.contiguous().numpy().tobytes() for tensor in network.model.state_dict().values())
             self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*tensors)
         else:
@@ -87,16 +95,17 @@ class Session:
     def load_teacher(self) -> Network:
         """The teacher with its weights, frozen."""
         options = self.config.teacher
-        weights = options.teacher_weights or published_weights(self.card.name, options.teacher)
-        try:
-            network = self.network("teacher", options.teacher, weights, options.teacher_mean, options.teacher_std)
-        except InputError as error:
-            if options.teacher_weights or Path(weights).exists() or isinstance(error, OptionError):
-                raise
-            raise InputError(
-                f"{error} (train it by: python train_scratch.py --dataset {self.card.name} "
-                f"--model {options.teacher}; or give --teacher_weights)"
-            ) from None
+        weights: str | Path = options.teacher_weights
+        if not weights:
+            find_model(options.teacher)  # an unknown name is reported before a missing file
+            weights = published_weights(self.card.name, options.teacher)
+            if not weights.exists():
+                raise InputError(
+                    f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
+                    f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
+                )
+        mean, std, key = options.teacher_mean, options.teacher_std, options.teacher_weights_key
+        network = self.network("teacher", options.teacher, weights, mean, std, key=key)
         return network.freeze()
 
     @torch.no_grad()
@@ -120,9 +129,11 @@ class Session:
         if self.test is None:
             raise InputError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
         if not weights:
-            raise InputError(f"--evaluate_only has nothing to evaluate; name the weights by {option}")
-        for note in self.notes:
-            print(note)
+            raise InputError(
+                f"--evaluate_only has nothing to evaluate; name the weights by {option} (a teacher is evaluated by "
+                "train_scratch.py --evaluate_only, with --model, --weights, --mean and --std)"
+            )
+        print("\n".join([*self.notes, *describe_notes(network), describe_normalisation(network)]))
         print(f"[Eval] {network.name} on {self.card.name}: {scores_line(self.score(network) or {})}")
 
 

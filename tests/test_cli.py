@@ -127,12 +127,14 @@ BUSY = [
     "--cd_loss=1",
     "--oh=1",
     "--adv=1",
+    "--student_weights=student.pth",
 ]
+BUSY_OF = {DistillConfig: BUSY, ScratchConfig: ["--weights=weights.pth"]}
 
 
 @pytest.mark.parametrize("cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, Config))
 def test_every_field_is_set_alike_by_flag_dotted_flag_and_yaml(cls, section, name, text, value, file):
-    busy = BUSY if cls is DistillConfig and name != "source" else []  # a source may leave others unused
+    busy = BUSY_OF.get(cls, []) if name != "source" else []  # a source may leave others unused
     before = read(*busy, cls=cls)
     expected = replace(before, **{section: replace(getattr(before, section), **{name: value})})
     assert read(*busy, f"--{name}", text, cls=cls) == expected
@@ -204,6 +206,7 @@ def test_options_that_do_not_affect_the_result_do_not_count():
         *("save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq"),
         *("eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights"),
         *("student_weights", "weights", "teacher_acc", "view_cache", "compile"),
+        *("teacher_weights_key", "student_weights_key", "weights_key"),
     }
     for cls in CONFIGS:
         options = {o.name: o for o in list_options(cls) if o.section != "call"}

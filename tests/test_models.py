@@ -13,6 +13,7 @@ from datafree.errors import InputError, OptionError
 from datafree.models import MODELS
 from datafree.models.factory import build_model
 from datafree.models.resnet_cifar import Subsample
+from datafree.models.shufflenetv2 import Unit, shuffled
 from datafree.models.wresnet import PreActBlock
 
 SMALL = ["wrn16_1", "resnet8", "cifar_resnet20", "vgg8", "mobilenetv2", "shufflenetv2", "lenet5"]
@@ -41,7 +42,8 @@ PARAMETERS = {
     ("vgg8", 100): 3_965_028,
     ("vgg13", 100): 9_462_180,
     ("mobilenetv2", 1000): 3_504_872,
-    ("shufflenetv2", 1000): 2_278_604,
+    ("shufflenetv2", 10): 1_263_278,
+    ("shufflenetv2_torchvision", 1000): 2_278_604,
 }
 
 
@@ -142,6 +144,18 @@ def test_no_later_layer_changes_the_output_of_an_earlier_one(name):
         ),
         ("resnet50", ["layer1.0.shortcut.1.weight", "layer4.2.conv3.weight"], ["layer1.1.shortcut.0.weight"]),
         (
+            "shufflenetv2",
+            [
+                "bn1.weight",
+                "layer1.0.bn5.weight",
+                "layer2.7.conv3.weight",
+                "layer3.3.bn3.bias",
+                "bn2.bias",
+                "linear.bias",
+            ],
+            ["layer1.1.conv4.weight", "layer1.4.conv1.weight", "conv1.bias"],
+        ),
+        (
             "vgg11",
             ["block0.0.bias", "block2.3.weight", "block2.4.running_var", "classifier.weight"],
             ["block1.3.weight"],
@@ -154,7 +168,9 @@ def test_parameters_have_the_names_of_published_checkpoints(name, keys, absent):
     assert not names & set(absent)
 
 
-@pytest.mark.parametrize("name, original", [("mobilenetv2", "mobilenet_v2"), ("shufflenetv2", "shufflenet_v2_x1_0")])
+@pytest.mark.parametrize(
+    "name, original", [("mobilenetv2", "mobilenet_v2"), ("shufflenetv2_torchvision", "shufflenet_v2_x1_0")]
+)
 def test_torchvisions_weights_fit_where_only_strides_differ(name, original):
     weights = torchvision.models.get_model(original, num_classes=10).state_dict()
     MODELS[name](10).load_state_dict(weights)
@@ -277,6 +293,36 @@ def test_torchvisions_auxiliary_heads_are_off():
     assert model.training
 
 
+def test_a_shuffle_takes_the_channels_of_both_halves_in_turns():
+    left, right = torch.arange(3.0).view(1, 3, 1, 1), 10 + torch.arange(3.0).view(1, 3, 1, 1)
+    assert shuffled(left, right).flatten().tolist() == [0, 10, 1, 11, 2, 12]
+
+
+def test_a_shuffle_unit_passes_half_of_its_channels():
+    unit, x = Unit(8).eval(), torch.randn(2, 8, 5, 5)
+    assert torch.equal(unit(x)[:, ::2], x[:, :4]) and (unit(x)[:, 1::2] >= 0).all()
+
+
+def test_torchvisions_models_have_a_name_that_no_registered_model_hides():
+    assert build_model("torchvision:resnet18", 6).conv1.kernel_size == (7, 7)
+    with pytest.raises(OptionError, match="torchvision has no model 'resnet19': the nearest are resnet18"):
+        build_model("torchvision:resnet19", 6)
+
+
+def test_timms_models_need_their_package(monkeypatch):
+    monkeypatch.setitem(sys.modules, "timm", None)
+    with pytest.raises(InputError, match="timm:NAME need the package timm: pip install timm"):
+        build_model("timm:resnet18d", 6)
+
+
+def test_timms_models_by_name():
+    pytest.importorskip("timm")
+    assert build_model("timm:resnet10t", 6, in_channels=1)(torch.randn(2, 1, 32, 32)).shape == (2, 6)
+    assert build_model("timm.models:resnet10t", 6, in_channels=1)(torch.randn(2, 1, 32, 32)).shape == (2, 6)
+    with pytest.raises(OptionError, match="timm has no model 'resnet18e': the nearest are .*resnet18d"):
+        build_model("timm:resnet18e", 6)
+
+
 def test_unknown_model_names_the_nearest_and_how_to_name_a_user_defined_one():
     with pytest.raises(OptionError, match="'wrn40-2': the nearest are wrn40_2, .* path/to/file.py:factory"):
         build_model("wrn40-2", 10)
@@ -316,6 +362,53 @@ def test_a_source_that_cannot_be_imported_is_named(tmp_path):
         build_model(f"{tmp_path}/script.py:net", 10)
     with pytest.raises(InputError, match="'no_such_package_at_all.nets' cannot be imported"):
         build_model("no_such_package_at_all.nets:net", 10)
+
+
+def in_package(folder, **files):
+    """Write the files (name -> text) of a package, without an __init__.py unless one is given."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / f"{name}.py").write_text(text)
+
+
+NET = "from .parts import Head\n\n\ndef make(num_classes):\n    return Head(4, num_classes)\n"
+
+
+@pytest.mark.parametrize("init", [True, False], ids=["package", "folder"])
+def test_a_model_file_may_import_its_neighbours_by_a_dot(init, tmp_path):
+    in_package(
+        tmp_path / "nets", net=NET, parts="from torch.nn import Linear as Head\n", **{"__init__": ""} if init else {}
+    )
+    before, name = list(sys.path), f"{tmp_path}/nets/net.py:make"
+    assert build_model(name, 6).out_features == 6
+    assert sys.path == before and "nets" in sys.modules  # that of the tests is still the one of this name
+    assert sys.modules["nets"].__file__.endswith("tests/nets.py")
+    (tmp_path / "nets" / "net.py").write_text(NET.replace("4", "5"))
+    assert build_model(name, 6).in_features == 5
+
+
+def test_a_model_file_may_import_from_the_package_above_and_by_its_full_name(tmp_path):
+    top = tmp_path / "zoo"
+    in_package(top, __init__="SIZE = 4\n", parts="from torch.nn import Linear as Head\n")
+    imports = "from .. import SIZE\nfrom ..parts import Head\nfrom zoo.parts import Head as Same\n"
+    in_package(top / "small", __init__="", net=imports + "def make(num_classes):\n    return Head(SIZE, num_classes)\n")
+    assert build_model(f"{top}/small/net.py:make", 6).in_features == 4
+
+
+def test_packages_of_one_name_do_not_replace_one_another(tmp_path):
+    for number in (4, 5):
+        in_package(tmp_path / str(number) / "nets", __init__="", parts=f"SIZE = {number}\n")
+        net = "from torch.nn import Linear\nfrom .parts import SIZE\n\n\ndef make(num_classes):\n"
+        in_package(tmp_path / str(number) / "nets", net=net + "    return Linear(SIZE, num_classes)\n")
+    assert [build_model(f"{tmp_path}/{n}/nets/net.py:make", 6).in_features for n in (4, 5)] == [4, 5]
+
+
+def test_what_a_model_file_in_a_package_lacks_is_named_as_the_user_wrote_it(tmp_path):
+    in_package(tmp_path / "nets", __init__="", net=NET)
+    with pytest.raises(
+        InputError, match=r"net.py' cannot be imported: ModuleNotFoundError: No module named 'nets.parts'$"
+    ):
+        build_model(f"{tmp_path}/nets/net.py:make", 6)
 
 
 def test_every_way_to_look_into_the_registry_gives_factories():

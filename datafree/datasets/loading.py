@@ -90,8 +90,8 @@ def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
             f"the loader {name} returned images {tuple(images.shape)} of {images.dtype} and labels "
             f"{tuple(labels.shape)} of {labels.dtype}; they must be uint8 (N, C, H, W) and integers (N,)"
         )
-    if len(labels) == 0 or labels.amin() < 0:
-        raise InputError(f"the loader {name} returned no images, or labels below 0; classes are counted from 0")
+    if len(labels) == 0:
+        raise InputError(f"the loader {name} returned no images of the split {split}")
     if images.amax() <= 1:
         raise InputError(f"the loader {name} returned bytes of at most {images.amax()}; they must be from 0 to 255")
     return images, labels.long()

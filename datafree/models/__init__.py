@@ -45,6 +45,7 @@ MODELS = Factories(
         "vgg13": "datafree.models.vgg:vgg13",
         "mobilenetv2": "datafree.models.mobilenetv2:mobilenetv2",
         "shufflenetv2": "datafree.models.shufflenetv2:shufflenetv2",
+        "shufflenetv2_torchvision": "datafree.models.shufflenetv2:shufflenetv2_torchvision",
         "lenet5": "datafree.models.lenet:lenet5",
     }
 )

@@ -1,0 +1,66 @@
+"""What a file of weights is, from its first bytes: one that torch.load cannot read need not be broken."""
+
+import os
+import zipfile
+from pathlib import Path
+
+SAVE_STATE_DICT = "save the state_dict of the network that it was made from by torch.save(network.state_dict(), FILE)"
+ZIPPED = {  # an entry that only such an archive has -> what it is and the way
+    "constants.pkl": "a TorchScript archive, whose code cannot be hooked: give the Python class of the network, and "
+    "save torch.jit.load(FILE).state_dict() by torch.save",
+    "serialized_exported_program.json": "a program of torch.export: give the Python class of the network, and save "
+    "torch.export.load(FILE).state_dict by torch.save",
+    "model.weights.h5": f"a Keras model: {SAVE_STATE_DICT}, in PyTorch",
+}
+TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of torch.save before 1.6
+MAGIC = {  # (offset, bytes) -> what it is and the way
+    (0, b"\x89HDF\r\n"): "an HDF5 file, as Keras writes them: convert it to a state_dict of PyTorch",
+    (0, b"{"): "a JSON text, such as the index of weights in several files: save them as one by torch.save",
+    (4, b"TFL3"): f"a TensorFlow Lite model: {SAVE_STATE_DICT}, in PyTorch",
+    (0, b"GGUF"): f"a GGUF file: {SAVE_STATE_DICT}, in PyTorch",
+    (0, b"\x93NUMPY"): "an array of NumPy: save a dict of tensors by torch.save",
+    (0, b"\x1f\x8b"): "compressed by gzip: unpack it",
+    (0, b"7z\xbc\xaf\x27\x1c"): "a 7z archive: unpack it",
+    (257, b"ustar"): "a tar archive: unpack it, and save it again by torch.save if it is one of torch before 0.2",
+}
+
+
+def is_safetensors(path: str | Path) -> bool:
+    """Whether the file is safetensors, whatever its name: the length of a JSON header, and its first letters."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    size = Path(path).stat().st_size
+    return head[8:] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= size - 8
+
+
+def other_kind(path: str | Path) -> str | None:
+    """What a whole file of another kind than torch.save's is, and the way from there; None if it is none known."""
+    if zipfile.is_zipfile(path):
+        return _zipped(path)
+    with open(path, "rb") as file:
+        head = file.read(512)
+        file.seek(-1, os.SEEK_END) if head else None
+        last = file.read(1)
+    for (offset, magic), words in MAGIC.items():
+        if head[offset : offset + len(magic)] == magic:
+            return words
+    # ModelProto: field 1, the version as one byte; then field 2 or 8, texts: the producer, the operator sets.
+    if head[:1] == b"\x08" and head[2:3] in (b"\x12", b"\x1a", b"\x3a", b"\x42"):
+        return f"an ONNX model, which has no PyTorch modules: {SAVE_STATE_DICT}"
+    if head[:1] == b"\x80" and TORCH_MAGIC not in head and last == b".":
+        return "a pickle that torch.save did not write: save a dict of tensors by torch.save"
+    return None
+
+
+def _zipped(path: str | Path) -> str | None:
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.namelist()
+    names = {entry.rpartition("/")[2] for entry in entries}
+    for entry, words in ZIPPED.items():
+        if entry in names:
+            return words
+    if any(entry.endswith("archive_format") for entry in entries):
+        return ZIPPED["serialized_exported_program.json"]
+    if any(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays: save a dict of tensors by torch.save"
+    return None if "data.pkl" in names else "a zip archive of other files: unpack it"
