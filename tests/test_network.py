@@ -367,7 +367,7 @@ def test_a_network_is_built_by_name_for_a_card(classes, rows):
     net = Network.build(nets.name("tiny"), make_card(), num_classes=classes, mean=MEAN, role="student")
     assert net.num_classes == rows and isinstance(net.model[-1], nn.Linear) and net.name == "student nets-tiny"
     assert net.mean.flatten().tolist() == pytest.approx(MEAN) and net.std.flatten().tolist() == [0.25] * 3
-    with pytest.raises(InputError, match="the student's std is .*correct --student_std"):
+    with pytest.raises(InputError, match="the student's std is .*correct the data card"):
         Network.build(nets.name("tiny"), make_card(), std=(0.2,), role="student")
 
 
