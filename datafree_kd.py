@@ -44,7 +44,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
         schedule,
         model=options.student,
         name=(config.method, config.teacher.teacher, options.student),
-        plan=describe_distillation(config, session.card, schedule, teacher, source, learner.cache),
+        plan=describe_distillation(config, session.card, schedule, teacher, source, learner.cache, student),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation),
     )

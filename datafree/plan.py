@@ -20,16 +20,19 @@ def describe_distillation(
     teacher: Network,
     source: BaseSynthesis,
     cache: ViewCache | None,
+    student: Network,
 ) -> list[str]:
     """The plan of a distillation."""
     pair = f"{config.teacher.teacher} -> {config.student.student}"
     lines = [
         f"Plan: distilling {pair} on {describe_images(card)}, on {teacher.device}.",
         describe_teacher(teacher),
+        *describe_network(teacher),
+        *describe_network(student),
         describe_source(config.synthesis.source, teacher),
     ]
     if isinstance(source, OptimisedSynthesis):
-        lines += describe_triplets(source.objective)
+        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
     if cache:
         megabytes = len(cache) * cache.bytes_per_view / 1e6
         lines.append(f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB.")
@@ -41,7 +44,8 @@ def describe_training(model: str, card: DatasetCard, images: int, schedule: Sche
     """The plan of supervised training."""
     return [
         f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
-        f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {schedule.batch_size} images."
+        f"{schedule.epochs} epochs of {schedule.kd_steps} steps of {schedule.batch_size} images.",
+        *describe_network(network),
     ]
 
 
@@ -60,6 +64,28 @@ def describe_teacher(teacher: Network) -> str:
         f"The {teacher.name} ({', '.join(stated) or 'its file states nothing else'}) normalises images by mean {mean}, "
         f"std {std}."
     )
+
+
+def describe_network(network: Network) -> list[str]:
+    """Its stages, and what the trial found out and what is converted or left out."""
+    tap = network.tap
+    stages = [
+        f"{name} ({channels}x{'x'.join(map(str, size))})"
+        for name, channels, size in zip(tap.stage_names, tap.stage_channels, tap.stage_sizes)
+    ]
+    lines = [f"Stages of the {network.name}: {', '.join(stages)}."] if stages else []
+    for note in [*network.trial.notes, *tap.notes]:
+        alarm, _, text = note.rpartition("[Alarm] ")
+        lines.append(f"{'[Alarm] the' if '[Alarm]' in note else 'The'} {network.name}: {text}.")
+    return lines
+
+
+def describe_statistics(objective: SynthesisObjective) -> list[str]:
+    """How many of the teacher's BatchNorm layers are matched, if any are."""
+    tap = objective.bn_tap
+    if not any(term.name == "bn" for term in objective.terms):
+        return []
+    return [f"BatchNorm statistics: {tap.matched} of {tap.total} layers of the {objective.teacher.name} are matched."]
 
 
 def describe_source(name: str, teacher: Network) -> str:

@@ -53,13 +53,14 @@ class Session:
         mean: Sequence[float] = (),
         std: Sequence[float] = (),
         num_classes: int = 0,
+        stages: Sequence[str] = (),
     ) -> Network:
-        """Build ``model`` and load ``weights``, if given -> :class:`Network` on the device.
+        """Build ``model``, load ``weights``, if given, and try it -> :class:`Network` on the device.
 
         Without ``mean`` and ``std``, those stored with the weights are used, or else the card's. num_classes: instead
-        of the card's, as for a teacher of the old classes alone.
+        of the card's, as for a teacher of the old classes alone. stages: names of the modules that give its stages.
         """
-        options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role}
+        options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         if weights:
             network = Network.from_file(weights, model, self.card, **options)
             tensors = (tensor.contiguous().numpy().tobytes() for tensor in network.model.state_dict().values())
@@ -69,10 +70,12 @@ class Session:
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
             raise InputError(
-                f"the {role} {model} has {network.num_classes} classes but {self.card.name} has "
-                f"{classes}; build it with the right head, or name the right data set"
+                f"the {role} {model} has {network.num_classes} classes"
+                + " (one output)" * (network.tap.num_classes == 1)
+                + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
         network.to(self.device)
+        network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)
 
     def load_teacher(self) -> Network:
@@ -80,7 +83,14 @@ class Session:
         options = self.config.teacher
         weights = options.teacher_weights or published_weights(self.card.name, options.teacher)
         try:
-            network = self.network("teacher", options.teacher, weights, options.teacher_mean, options.teacher_std)
+            network = self.network(
+                "teacher",
+                options.teacher,
+                weights,
+                options.teacher_mean,
+                options.teacher_std,
+                stages=[name.strip() for name in options.teacher_stages.split(",") if name.strip()],
+            )
         except InputError as error:
             if options.teacher_weights or Path(weights).exists() or isinstance(error, OptionError):
                 raise
