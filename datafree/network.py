@@ -17,7 +17,17 @@ from datafree.models.factory import build_model, find_model
 from datafree.outputs import raw_logits, recognise
 from datafree.plugins import is_custom, short_name
 from datafree.runtime import autocast
-from datafree.trial import HALF, input_dtype, materialise, run, trial_images, try_backward, try_evaluation, unchanged
+from datafree.trial import (
+    HALF,
+    input_dtype,
+    layout,
+    materialise,
+    run,
+    trial_images,
+    try_backward,
+    try_evaluation,
+    unchanged,
+)
 
 
 def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
@@ -168,7 +178,7 @@ class Network(nn.Module):
 
     def normalise(self, views: Tensor) -> Tensor:
         normalised = ((views - self.mean) / self.std).to(self.trial.dtype)
-        return normalised.contiguous(memory_format=torch.channels_last) if self.trial.channels_last else normalised
+        return normalised.contiguous(memory_format=layout(self.trial.channels_last))
 
     def forward(self, views: Tensor) -> Tensor:
         """Views (N, C, H, W) in [0, 1] -> logits (N, classes)."""

@@ -144,8 +144,9 @@ def find_head(trace: Trace, output: Output) -> Call | None:
     """
     columns = trace.raw.shape[1]
     wide = [call for call in trace.calls if call.output[1:2] == (columns,) and call.result is not None]
+    wide = [call for call in wide if any(p.dim() > 1 for p in call.module.parameters())]  # no normalisation
     for call in wide:  # of nested modules the innermost completes first
-        if len(call.input) == 2 == len(call.output) and has_weights(call.module) and _equal(call.result, trace.raw):
+        if len(call.input) == 2 == len(call.output) and _equal(call.result, trace.raw):
             return call
     called = {call.module for call in trace.calls if has_weights(call.module)}
     layers = [call for call in wide if has_weights(call.module, recurse=False) and len(call.input) in (2, 4)]
@@ -160,21 +161,27 @@ def _equal(result: Tensor | None, raw: Tensor) -> bool:
 
 
 def _class_by_class(call: Call, raw: Tensor, output: Output) -> bool:
-    """Whether the difference of two classes' logits depends on these two channels of the call's output alone."""
+    """Whether the logits of two classes depend on these two channels of the call's output alone."""
     if call.result is None or not call.result.requires_grad or not raw.requires_grad or call.input == call.output:
         return False
     logits = output.logits(raw).float()
-    several = logits.shape[1] > 2
-    value = (logits[:, 0] - logits[:, -1] if several else logits[:, -1]).sum()
-    (gradient,) = torch.autograd.grad(value, call.result, retain_graph=True, allow_unused=True)
+    # Of all classes the highest, which a ReLU does not hide. A softmax adds the same to all, and so to no difference.
+    several = raw.shape[1] > 2
+    first, second = logits.sum(0).topk(2).indices.tolist() if raw.shape[1] > 1 else (1, 0)
+    value = logits[:, first] - logits[:, second] if several else logits[:, first]
+    gradient = None
+    with suppress(RuntimeError):  # of reentrant checkpointing
+        (gradient,) = torch.autograd.grad(value.sum(), call.result, retain_graph=True, allow_unused=True)
     if gradient is None or not gradient.any():
         return False
-    per_class = gradient.float().transpose(0, 1).flatten(1)
-    limit = 1e-5 * per_class.abs().max()
-    if several or raw.shape[1] == 1:
-        return bool((per_class[1:-1].abs() <= limit).all())
-    # Of two classes: the second alone, or by a softmax their difference.
-    return bool((per_class[0].abs() <= limit).all() or ((per_class[0] + per_class[1]).abs() <= 10 * limit).all())
+    channels = gradient.float().transpose(0, 1).flatten(1)
+    limit = 1e-5 * channels.abs().max()
+    if raw.shape[1] == 1:
+        return True
+    others = [k for k in range(len(channels)) if k != first and (k != second or not several)]
+    alone = bool((channels[others].abs() <= limit).all())
+    # Of two classes a softmax gives the other one the opposite influence.
+    return alone or (not several and bool((channels.sum(0).abs() <= 10 * limit).all()))
 
 
 # ---------------------------------------------------------------- layouts
@@ -186,11 +193,9 @@ def layout_of(call: Call, calls: Sequence[Call], shape: Sequence[int]) -> Layout
         _, a, b, c = call.output
         last = _fits((a, b), shape) and (not _fits((b, c), shape) or _channels_last(call, calls))
         return Layout("NHWC", c, (a, b)) if last else Layout("NCHW", a, (b, c))
-    if len(call.output) == 3 and call.output[0] == 2:
-        _, tokens, channels = call.output
-        for prefix in range(min(MOST_PREFIX_TOKENS, tokens - 1) + 1):
-            if size := _grid(tokens - prefix, shape):
-                return Layout("NTC", channels, size, prefix)
+    if len(call.output) == 3 and call.output[0] == 2 and (grid := _grid(call.output[1], shape)):
+        prefix, size = grid
+        return Layout("NTC", call.output[2], size, prefix)
     return None
 
 
@@ -199,12 +204,15 @@ def _fits(size: tuple[int, int], shape: Sequence[int]) -> bool:
     return abs(size[0] * shape[2] - size[1] * shape[1]) <= max(shape[1:])
 
 
-def _grid(tokens: int, shape: Sequence[int]) -> tuple[int, int] | None:
-    """Height and width of so many tokens, if they are a picture of the images' proportions."""
-    height = round(math.sqrt(tokens * shape[1] / shape[2]))
-    if height and tokens % height == 0 and abs(height * height * shape[2] - tokens * shape[1]) < height * shape[2]:
-        return height, tokens // height
-    return None
+def _grid(tokens: int, shape: Sequence[int]) -> tuple[int, tuple[int, int]] | None:
+    """Number of tokens before those of a map, and its size, which has the images' proportions; None if none has."""
+    found = []
+    for prefix in range(min(MOST_PREFIX_TOKENS, tokens - 1) + 1):
+        height = max(1, round(math.sqrt((tokens - prefix) * shape[1] / shape[2])))
+        width, rest = divmod(tokens - prefix, height)
+        if not rest and abs(height * shape[2] - width * shape[1]) < min(shape[1:]):
+            found.append((abs(height * shape[2] - width * shape[1]), prefix, (height, width)))
+    return min(found)[1:] if found else None
 
 
 def _channels_last(call: Call, calls: Sequence[Call]) -> bool:
@@ -228,10 +236,11 @@ def _vote(call: Call) -> str:
 
 
 class Candidate(NamedTuple):
-    """A call of the trunk and how it is read."""
+    """A call of the trunk and how it is read. block: whether it has several layers with weights, or is part of such."""
 
     call: Call
     layout: Layout
+    block: bool
 
 
 def find_stages(trace: Trace, head: Call | None, names: Sequence[str], notes: list[str]) -> list[Stage]:
@@ -276,7 +285,7 @@ def _groups(trace: Trace, calls: Sequence[Call]) -> list[list[Candidate]]:
     groups: dict[tuple[int, int], list[Candidate]] = {}
     for candidate in listed or _trunk_calls(trace, calls):
         groups.setdefault(candidate.layout.size, []).append(candidate)
-    return [group for group in groups.values() if any(has_weights(c.call.module) for c in group)]
+    return [group for group in groups.values() if listed or any(has_weights(c.call.module) for c in group)]
 
 
 def _listed_by_timm(trace: Trace, calls: Sequence[Call]) -> list[Candidate]:
@@ -285,20 +294,41 @@ def _listed_by_timm(trace: Trace, calls: Sequence[Call]) -> list[Candidate]:
         info = getattr(module, "feature_info", None)
         entries = getattr(info, "info", info)
         if isinstance(entries, list) and entries and all(isinstance(e, dict) and "module" in e for e in entries):
-            names = [f"{prefix}.{entry['module']}" if prefix else entry["module"] for entry in entries]
-            found = [next((c for c in reversed(calls) if c.name == name), None) for name in names]
-            read = [Candidate(c, layout) for c in found if c and (layout := layout_of(c, trace.calls, trace.shape))]
+            found = [_call_named(f"{prefix}.{e['module']}" if prefix else e["module"], calls) for e in entries]
+            read = [
+                Candidate(c, layout, _is_block(c.module) or _is_in_block(trace.model, prefix, c.name))
+                for c in found
+                if c and (layout := layout_of(c, trace.calls, trace.shape))
+            ]
             widths = [entry.get("num_chs") for entry in entries]
             return read if [c.layout.channels for c in read] == widths else []
     return []
 
 
+def _call_named(name: str, calls: Sequence[Call]) -> Call | None:
+    """The last call of the module called ``name``, or of its children, if it is a list of them."""
+    of = {call.name: call for call in calls}
+    children = [call for call in calls if call.name.rpartition(".")[0] == name]
+    return of.get(name) or next(reversed(children), None)
+
+
+def _is_in_block(model: nn.Module, root: str, name: str) -> bool:
+    """Whether the module called ``name`` is part of a block of the network called ``root``."""
+    above = name.split(".")[: -1 or None]
+    names = [".".join(above[:depth]) for depth in range(root.count(".") + 1 + bool(root), len(above) + 1)]
+    return any(_is_block(part) and not _is_container(part) for part in map(model.get_submodule, filter(None, names)))
+
+
 def _trunk_calls(trace: Trace, calls: Sequence[Call]) -> list[Candidate]:
     layouts = {call: layout_of(call, trace.calls, trace.shape) for call in calls}
     members = set(_trunk(trace.model, calls, layouts, trace))
-    found = [Candidate(call, layout) for call in calls if call.module in members and (layout := layouts[call])]
+    found = [
+        Candidate(call, layout, _is_block(call.module))
+        for call in calls
+        if call.module in members and (layout := layouts[call])
+    ]
     # Single layers that output tokens may be anything: of a side branch, or of the attention.
-    return [c for c in found if c.layout.order != "NTC" or _is_block(c.call.module)]
+    return [c for c in found if c.layout.order != "NTC" or c.block]
 
 
 def _trunk(
@@ -311,27 +341,24 @@ def _trunk(
     """
     for child in module.children():
         own = [call for call in calls if call.module is child]
-        plain_container = type(child).forward is nn.Sequential.forward
-        if own and not plain_container and all(_within_one_scale(call, layouts[call], trace) for call in own):
+        if own and not _is_container(child) and all(_within_one_scale(call, layouts[call], trace) for call in own):
             yield child
         else:
             yield from _trunk(child, calls, layouts, trace)
+
+
+def _is_container(module: nn.Module) -> bool:
+    return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
 
 
 def _within_one_scale(call: Call, output: Layout | None, trace: Trace) -> bool:
     if output is None or len(call.input) not in (3, 4):
         return False
     if len(call.input) == 3:
-        before = _grid_of_tokens(call.input[1], trace.shape)
-    else:
-        last = output.order == "NHWC" and len(call.output) == 4
-        before = call.input[1] if last and call.input[1:] != trace.shape else call.input[2]
-    return before is not None and before <= 2 * output.size[0] + 1
-
-
-def _grid_of_tokens(tokens: int, shape: Sequence[int]) -> int | None:
-    sizes = (_grid(tokens - prefix, shape) for prefix in range(min(MOST_PREFIX_TOKENS, tokens - 1) + 1))
-    return next((size[0] for size in sizes if size), None)
+        grid = _grid(call.input[1], trace.shape)
+        return grid is not None and grid[1][0] <= 2 * output.size[0] + 1
+    last = output.order == "NHWC" and call.input[1:] != trace.shape
+    return call.input[1 if last else 2] <= 2 * output.size[0] + 1
 
 
 def _groups_of_larger(trace: Trace, head: Call | None, groups: list[list[Candidate]]) -> list[list[Candidate]]:
@@ -347,7 +374,7 @@ def _groups_of_larger(trace: Trace, head: Call | None, groups: list[list[Candida
     for group in _groups(large, _before(head, large.calls)):
         same = [c for c in group if (c.call.module, c.call.number) in here]
         if same and _pixels(same[-1]) > 1:
-            found.append([_read_at(here[c.call.module, c.call.number], c.layout, trace) for c in same])
+            found.append([_read_at(here[c.call.module, c.call.number], c, trace) for c in same])
     return found
 
 
@@ -358,12 +385,14 @@ def _before(head: Call | None, calls: Sequence[Call]) -> Sequence[Call]:
     return calls[: next((i for i, c in enumerate(calls) if (c.module, c.number) == (head.module, head.number)), None)]
 
 
-def _read_at(call: Call, layout: Layout, trace: Trace) -> Candidate:
+def _read_at(call: Call, found: Candidate, trace: Trace) -> Candidate:
     """The call read in the order that was found at another size."""
-    if layout.order == "NTC":
-        return Candidate(call, layout_of(call, trace.calls, trace.shape) or layout)
-    _, a, b, c = call.output
-    return Candidate(call, Layout("NHWC", c, (a, b)) if layout.order == "NHWC" else Layout("NCHW", a, (b, c)))
+    if found.layout.order == "NTC":
+        layout = layout_of(call, trace.calls, trace.shape) or found.layout
+    else:
+        _, a, b, c = call.output
+        layout = Layout("NHWC", c, (a, b)) if found.layout.order == "NHWC" else Layout("NCHW", a, (b, c))
+    return Candidate(call, layout, found.block)
 
 
 def _pixels(candidate: Candidate) -> int:
@@ -372,13 +401,15 @@ def _pixels(candidate: Candidate) -> int:
 
 def _shrinks(candidate: Candidate) -> bool:
     """Whether a layer with weights made one pixel of several."""
-    return has_weights(candidate.call.module) and math.prod(candidate.call.input[2:]) > 1
+    given = candidate.call.input
+    return has_weights(candidate.call.module) and len(given) == 4 and math.prod(given[2:]) > 1
 
 
 def _without_stem(groups: list[list[Candidate]], shape: Sequence[int]) -> list[list[Candidate]]:
-    """The groups without those of a downsampling stem: before the first block, smaller than the images."""
-    first = next((i for i, group in enumerate(groups) if any(_is_block(c.call.module) for c in group)), 0)
-    return [g for i, g in enumerate(groups) if i >= first or math.prod(g[0].layout.size) >= math.prod(shape[1:])]
+    """The groups without those of a stem: before the first block, if that is after the first halving of the images."""
+    first = next((i for i, group in enumerate(groups) if any(c.block for c in group)), 0)
+    halved = any(math.prod(group[0].layout.size) < math.prod(shape[1:]) for group in groups[:first])
+    return groups[first:] if halved else groups
 
 
 def _is_block(module: nn.Module) -> bool:
@@ -387,8 +418,9 @@ def _is_block(module: nn.Module) -> bool:
 
 
 def _stages_of(group: list[Candidate], alone: bool) -> Iterable[Stage]:
-    """The last block of a group is its stage; the tokens of a network of one size are as many as others have."""
-    blocks = [c for c in group if next(c.call.module.children(), None) is not None]
+    """The last block of a group is its stage; of tokens of one size there are as many as other networks have."""
+    nested = [c for c in group if next(c.call.module.children(), None) is not None]
+    blocks = [c for c in group if c.block] or nested
     members = blocks or group
     ends = [len(members) - 1]
     if alone and members[-1].layout.order == "NTC":

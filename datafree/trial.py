@@ -47,7 +47,8 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     Weights, buffers, gradients, modes and plain attributes of all modules are restored.
     """
     state = rng_state()
-    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in model.modules()]
+    modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
+    attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
     tensors = [(t, t.detach().clone(), t.requires_grad) for t in [*model.parameters(), *model.buffers()]]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter in model.parameters():
@@ -75,6 +76,11 @@ def trial_images(shape: Sequence[int], count: int, device: torch.device | str = 
     """``count`` images (count, C, H, W) of noise in [0, 1], the same each time, whatever the random state."""
     generator = torch.Generator().manual_seed(0)
     return torch.rand(count, *shape, generator=generator).to(device)
+
+
+def layout(channels_last: bool) -> torch.memory_format:
+    """The memory format of images: views have one of their own, which is not the network's."""
+    return torch.channels_last if channels_last else torch.contiguous_format
 
 
 def input_dtype(model: nn.Module) -> torch.dtype:
@@ -173,12 +179,12 @@ def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
         if not raw.requires_grad:
             return _Pass(raw, returned, reason="its output is computed without a gradient")
         try:
-            (gradient,) = torch.autograd.grad(_weighted_sum(raw), images, retain_graph=True, allow_unused=True)
+            _weighted_sum(raw).backward()
         except Exception as error:
             return _Pass(raw, returned, reason=f"its backward pass fails ({first_line(error)})")
-    if gradient is None:
+    if images.grad is None:
         return _Pass(raw, returned, reason="its output is computed without a gradient")
-    return _Pass(raw, returned, gradient)
+    return _Pass(raw, returned, images.grad)
 
 
 def try_backward(model: nn.Module, raw: Tensor) -> None:
@@ -216,8 +222,7 @@ def try_evaluation(model: nn.Module, images: Tensor) -> Trial:
         trial.gradient = first.reason
         check_rows(model, first.raw, len(pair))
         _try_layout(model, pair.to(trial.dtype), first, trial)
-        layout = torch.channels_last if trial.channels_last else torch.contiguous_format
-        _try_again(model, images.to(trial.dtype).contiguous(memory_format=layout), first, trial)
+        _try_again(model, images.to(trial.dtype).contiguous(memory_format=layout(trial.channels_last)), first, trial)
         trial.output = _recognised(model, images.to(trial.dtype), first.raw)
         if trial.output.sentence:
             trial.notes.append(trial.output.sentence)
