@@ -165,23 +165,27 @@ def _class_by_class(call: Call, raw: Tensor, output: Output) -> bool:
     if call.result is None or not call.result.requires_grad or not raw.requires_grad or call.input == call.output:
         return False
     logits = output.logits(raw).float()
+    if raw.shape[1] == 1:
+        return bool(_influence(logits[:, 1], call.result).any())
     # Of all classes the highest, which a ReLU does not hide. A softmax adds the same to all, and so to no difference.
-    several = raw.shape[1] > 2
-    first, second = logits.sum(0).topk(2).indices.tolist() if raw.shape[1] > 1 else (1, 0)
-    value = logits[:, first] - logits[:, second] if several else logits[:, first]
+    first, second = logits.sum(0).topk(2).indices.tolist()
+    if raw.shape[1] > 2:
+        reached = _influence(logits[:, first] - logits[:, second], call.result).any(1).nonzero().flatten().tolist()
+        return sorted(reached) == sorted((first, second))
+    influences = {k: _influence(logits[:, k], call.result) for k in (first, second)}
+    alone = all(influence[k].any() and not influence[1 - k].any() for k, influence in influences.items())
+    softmax = all(influence.any() and torch.allclose(influence[0], -influence[1]) for influence in influences.values())
+    return alone or softmax
+
+
+def _influence(logits: Tensor, result: Tensor) -> Tensor:
+    """Gradient of a class's ``logits`` (N,) by the channels of ``result``, (channels, rest), without rounding."""
     gradient = None
     with suppress(RuntimeError):  # of reentrant checkpointing
-        (gradient,) = torch.autograd.grad(value.sum(), call.result, retain_graph=True, allow_unused=True)
-    if gradient is None or not gradient.any():
-        return False
+        (gradient,) = torch.autograd.grad(logits.sum(), result, retain_graph=True, allow_unused=True)
+    gradient = torch.zeros_like(result) if gradient is None else gradient
     channels = gradient.float().transpose(0, 1).flatten(1)
-    limit = 1e-5 * channels.abs().max()
-    if raw.shape[1] == 1:
-        return True
-    others = [k for k in range(len(channels)) if k != first and (k != second or not several)]
-    alone = bool((channels[others].abs() <= limit).all())
-    # Of two classes a softmax gives the other one the opposite influence.
-    return alone or (not several and bool((channels.sum(0).abs() <= 10 * limit).all()))
+    return channels.where(channels.abs() > 1e-5 * channels.abs().max(), torch.zeros(()).to(channels))
 
 
 # ---------------------------------------------------------------- layouts
@@ -254,7 +258,7 @@ def find_stages(trace: Trace, head: Call | None, names: Sequence[str], notes: li
     groups = _groups(trace, calls)
     if groups and any(_pixels(group[-1]) == 1 for group in groups):
         groups = _groups_of_larger(trace, head, groups)
-    stages = [stage for group in _without_stem(groups, trace.shape) for stage in _stages_of(group, len(groups) == 1)]
+    stages = [stage for group in groups for stage in _stages_of(group, len(groups) == 1)]
     if not stages and any(len(call.output) in (3, 4) and has_weights(call.module) for call in calls):
         notes.append("it has no stages: its maps or tokens cannot be told from its other tensors")
     return stages
@@ -285,7 +289,8 @@ def _groups(trace: Trace, calls: Sequence[Call]) -> list[list[Candidate]]:
     groups: dict[tuple[int, int], list[Candidate]] = {}
     for candidate in listed or _trunk_calls(trace, calls):
         groups.setdefault(candidate.layout.size, []).append(candidate)
-    return [group for group in groups.values() if listed or any(has_weights(c.call.module) for c in group)]
+    learned = [group for group in groups.values() if listed or any(has_weights(c.call.module) for c in group)]
+    return _without_stem(learned, trace.shape)
 
 
 def _listed_by_timm(trace: Trace, calls: Sequence[Call]) -> list[Candidate]:
@@ -406,10 +411,11 @@ def _shrinks(candidate: Candidate) -> bool:
 
 
 def _without_stem(groups: list[list[Candidate]], shape: Sequence[int]) -> list[list[Candidate]]:
-    """The groups without those of a stem: before the first block, if that is after the first halving of the images."""
+    """The groups without those of a stem that halves the images: before the first block, and before a quarter."""
     first = next((i for i, group in enumerate(groups) if any(c.block for c in group)), 0)
-    halved = any(math.prod(group[0].layout.size) < math.prod(shape[1:]) for group in groups[:first])
-    return groups[first:] if halved else groups
+    large = [group for group in groups[:first] if group[0].layout.size[0] > shape[1] / 4 + 1]
+    halved = any(group[0].layout.size[0] < shape[1] for group in large)
+    return [group for group in groups if group not in large] if halved else groups
 
 
 def _is_block(module: nn.Module) -> bool:

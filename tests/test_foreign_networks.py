@@ -812,3 +812,51 @@ def test_stages_are_named_by_hand():
 def test_a_tap_without_a_trial_matches_all_layers():
     with BatchNormTap(Trunk().eval()) as tap:
         assert tap.matched == tap.total == 2
+
+
+# ---------------------------------------------------------------- against timm's own lists
+
+TIMM = """
+resnet18 resnet50 resnet18d resnext50_32x4d wide_resnet50_2 res2net50_26w_4s seresnet18 skresnet18 regnetx_002
+regnety_002 densenet121 mobilenetv2_050 mobilenetv3_small_100 efficientnet_b0 tf_efficientnetv2_b0 mixnet_s tinynet_e
+rexnet_100 ghostnet_100 lcnet_050 mobilenetv4_conv_small mnasnet_small fbnetc_100 hardcorenas_a convnext_atto
+convnextv2_atto edgenext_xx_small poolformer_s12 mobilevit_xxs inception_next_tiny fastvit_t8 repvgg_a0 mobileone_s0
+dla34 selecsls42 cspresnet50 swin_tiny_patch4_window7_224 swinv2_cr_tiny_224 levit_128s efficientformer_l1 pvt_v2_b0
+coat_lite_tiny davit_tiny
+""".split()
+FOUND = """
+resnet18 resnet50 resnet18d resnext50_32x4d wide_resnet50_2 res2net50_26w_4s seresnet18 skresnet18 regnetx_002
+regnety_002 densenet121 mobilenetv2_050 efficientnet_b0 tinynet_e rexnet_100 fbnetc_100 convnext_atto poolformer_s12
+swin_tiny_patch4_window7_224 pvt_v2_b0 davit_tiny
+""".split()  # also without timm's list, of which the widths agree
+
+
+def assert_stages_of(timm, name, with_list):
+    """The stages are timm's list, but for a first entry before a quarter of the image's size, which may be a stem."""
+    model = timm.create_model(name, num_classes=10).eval()
+    listed = getattr(model.feature_info, "info", model.feature_info)
+    if not with_list:
+        del model.feature_info
+    tap = FeatureTap(model, model.default_cfg["input_size"])
+    stems = listed[: len(listed) - len(tap.stages)]
+    assert all(entry["reduction"] < 4 for entry in stems) and len(tap.stages) >= 3
+    for width, stage, entry in zip(tap.stage_channels, tap.stage_names, listed[len(stems) :], strict=True):
+        assert width == entry["num_chs"] and (stage.startswith(entry["module"]) or not with_list)
+
+
+@pytest.mark.parametrize("name", TIMM)
+def test_the_stages_of_timms_networks_are_those_of_its_lists(name):
+    assert_stages_of(pytest.importorskip("timm"), name, with_list=True)
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_the_stages_of_timms_networks_are_found_without_its_lists(name):
+    assert_stages_of(pytest.importorskip("timm"), name, with_list=False)
+
+
+@pytest.mark.parametrize("name, depth", [("vit_tiny_patch16_224", 12), ("deit_tiny_distilled_patch16_224", 12)])
+def test_a_vit_of_timm_has_four_token_stages(name, depth):
+    timm = pytest.importorskip("timm")
+    tap = FeatureTap(timm.create_model(name, num_classes=10).eval(), (3, 224, 224))
+    assert tap.stage_names == [f"blocks.{depth * k // 4 - 1}" for k in (1, 2, 3, 4)]
+    assert tap.stage_sizes == [(14, 14)] * 4 and tap.stage_channels == [192] * 4
