@@ -229,7 +229,7 @@ class Network(nn.Module):
             with autocast(self.device, precision):
                 raw = run(self.model, self.normalise(trial_images(self.shape, 4, self.device)), self._try_forward)
             if training:
-                self.outputs[True] = recognise(raw, raw, self.model)
+                self.outputs[True] = recognise(raw, None, self.model)
                 if self.outputs[True] != self.outputs[False]:
                     self.trial.notes.append(f"in training mode {self.outputs[True].sentence or 'it returns logits'}")
                 if not raw.requires_grad:

@@ -97,17 +97,19 @@ class Output(NamedTuple):
 
 
 @torch.no_grad()
-def recognise(raw: Tensor, values: Tensor, model: nn.Module) -> Output:
+def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     """What ``model`` returns.
 
-    raw: its outputs (N, classes) with their graph. values: those and others, (M, classes), for images of all kinds.
+    raw: its outputs (N, classes) with their graph. extremes: its outputs (M, classes) for images far out of range, if
+    there are any; without them only a graph that ends in a sigmoid shows that outputs in [0, 1] are no logits.
 
     Probabilities are non-negative, and their sum is the same for all images. Raises InputError for values in [0, 1]
     that are neither these nor logits, as sigmoids of several classes are.
     """
-    rows = values.float()[values.isfinite().all(1)]
-    possible = len(rows) > 0 and bool((rows >= 0).all() and rows.any()) and not _is_linear(raw)
-    bounded = possible and bool((rows <= 1).all())
+    values = raw if extremes is None else torch.cat([raw, extremes])
+    rows, origin = values.float()[values.isfinite().all(1)], _origin(raw)
+    possible = len(rows) > 0 and bool((rows >= 0).all() and rows.any()) and origin not in LINEAR
+    bounded = possible and bool((rows <= 1).all()) and (extremes is not None or origin == "Sigmoid")
     if raw.shape[1] == 1:
         return Output("probability" if bounded else "logit")
     sums = rows.sum(1)
@@ -124,17 +126,16 @@ def recognise(raw: Tensor, values: Tensor, model: nn.Module) -> Output:
 # Nodes of the graph: of layers whose outputs nothing bounds, and of what may follow them.
 LINEAR = {"Addmm", "Mm", "Convolution", "NativeBatchNorm", "CudnnBatchNorm", "MkldnnConvolution", "Linear"}
 FOLLOWING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Mean", "Alias", "Clone", "Relu"}
-FOLLOWING |= {"AdaptiveAvgPool2D", "AvgPool2D", "Select", "Slice", "Transpose", "Permute"}
+FOLLOWING |= {"AdaptiveAvgPool2D", "AvgPool2D", "Select", "Slice", "Transpose", "Permute", "Mul", "Div", "Add", "Sub"}
 
 
-def _is_linear(raw: Tensor) -> bool:
-    """Whether the graph shows that the outputs are those of a linear layer, at most pooled or rectified."""
+def _origin(raw: Tensor) -> str:
+    """The node of the graph that made the outputs, before they were at most pooled, rectified, scaled or shifted."""
     node = raw.grad_fn
     while node is not None:
         name = node.name().partition("Backward")[0]
-        if name in LINEAR:
-            return True
-        if name not in FOLLOWING:
-            return False
-        node = next((parent for parent, _ in node.next_functions if parent is not None), None)
-    return False
+        parents = [parent for parent, _ in node.next_functions if parent and "AccumulateGrad" not in parent.name()]
+        if name not in FOLLOWING or len(parents) != 1:
+            return name
+        node = parents[0]
+    return ""

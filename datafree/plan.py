@@ -76,7 +76,9 @@ def describe_network(network: Network) -> list[str]:
     lines = [f"Stages of the {network.name}: {', '.join(stages)}."] if stages else []
     for note in [*network.trial.notes, *tap.notes]:
         alarm, _, text = note.rpartition("[Alarm] ")
-        lines.append(f"{'[Alarm] the' if '[Alarm]' in note else 'The'} {network.name}: {text}.")
+        lines.append(
+            f"{'[Alarm] the' if '[Alarm]' in note else 'The'} {network.name}: {text}" + "." * (text[-1] != "?")
+        )
     return lines
 
 

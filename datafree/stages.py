@@ -171,7 +171,7 @@ def _class_by_class(call: Call, raw: Tensor, output: Output) -> bool:
     first, second = logits.sum(0).topk(2).indices.tolist()
     if raw.shape[1] > 2:
         reached = _influence(logits[:, first] - logits[:, second], call.result).any(1).nonzero().flatten().tolist()
-        return sorted(reached) == sorted((first, second))
+        return bool(reached) and set(reached) <= {first, second}
     influences = {k: _influence(logits[:, k], call.result) for k in (first, second)}
     alone = all(influence[k].any() and not influence[1 - k].any() for k, influence in influences.items())
     softmax = all(influence.any() and torch.allclose(influence[0], -influence[1]) for influence in influences.values())

@@ -302,7 +302,7 @@ def _try_again(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> 
 
 def _recognised(model: nn.Module, images: Tensor, raw: Tensor) -> Output:
     """What the outputs are, by those for ordinary images and for extreme ones, which no bounded output follows."""
-    rows = [raw]
+    rows = [raw[:0]]
     for scale in (-30.0, 1000.0):
         with torch.no_grad(), suppress(Exception):  # of a network that refuses them
             rows.append(raw_logits(model(scale * images[:2]), model))

@@ -431,11 +431,18 @@ def test_logits_are_unchanged(last, classes):
     torch.testing.assert_close(net(views), plain(net.model, views))
 
 
+class Scaled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 0.5
+
+
 def test_untrained_networks_of_two_classes_are_never_taken_for_sigmoids():
     for seed in range(20):
         torch.manual_seed(seed)
-        model = nn.Sequential(nn.Flatten(), nn.LayerNorm(48), nn.Linear(48, 2))
-        assert network(model, (3, 4, 4)).outputs[False].kind == "logits"
+        model = nn.Sequential(nn.Flatten(), nn.LayerNorm(48), (nn.Linear, Scaled)[seed % 2](48, 2))
+        net = network(model, (3, 4, 4))
+        net.try_run(training=True)
+        assert net.outputs[False].kind == net.outputs[True].kind == "logits"
 
 
 @pytest.mark.parametrize("last", [torch.sigmoid, lambda z: z.tanh() / 2 + 0.5])
