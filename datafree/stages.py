@@ -319,7 +319,7 @@ def _call_named(name: str, calls: Sequence[Call]) -> Call | None:
 
 def _is_in_block(model: nn.Module, root: str, name: str) -> bool:
     """Whether the module called ``name`` is part of a block of the network called ``root``."""
-    above = name.split(".")[: -1 or None]
+    above = name.split(".")[:-1]
     names = [".".join(above[:depth]) for depth in range(root.count(".") + 1 + bool(root), len(above) + 1)]
     return any(_is_block(part) and not _is_container(part) for part in map(model.get_submodule, filter(None, names)))
 
@@ -346,7 +346,12 @@ def _trunk(
     """
     for child in module.children():
         own = [call for call in calls if call.module is child]
-        if own and not _is_container(child) and all(_within_one_scale(call, layouts[call], trace) for call in own):
+        if (
+            own
+            and not _is_container(child)
+            and not _is_encoder(child, calls)
+            and all(_within_one_scale(call, layouts[call], trace) for call in own)
+        ):
             yield child
         else:
             yield from _trunk(child, calls, layouts, trace)
@@ -354,6 +359,15 @@ def _trunk(
 
 def _is_container(module: nn.Module) -> bool:
     return isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward
+
+
+def _is_encoder(module: nn.Module, calls: Sequence[Call]) -> bool:
+    """Whether the module holds several blocks of one class that output tokens, as the encoder of a ViT does."""
+    inside = list(module.modules())[1:]
+    blocks = [
+        call.module for call in calls if len(call.output) == 3 and call.module in inside and _is_block(call.module)
+    ]
+    return any(a is not b and type(a) is type(b) and not _is_container(a) for a in blocks for b in blocks)
 
 
 def _within_one_scale(call: Call, output: Layout | None, trace: Trace) -> bool:

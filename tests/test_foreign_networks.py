@@ -17,10 +17,12 @@ from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
 from datafree.batchnorm import BatchNormTap
+from datafree.config import Relation
 from datafree.errors import InputError, OptionError
 from datafree.features import FeatureTap
 from datafree.network import Network
 from datafree.plan import describe_network, describe_statistics
+from datafree.relation import triplet_stages
 from datafree.runtime import rng_state
 
 SHAPE, MEAN, STD = (3, 16, 16), (0.5,) * 3, (0.25,) * 3
@@ -39,6 +41,11 @@ def plain(model, views):
     """What ``model`` returns in plain PyTorch."""
     model.eval()
     return model((views - 0.5) / 0.25)
+
+
+@cache
+def torchvision_network(name):
+    return torchvision.models.get_model(name, weights=None, num_classes=10)
 
 
 def notes(net):
@@ -172,6 +179,15 @@ def test_channels_last_is_used_where_it_works_and_agrees(factory, works):
     assert net.trial.channels_last == works and ("plain memory layout" in notes(net)) != works
     weight = next(p for p in net.model.parameters() if p.dim() == 4 and p.shape[1] > 1 and p.shape[2] > 1)
     assert weight.is_contiguous(memory_format=torch.channels_last) == works
+
+
+def test_rounding_is_no_disagreement():
+    assert network(torchvision_network("resnet50"), (3, 64, 64)).trial.channels_last
+
+
+def test_a_network_that_is_compiled_already_is_taken():
+    net = network(torch.compile(Trunk(), backend="eager"))
+    assert len(net.tap.stages) == 2 and net.tap.embed_dim == 16
 
 
 def test_another_layout_that_gives_other_outputs_is_not_used():
@@ -735,6 +751,17 @@ def test_maps_with_the_channels_last_are_read_as_such(width, shape):
     torch.testing.assert_close(features.embed, features.pooled[0])
 
 
+class Encoder(nn.Module):
+    """Blocks in a module that adds something, as in torchvision's ViT."""
+
+    def __init__(self, blocks):
+        super().__init__()
+        self.layers = blocks
+
+    def forward(self, x):
+        return self.layers(x + 1)
+
+
 class Tokens(nn.Module):
     """A ViT of ``depth`` blocks with ``prefix`` tokens before those of the patches."""
 
@@ -762,6 +789,14 @@ def test_tokens_are_maps_of_four_stages(depth, last, prefix):
     torch.testing.assert_close(stage.flatten(2).transpose(1, 2), outputs[0][:, prefix:])
 
 
+def test_the_blocks_of_an_encoder_are_found():
+    model = Tokens()
+    model.blocks = Encoder(model.blocks)
+    assert network(model).tap.stage_names == [f"blocks.layers.{i}" for i in (1, 3, 5, 7)]
+    vit = torchvision.models.VisionTransformer(32, 4, 8, 2, 16, 32, num_classes=10)
+    assert len(network(vit, (3, 32, 32)).tap.stages) == 4
+
+
 def test_a_token_teacher_and_a_convolutional_student():
     distil(network(Tokens()), bn=0.0, triplet=1.0, triplet_target="teacher", sampling="uniform")
 
@@ -780,11 +815,6 @@ class Pooled(Trunk):
 @pytest.mark.parametrize("side", [2, 4, 8, 16, 32, 160])
 def test_there_are_as_many_stages_at_every_size_and_none_behind_the_pooling(side):
     assert network(Pooled(), (3, side, side)).tap.stage_channels == [8, 16]
-
-
-@cache
-def torchvision_network(name):
-    return torchvision.models.get_model(name, weights=None, num_classes=10)
 
 
 @pytest.mark.parametrize("side", [32, 64])
@@ -867,3 +897,35 @@ def test_a_vit_of_timm_has_four_token_stages(name, depth):
     tap = FeatureTap(timm.create_model(name, num_classes=10).eval(), (3, 224, 224))
     assert tap.stage_names == [f"blocks.{depth * k // 4 - 1}" for k in (1, 2, 3, 4)]
     assert tap.stage_sizes == [(14, 14)] * 4 and tap.stage_channels == [192] * 4
+
+
+# ---------------------------------------------------------------- through the program
+
+
+def test_the_plan_states_stages_and_statistics(distil, capsys):
+    distil("--dry_run", "--teacher_stages", "0.0,1", "--triplet_target", "teacher")
+    printed = capsys.readouterr().out
+    assert "Stages of the teacher nets-tiny: 0.0 (8x8x8), 1 (16x4x4)." in printed
+    assert "Stages of the student nets-small: " in printed
+    assert "BatchNorm statistics: 2 of 2 layers of the teacher nets-tiny are matched." in printed
+
+
+def test_an_unknown_stage_is_refused(distil, refused):
+    assert "has no module '7.layer'" in refused(distil, "--dry_run", "--teacher_stages", "7.layer", code=2)
+
+
+def test_a_network_that_fails_for_another_reason_is_not_said_to_be_of_another_size():
+    class Numpy(Trunk):
+        def forward(self, x):
+            return super().forward(torch.from_numpy(x.numpy()))
+
+    with pytest.raises(InputError, match="Can't call numpy") as refusal:
+        network(Numpy())
+    assert "it takes images" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("count, chosen", [(1, [0]), (2, [1]), (3, [2]), (4, [2, 3]), (5, [3, 4]), (6, [4, 5])])
+def test_the_default_layers_are_the_last_two_of_four(count, chosen):
+    assert list(triplet_stages(count, Relation())) == chosen
+    assert list(triplet_stages(count, Relation(start_layer=-1, end_layer=4))) == [count - 1]
+    assert list(triplet_stages(5, Relation(start_layer=-5, end_layer=-3))) == [0, 1]
