@@ -194,6 +194,11 @@ class Teacher:
     teacher_std: tuple[float, ...] = option(
         (), "Its input standard deviation per channel; defaults like the mean.", low=1e-6, high=1
     )
+    teacher_stages: str = option(
+        "",
+        "Modules whose outputs are its stages, such as layer2,layer3; found by themselves if empty: the last block of "
+        "the trunk at each resolution.",
+    )
     teacher_acc: float = option(
         0.0,
         "Expected teacher top-1 (%); a warning is logged if it is more than one point lower. 0: no check.",
@@ -371,7 +376,9 @@ class Relation:
         "student", "Network whose features it uses.", unused_when={"triplet": (0,)}
     )
     start_layer: int = option(
-        2, "First stage that the triplet losses use, counted from 0 (negative: from the end).", unused_when=NO_STAGES
+        2,
+        "First stage that the triplet losses use, counted from 0 among the last four (negative: from the end of all).",
+        unused_when=NO_STAGES,
     )
     end_layer: int = option(4, "Stage after the last one that they use.", unused_when=NO_STAGES)
     margin: float = option(0.2, "Margin of both triplet losses.", low=0, unused_when=NO_TRIPLETS)

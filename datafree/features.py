@@ -4,8 +4,7 @@ No model has to return its features, so torchvision's, timm's and user-defined n
 are teachers and students as they are.
 """
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,6 +13,9 @@ from torch import Tensor, nn
 
 from datafree.batchnorm import LayerStatistics
 from datafree.errors import InputError
+from datafree.outputs import Output, raw_logits
+from datafree.stages import Stage, Trace, find_head, find_stages, first_tensor
+from datafree.trial import input_dtype
 
 
 def pooled(x: Tensor) -> Tensor:
@@ -92,147 +94,87 @@ class Features:
 class FeatureTap:
     """Takes the stage outputs and the embedding out of ``model``.
 
-    A *stage* is the output of the last block of the trunk at one spatial size: of the last
-    module with children there, or of the last layer where there is none. The *embedding* is
-    the input of the head, pooled if it is a map; the head is the last ``nn.Linear``, or a
-    convolution if that is the last layer with parameters. Without a head the embedding is the last stage, pooled.
-    One forward pass on zeros of ``shape`` (C, H, W) finds them; then a few hooks are left,
+    A *stage* is the output of the last block of the trunk at one spatial size, whether as maps (N, C, H, W), as maps
+    with the channels last, or as tokens: see :mod:`datafree.stages`, or the modules called ``stages``. The *embedding*
+    is the input of the head, pooled if it is a map; the head is the layer whose output is the logits. Without a head
+    the embedding is the last stage, pooled.
+    One forward pass on images of ``shape`` (C, H, W) finds them; then a few hooks are left,
     which keep nothing outside a call of the tap. A copy of the model by ``copy.deepcopy`` of both has hooks of its own.
+
+    dtype: of the images; that of the weights if it is not given. output: what the network returns. notes: what was left
+    out, in words.
     """
 
-    def __init__(self, model: nn.Module, shape: tuple[int, ...]):
-        self.model = model
+    def __init__(
+        self,
+        model: nn.Module,
+        shape: Sequence[int],
+        stages: Sequence[str] = (),
+        dtype: torch.dtype | None = None,
+        output: Output | None = None,
+    ):
+        self.model, self.notes = model, list[str]()
         self._taken: dict[Any, Tensor] | None = None
         self._calls: dict[int, int] = {}
-        calls, logits = _trace(model, shape)
-        self.num_classes = logits.shape[1]
-        head = _find_head(calls, self.num_classes)
-        chosen = _choose_stages(calls[: calls.index(head)] if head else calls, _trunk(model, calls))
-        self.stage_channels = [call.output[1] for call in chosen]
-        self.stage_sizes = [call.output[2:] for call in chosen]
-        for index, module in enumerate({id(call.module): call.module for call in chosen}.values()):
-            stage_of = {call.number: chosen.index(call) for call in chosen if call.module is module}
-            # Bound methods and no closures, which copy.deepcopy would leave with the first tap.
-            module.register_forward_hook(partial(self._take_stage, index, stage_of))
-        if head:
-            head.module.register_forward_pre_hook(self._take_embed)
-        elif not chosen:
+        trace = Trace(model, shape, dtype or input_dtype(model))
+        self.num_classes = trace.raw.shape[1]
+        head = find_head(trace, output or Output())
+        self.stages = find_stages(trace, head, stages, self.notes)
+        if not self.stages and not head:
             raise InputError(
                 "the network has neither convolution maps nor a linear head, so it has no features to "
                 "compare; use a network with a trunk of nn.Modules"
             )
+        self.stage_channels = [stage.layout.channels for stage in self.stages]
+        self.stage_sizes = [stage.layout.size for stage in self.stages]
+        self.stage_names = [stage.name for stage in self.stages]
+        # Bound methods and no closures, which copy.deepcopy would leave with the first tap.
+        for index, (module, stage_of) in enumerate(_by_module(self.stages).items()):
+            module.register_forward_hook(partial(self._take_stage, index, stage_of))
+        self.has_head = head is not None
+        if head:
+            head.module.register_forward_pre_hook(self._take_embed, with_kwargs=True)
         self.embed_dim = head.input[1] if head else self.stage_channels[-1]
+        trace.forget()
 
     def __call__(self, inputs: Tensor) -> Features:
         """Forward pass of normalised ``inputs`` (N, C, H, W) -> :class:`Features`."""
         self._taken, self._calls = {}, {}
         try:
-            logits = self.model(inputs)
+            logits = raw_logits(self.model(inputs), self.model)
             taken = self._taken
         finally:
             self._taken = None
-        stages = [taken[i] for i in range(len(self.stage_channels))]
-        return Features(logits, taken["embed"] if "embed" in taken else pooled(stages[-1]), stages)
+        missing = [self.stage_names[i] for i in range(len(self.stages)) if i not in taken]
+        if missing or (self.has_head and "embed" not in taken):
+            raise InputError(
+                f"the network {type(self.model).__name__} did not compute {', '.join(missing) or 'its head'} in this "
+                "pass, as a network does that drops layers at random or has other layers in training; make it compute "
+                "all of its stages and its head in every pass, or name stages by --teacher_stages"
+            )
+        stages = [taken[i] for i in range(len(self.stages))]
+        return Features(logits, taken["embed"] if self.has_head else pooled(stages[-1]), stages)
 
-    def _take_stage(self, index: int, stage_of: dict[int, int], module: nn.Module, args: Any, output: Tensor) -> None:
+    def _take_stage(self, index: int, stage_of: dict[int, int], module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the ``index``-th module with stages; stage_of: which stage each of its calls gives."""
         if self._taken is not None:
             number = self._calls[index] = self._calls.get(index, -1) + 1
             if number in stage_of:
-                self._taken[stage_of[number]] = output
+                layout, x = self.stages[stage_of[number]].layout, first_tensor(output)
+                assert x is not None  # as in the trace
+                self._taken[stage_of[number]] = layout.read(x)
 
-    def _take_embed(self, module: nn.Module, args: Any) -> None:
+    def _take_embed(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self._taken is not None:
-            self._taken["embed"] = pooled(args[0])
+            x = first_tensor([*args, *kwargs.values()])
+            assert x is not None  # as in the trace
+            self._taken["embed"] = pooled(x)
 
 
-@dataclass(eq=False)
-class _Call:
-    """One execution of a module in the tracing pass: shapes, and how often it had run before."""
-
-    module: nn.Module
-    number: int
-    input: tuple[int, ...]
-    output: tuple[int, ...]
-
-
-@torch.no_grad()
-def _trace(model: nn.Module, shape: tuple[int, ...]) -> tuple[list[_Call], Tensor]:
-    """Run ``model`` on zeros in eval mode; every module call in order of completion, and the logits."""
-    calls: list[_Call] = []
-    counts: dict[nn.Module, int] = {}
-
-    def record(module: nn.Module, args: Any, output: Any) -> None:
-        if args and torch.is_tensor(args[0]) and torch.is_tensor(output):
-            number = counts[module] = counts.get(module, -1) + 1
-            calls.append(_Call(module, number, tuple(args[0].shape), tuple(output.shape)))
-
-    modes = {module: module.training for module in model.modules()}
-    hooks = [module.register_forward_hook(record) for module in model.modules()]
-    parameter = next(model.parameters(), torch.zeros(()))
-    try:
-        logits = model.eval()(torch.zeros(2, *shape, device=parameter.device, dtype=parameter.dtype))
-    except Exception as error:  # a user-defined network may raise anything
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(
-            f"the network {type(model).__name__} cannot take images of {shape[0]} channels and "
-            f"{shape[1]}x{shape[2]} pixels ({reason}); choose another network"
-        ) from error
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes.items():
-            module.training = training
-    if not torch.is_tensor(logits) or logits.dim() != 2:
-        raise InputError(
-            f"the network {type(model).__name__} must return logits as one tensor (N, classes), "
-            f"not {tuple(logits.shape) if torch.is_tensor(logits) else type(logits).__name__}"
-        )
-    return calls, logits
-
-
-def _trunk(module: nn.Module, calls: list[_Call]) -> list[nn.Module]:
-    """Modules applied to the image one after the other: containers are opened, blocks are not.
-
-    A module is opened if it is a plain container, if it does not map images to images, or if it
-    downsamples by more than a factor of two, because then it holds several stages.
-    """
-    modules: list[nn.Module] = []
-    for child in module.children():
-        own = [call for call in calls if call.module is child]
-        plain_container = type(child).forward is nn.Sequential.forward
-        if own and not plain_container and all(_within_one_scale(call) for call in own):
-            modules.append(child)
-        else:
-            modules += _trunk(child, calls)
-    return modules
-
-
-def _within_one_scale(call: _Call) -> bool:
-    return len(call.input) == len(call.output) == 4 and call.input[2] <= 2 * call.output[2] + 1
-
-
-def _choose_stages(calls: list[_Call], trunk: list[nn.Module]) -> list[_Call]:
-    """The last call of the trunk at each spatial size; of blocks where there are any."""
-    groups: dict[tuple[int, ...], list[_Call]] = {}
-    members = {id(module) for module in trunk}
-    for call in calls:
-        if id(call.module) in members and len(call.output) == 4:
-            groups.setdefault(call.output[2:], []).append(call)
-    chosen = []
-    for group in groups.values():
-        blocks = [call for call in group if next(call.module.children(), None) is not None]
-        learned = any(next(call.module.parameters(), None) is not None for call in group)
-        if learned:
-            chosen.append((blocks or group)[-1])
-    return chosen
-
-
-def _find_head(calls: list[_Call], num_classes: int) -> _Call | None:
-    """The call that outputs the logits: of the last layer with parameters if a convolution, else of a linear one."""
-    learned = [call for call in calls if next(call.module.parameters(recurse=False), None) is not None]
-    outputs = [call for call in learned if call.output[1:2] == (num_classes,)]
-    heads = [call for call in outputs if isinstance(call.module, nn.Linear) and len(call.input) == 2]
-    if learned and learned[-1] in outputs and isinstance(learned[-1].module, nn.Conv2d):
-        return learned[-1]
-    return heads[-1] if heads else None
+def _by_module(stages: Sequence[Stage]) -> dict[nn.Module, dict[int, int]]:
+    """Module -> which stage each of its calls gives; of several calls for a stage the last one counts."""
+    found: dict[nn.Module, dict[int, int]] = {}
+    for index, stage in enumerate(stages):
+        for module, number in stage.calls:
+            found.setdefault(module, {})[number] = index
+    return found

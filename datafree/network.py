@@ -1,7 +1,7 @@
 """A model as the methods see it: it takes images or views in [0, 1] and normalises them itself."""
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,7 +22,20 @@ from datafree.models.factory import (
     own_normalisation,
     torchvisions_networks,
 )
+from datafree.outputs import raw_logits, recognise
 from datafree.plugins import is_custom, short_name
+from datafree.runtime import autocast
+from datafree.trial import (
+    HALF,
+    input_dtype,
+    layout,
+    materialise,
+    run,
+    trial_images,
+    try_backward,
+    try_evaluation,
+    unchanged,
+)
 
 
 def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
@@ -100,15 +113,36 @@ def _numbers(values: Sequence[float]) -> str:
     return ",".join(f"{value:.4g}" for value in values)
 
 
+def _other_normalisation(
+    role: str,
+    own: dict[str, Any],
+    given: dict[str, Sequence[float]],
+    used: dict[str, tuple[float, ...]],
+    card: DatasetCard,
+) -> list[str]:
+    """Sentences where the mean or std that the model states differs from what is given, or else from the card's."""
+    notes = []
+    for key, values in own.items():
+        other, whose = (used[key], "used here") if given[key] else (getattr(card, key), "of the data card")
+        if values != tuple(other):
+            taken = "" if given[key] else f", is used; {_option(role, key)} gives another"
+            notes.append(f"its own {key}, {_numbers(values)}, differs from that {whose}, {_numbers(other)}{taken}")
+    return notes
+
+
 class Network(nn.Module):
     """``model`` with its own normalisation and a tap on its features.
 
     Each network has the mean and standard deviation that it was trained with, so that a
     teacher and a student with different ones see the same views.
 
+    The model is taken as it is: a trial finds out which inputs it takes and what it returns (:mod:`datafree.trial`),
+    and :meth:`try_run` repeats that as the run will use it. ``trial.notes`` are sentences about it for the plan.
+
     shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units. metadata: what the file of its
     weights states (acc1, epoch, dataset, ...), if there is one. notes: sentences on what was guessed, converted or left
-    out when it was built, without their subject.
+    out when it was built, without their subject. stages: names of the modules whose outputs are its stages; found by
+    themselves if there are none.
     """
 
     def __init__(
@@ -119,16 +153,22 @@ class Network(nn.Module):
         std: Sequence[float],
         name: str = "network",
         metadata: dict[str, Any] | None = None,
+        stages: Sequence[str] = (),
     ):
         super().__init__()
-        self.model = model.to(memory_format=torch.channels_last)
+        self.model = model
         self.shape, self.name, self.metadata = tuple(shape), name, metadata or {}
         self.notes: list[str] = []
-        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+        place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), None)
+        self.register_buffer("mean", torch.tensor(mean, device=place).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device=place).view(1, -1, 1, 1), persistent=False)
         self.mean: Tensor
         self.std: Tensor
-        self.tap = FeatureTap(model, self.shape)
+        materialise(model, self.shape)
+        images = (trial_images(self.shape, 3, self.device) - self.mean) / self.std
+        self.trial = try_evaluation(model, images)
+        self.outputs = {False: self.trial.output, True: self.trial.output}  # by whether it is in training mode
+        self.tap = FeatureTap(model, self.shape, stages, self.trial.dtype, self.trial.output)
         self.compile_mode: str | None = None
         self._classes: slice | None = None
 
@@ -143,40 +183,27 @@ class Network(nn.Module):
         std: Sequence[float] = (),
         role: str = "network",
         pretrained: bool = False,
+        stages: Sequence[str] = (),
+        weights: Callable[[nn.Module], Any] | None = None,
     ) -> "Network":
         """The network called ``model``, randomly initialised, for the images of ``card``.
 
         num_classes, mean, std: instead of the card's. role: what messages call it. pretrained: with the weights that
-        its factory brings, and the mean and std that these state.
+        its factory brings, and the mean and std that these state. stages: see the class. weights: loads weights into
+        the model, before it is tried.
         """
         module = build_model(model, num_classes or card.num_classes, card.channels, pretrained)
-        network = cls._made(module, model, card, {"mean": mean, "std": std}, role, pretrained)
+        if weights:
+            materialise(module, card.shape)
+            weights(module)
+        own = own_normalisation(module) if pretrained or weights else {}
+        own = {key: v for key, v in own.items() if len(v) == card.channels}
+        given = {"mean": mean, "std": std}
+        used = {key: _checked(role, key, given[key] or own.get(key) or getattr(card, key), card) for key in given}
+        network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(model)}", stages=stages)
         if pretrained:
             network.notes.append("its weights are those that the model brings")
-        return network
-
-    @classmethod
-    def _made(
-        cls,
-        module: nn.Module,
-        model: str,
-        card: DatasetCard,
-        given: dict[str, Sequence[float]],
-        role: str,
-        use_own: bool,
-    ) -> "Network":
-        """The network of ``module``; use_own: its own mean and std, if it states them, come before the card's."""
-        own = {key: v for key, v in own_normalisation(module).items() if use_own and len(v) == card.channels}
-        used = {key: _checked(role, key, given[key] or own.get(key) or getattr(card, key), card) for key in given}
-        network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(model)}")
-        network.notes += _large_images(model, card)
-        for key, values in own.items():
-            other, whose = (used[key], "used here") if given[key] else (getattr(card, key), "of the data card")
-            if values != tuple(other):
-                taken = "" if given[key] else f", is used; {_option(role, key)} gives another"
-                network.notes.append(
-                    f"its own {key}, {_numbers(values)}, differs from that {whose}, {_numbers(other)}{taken}"
-                )
+        network.notes += [*_large_images(model, card), *_other_normalisation(role, own, given, used, card)]
         return network
 
     @classmethod
@@ -191,6 +218,7 @@ class Network(nn.Module):
         std: Sequence[float] = (),
         role: str = "network",
         key: str = "",
+        stages: Sequence[str] = (),
     ) -> "Network":
         """The network whose weights are in the file ``path``, or in the folder of a run.
 
@@ -207,15 +235,15 @@ class Network(nn.Module):
         path, option = checkpoint.weights_file(path), _option(role, "weights_key")
         weights, metadata = checkpoint.read_weights(path, key, notes, option)
         model, card = model or _stated_model(metadata, path), card or _stated_card(metadata, path)
-        given = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
-        module = build_model(model, num_classes or card.num_classes, card.channels)
-        network, modules = cls._made(module, model, card, given, role, use_own=True), list(module.modules())
+        given: dict[str, Any] = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
+
+        def load(module: nn.Module) -> None:
+            notes.extend(checkpoint.load_weights(module, weights, path, option))
+
         try:
-            notes += checkpoint.load_weights(network.model, weights, path, option)
+            network = cls.build(model, card, num_classes=num_classes, role=role, stages=stages, weights=load, **given)
         except InputError as error:
             raise _with_hint(error, model, weights, num_classes or card.num_classes) from error
-        if modules != list(module.modules()):  # a module was replaced by one of an earlier version, without hooks
-            network = cls._made(module, model, card, given, role, use_own=True)
         if model.rpartition(":")[2] in AUXILIARY_HEADS and not mean:
             notes.append(
                 "if its weights come from torchvision's, which expect mean 0.5 and std 0.5 (transform_input), "
@@ -226,7 +254,7 @@ class Network(nn.Module):
 
     @property
     def num_classes(self) -> int:
-        classes = range(self.tap.num_classes)
+        classes = range(self.outputs[False].classes(self.tap.num_classes))
         return len(classes if self._classes is None else classes[self._classes])
 
     @property
@@ -234,21 +262,76 @@ class Network(nn.Module):
         return self.mean.device
 
     def normalise(self, views: Tensor) -> Tensor:
-        return ((views - self.mean) / self.std).contiguous(memory_format=torch.channels_last)
+        normalised = ((views - self.mean) / self.std).to(self.trial.dtype)
+        return normalised.contiguous(memory_format=layout(self.trial.channels_last))
 
     def forward(self, views: Tensor) -> Tensor:
         """Views (N, C, H, W) in [0, 1] -> logits (N, classes)."""
-        return self._restricted(self.model(self.normalise(views)))
+        return self._logits(raw_logits(self.model(self.normalise(views)), self.model))
 
     def features(self, views: Tensor) -> Features:
         """Views (N, C, H, W) in [0, 1] -> :class:`datafree.features.Features`."""
         features = self.tap(self.normalise(views))
-        if self._classes is None:
-            return features
-        return Features(self._restricted(features.logits), features.embed, features.stages)
+        stages, embed = features.stages, features.embed
+        if self.trial.dtype != torch.float32:
+            stages, embed = [stage.float() for stage in stages], embed.float()
+        return Features(self._logits(features.logits), embed, stages)
 
-    def _restricted(self, logits: Tensor) -> Tensor:
+    def _logits(self, raw: Tensor) -> Tensor:
+        """What the model returned as logits of the chosen classes."""
+        logits = self.outputs[self.training].logits(raw)
+        if self.trial.dtype != torch.float32:
+            logits = logits.float()
         return logits if self._classes is None else logits[:, self._classes]
+
+    def try_run(self, precision: str = "none", training: bool = False) -> None:
+        """Run it once as the run will, on the device and in the run's ``precision``; raise InputError if it fails.
+
+        training: whether it is also trained. Weights, buffers, modes and random states stay as they are.
+        """
+        if training and input_dtype(self.model) in HALF:
+            raise InputError(
+                f"the {self.name} has weights in {str(input_dtype(self.model))[6:]}, whose rounding loses the small "
+                "steps of training; build it in float32 (.float()), and use --precision for speed"
+            )
+        self._try_mode(precision, training=False)
+        if not training:
+            return
+        try:
+            self._try_mode(precision, training=True)
+        except InputError:
+            if not self.trial.channels_last:
+                raise
+            self.trial.channels_last = False
+            self.model.to(memory_format=torch.contiguous_format)
+            self._try_mode(precision, training=True)
+            self.trial.notes.append("it runs in the plain memory layout, because in channels_last its training fails")
+
+    def _try_mode(self, precision: str, training: bool) -> None:
+        with unchanged(self), torch.enable_grad():
+            self.train(training)
+            torch.manual_seed(0)
+            with autocast(self.device, precision):
+                raw = run(self.model, self.normalise(trial_images(self.shape, 4, self.device)), self._try_forward)
+            if training:
+                self.outputs[True] = recognise(raw, None, self.model)
+                if self.outputs[True] != self.outputs[False]:
+                    self.trial.notes.append(f"in training mode {self.outputs[True].sentence or 'it returns logits'}")
+                if not raw.requires_grad:
+                    raise InputError(
+                        f"the {self.name} has no weights to train: its output is computed without a gradient"
+                    )
+                try_backward(self.model, raw)
+
+    def _try_forward(self, images: Tensor) -> Tensor:
+        raw = self.tap(images).logits
+        if raw.shape != (len(images), self.tap.num_classes):
+            raise InputError(
+                f"the network {type(self.model).__name__} returns {tuple(raw.shape)} for {len(images)} images"
+                + " in training mode" * self.training
+                + f", and {self.tap.num_classes} outputs for each image in the trial"
+            )
+        return raw
 
     def restricted_to(self, classes: range) -> "Network":
         """This network, with the same parameters, whose logits are those of ``classes`` alone.

@@ -28,11 +28,12 @@ def describe_distillation(
     lines = [
         f"Plan: distilling {pair} on {describe_images(card)}, on {teacher.device}.",
         describe_normalisation(teacher),
-        *describe_notes(teacher, student),
+        *describe_network(teacher),
+        *describe_network(student),
         describe_source(config.synthesis.source, teacher),
     ]
     if isinstance(source, OptimisedSynthesis):
-        lines += describe_triplets(source.objective)
+        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
     if is_custom(config.distill.learner):
         lines.append(f"Learner: {config.distill.learner}.")
     if cache:
@@ -48,7 +49,7 @@ def describe_training(model: str, card: DatasetCard, images: int, schedule: Sche
     return [
         f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
         f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
-        *describe_notes(network),
+        *describe_network(network),
     ]
 
 
@@ -67,9 +68,34 @@ def describe_normalisation(network: Network) -> str:
     return f"The {network.name} ({about}) normalises images by mean {mean}, std {std}."
 
 
-def describe_notes(*networks: Network) -> list[str]:
-    """What was guessed, converted or left out when the networks were built."""
-    return [f"The {network.name}: {note}." for network in networks for note in network.notes]
+def describe_notes(network: Network) -> list[str]:
+    """What was guessed, converted or left out when the network was built."""
+    return [f"The {network.name}: {note}." for note in network.notes]
+
+
+def describe_network(network: Network) -> list[str]:
+    """Its stages, and what the trial found out and what is converted or left out."""
+    tap = network.tap
+    stages = [
+        f"{name} ({channels}x{'x'.join(map(str, size))})"
+        for name, channels, size in zip(tap.stage_names, tap.stage_channels, tap.stage_sizes)
+    ]
+    lines = [f"Stages of the {network.name}: {', '.join(stages)}."] if stages else []
+    lines += describe_notes(network)
+    for note in [*network.trial.notes, *tap.notes]:
+        alarm, _, text = note.rpartition("[Alarm] ")
+        lines.append(
+            f"{'[Alarm] the' if '[Alarm]' in note else 'The'} {network.name}: {text}" + "." * (text[-1] != "?")
+        )
+    return lines
+
+
+def describe_statistics(objective: SynthesisObjective) -> list[str]:
+    """How many of the teacher's BatchNorm layers are matched, if any are."""
+    tap = objective.bn_tap
+    if not any(term.name == "bn" for term in objective.terms):
+        return []
+    return [f"BatchNorm statistics: {tap.matched} of {tap.total} layers of the {objective.teacher.name} are matched."]
 
 
 def describe_source(name: str, teacher: Network) -> str:

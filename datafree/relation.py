@@ -18,6 +18,7 @@ from datafree.features import Features, pooled
 from datafree.runtime import autocast
 
 SEPARATE, CONFUSE = 1, -1
+RELEASED_STAGES = 4  # of the released code's largest networks
 FOCAL_BAND = (0.5, 1.0)
 DISTANCE_CUTOFF = (0.5, 1.4)
 SPACES = {"embedding": "embed", "logits": "logits"}  # sampling_space -> field of the Features
@@ -184,6 +185,11 @@ def triplet_layers(features: Features, triplets: Relation) -> list[Tensor]:
 
 
 def triplet_stages(count: int, triplets: Relation) -> range:
-    """Indices of the stages start_layer:end_layer out of ``count``; of the last one if these are none."""
-    stages = range(count)
-    return stages[triplets.start_layer : triplets.end_layer] or stages[-1:]
+    """Indices of the stages start_layer:end_layer out of ``count``; of the last one if these are none.
+
+    They are counted among the last four, because the networks of the released code have at most four: 2:4 are the last
+    two of four and of five. Negative ones are counted from the end.
+    """
+    stages, first = range(count), max(0, count - RELEASED_STAGES)
+    start, end = (i + first if i >= 0 else i for i in (triplets.start_layer, triplets.end_layer))
+    return stages[start:end] or stages[-1:]

@@ -66,14 +66,16 @@ class Session:
         std: Sequence[float] = (),
         num_classes: int = 0,
         key: str = "",
+        stages: Sequence[str] = (),
     ) -> Network:
-        """Build ``model`` and load ``weights``, if given -> :class:`Network` on the device.
+        """Build ``model``, load ``weights``, if given, and try it -> :class:`Network` on the device.
 
         weights: a file, the folder of a run, or OWN, for those that the model's factory brings. Without ``mean`` and
         ``std``, those stored with the weights are used, or else the model's own, or else the card's. num_classes:
-        instead of the card's, as for a teacher of the old classes alone. key: of the weights in their file.
+        instead of the card's, as for a teacher of the old classes alone. key: of the weights in their file. stages:
+        names of the modules that give its stages.
         """
-        options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role}
+        options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         if weights:
             if weights == OWN:
                 network = Network.build(model, self.card, pretrained=True, **options)
@@ -86,10 +88,12 @@ class Session:
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
             raise InputError(
-                f"the {role} {model} has {network.num_classes} classes but {self.card.name} has "
-                f"{classes}; build it with the right head, or name the right data set"
+                f"the {role} {model} has {network.num_classes} classes"
+                + " (one output)" * (network.tap.num_classes == 1)
+                + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
         network.to(self.device)
+        network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)
 
     def load_teacher(self) -> Network:
@@ -105,7 +109,8 @@ class Session:
                     f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
                 )
         mean, std, key = options.teacher_mean, options.teacher_std, options.teacher_weights_key
-        network = self.network("teacher", options.teacher, weights, mean, std, key=key)
+        stages = [name.strip() for name in options.teacher_stages.split(",") if name.strip()]
+        network = self.network("teacher", options.teacher, weights, mean, std, key=key, stages=stages)
         return network.freeze()
 
     @torch.no_grad()

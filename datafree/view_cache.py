@@ -102,7 +102,8 @@ def build_cache(session: "Session", teacher: Network, source: "BaseSynthesis", l
         )
     wanted = session.device.type == "cpu" if megabytes is None else megabytes > 0
     pool = getattr(source, "pool", None)
-    if not wanted or not fields or not isinstance(pool, ImagePool) or not is_batch_independent(teacher):
+    repeatable = teacher.trial.repeatable and is_batch_independent(teacher)
+    if not wanted or not fields or not isinstance(pool, ImagePool) or not repeatable:
         return None
     free = max(0, free_memory(session.device) - pool.images.nbytes) // 10**6  # which the pool has not touched yet
     possible = pool.capacity * session.augment.count

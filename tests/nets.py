@@ -105,6 +105,56 @@ def toy(num_classes=5, in_channels=3):
     )
 
 
+class Trunk(nn.Module):
+    """Two convolutions with normalisation, of 8 and 16 channels, and a linear head; to be changed by subclasses."""
+
+    def __init__(self, num_classes=10, norm=nn.BatchNorm2d):
+        super().__init__()
+        self.a = nn.Sequential(nn.Conv2d(3, 8, 3, 2, 1), norm(8), nn.ReLU())
+        self.b = nn.Sequential(nn.Conv2d(8, 16, 3, 2, 1), norm(16), nn.ReLU())
+        self.fc = nn.Linear(16, num_classes)
+
+    def maps(self, x):
+        return self.b(self.a(x))
+
+    def forward(self, x):
+        return self.fc(self.maps(x).mean((2, 3)))
+
+
+class Ends(Trunk):
+    """Returns a function of its logits, which are large."""
+
+    def __init__(self, last, num_classes=10):
+        super().__init__(num_classes)
+        self.last = last
+
+    def forward(self, x):
+        return self.last(4 * super().forward(x))
+
+
+class Same(nn.Module):
+    """A residual block of unchanged shape."""
+
+    def __init__(self, channels):
+        super().__init__()
+        self.body = nn.Sequential(conv(channels, channels), nn.Conv2d(channels, channels, 1))
+
+    def forward(self, x):
+        return x + self.body(x)
+
+
+def lazy(num_classes, in_channels=3):
+    """Layers that take their shapes from their first input."""
+    return nn.Sequential(
+        nn.LazyConv2d(8, 3, 2, 1),
+        nn.LazyBatchNorm2d(),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.LazyLinear(num_classes),
+    )
+
+
 class SharedReLU(nn.Module):
     """One ReLU module after each of four convolutions, of which two have the same size."""
 

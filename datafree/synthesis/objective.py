@@ -13,6 +13,7 @@ from datafree.errors import InputError
 from datafree.features import Features
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.terms import Term, fields_read, weighted, weighted_sum
+from datafree.trial import trial_images, unchanged
 
 if TYPE_CHECKING:
     from datafree.network import Network
@@ -43,14 +44,29 @@ class SynthesisObjective:
         self.optimizers: list[torch.optim.Optimizer] = []  # of what the objective itself learns
         self.terms = weighted(self.all_terms())
         names = {term.name for term in self.active()}
-        if "batch_norm" in fields_read(self.terms, "teacher") and not self.bn_tap.layers:
+        for network, reads in ((teacher, "teacher"), (student, "student")):
+            if any(getattr(term, reads) for term in self.terms) and network.trial.gradient:
+                raise InputError(
+                    f"images cannot be synthesised with the {network.name}: {network.trial.gradient}; use a network "
+                    "without torch.no_grad(), quantisation or argmax in its forward pass"
+                )
+        if "batch_norm" in fields_read(self.terms, "teacher"):
+            self._require_statistics()
+        if "cr" in names:
+            self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.device)
+            self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g)]
+
+    def _require_statistics(self) -> None:
+        """Try the tap on the teacher's BatchNorm statistics; InputError if there are none that have a gradient."""
+        teacher = self.teacher
+        if not self.bn_tap.layers:
             raise InputError(
                 f"the {teacher.name} has no BatchNorm statistics to match; set --bn 0 "
                 "(and rely on --oh, --adv, --tv, --l2 instead)"
             )
-        if "cr" in names:
-            self.contrast = InstanceContrast(teacher, settings.cr_T).to(teacher.device)
-            self.optimizers = [torch.optim.Adam(self.contrast.head.parameters(), settings.lr_g)]
+        images = teacher.normalise(trial_images(teacher.shape, 2, teacher.device))
+        with unchanged(teacher), teacher.frozen():
+            self.bn_tap.try_on(lambda images: teacher.tap(images).logits, images, teacher.name)
 
     def all_terms(self) -> list[Term]:
         """Every term: its weight, its function of (teacher, student, batch), and the fields that it reads of both."""
