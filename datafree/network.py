@@ -201,9 +201,9 @@ class Network(nn.Module):
         given = {"mean": mean, "std": std}
         used = {key: _checked(role, key, given[key] or own.get(key) or getattr(card, key), card) for key in given}
         network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(model)}", stages=stages)
+        network.notes = [*_large_images(model, card), *_other_normalisation(role, own, given, used, card)]
         if pretrained:
             network.notes.append("its weights are those that the model brings")
-        network.notes += [*_large_images(model, card), *_other_normalisation(role, own, given, used, card)]
         return network
 
     @classmethod
