@@ -394,9 +394,9 @@ class Relation:
         unused_when=NO_TRIPLETS,
     )
     sampling_dim: str = option(
-        "nominal",
-        "Dimension d of the density whose inverse, r^(2 - d), weights negatives: nominal (of the space; if it is "
-        "large, the nearest candidate takes almost all), intrinsic (estimated from each batch), or a number.",
+        "intrinsic",
+        "Dimension d of the density whose inverse, r^(2 - d), weights negatives: intrinsic (estimated from each batch), "
+        "nominal (of the space; if it is large, the nearest candidate takes almost all; the released code), or a number.",
         unused_when=(NO_TRIPLETS, NO_WEIGHTING),
     )
     sampling_cap: float | None = option(

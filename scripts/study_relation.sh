@@ -18,9 +18,9 @@ cells() {  # a name and its options per line; synthesis, student: the phases tha
         echo "weight$weight-synthesis-release --triplet $weight --striplet 0 --relation release"
     done
     weighting="weight10-synthesis-paper --triplet 10 --striplet 0"  # in the 64 dimensions of the embedding
-    echo "${weighting/paper/paper-intrinsic} --sampling_dim intrinsic"
+    echo "${weighting/paper/paper-nominal} --sampling_dim nominal"
     echo "${weighting/paper/paper-dim3} --sampling_dim 3"
-    echo "${weighting/paper/paper-cap3} --sampling_cap 3"
+    echo "${weighting/paper/paper-cap3} --sampling_dim nominal --sampling_cap 3"
     echo "${weighting/paper/paper-uniform} --sampling uniform"
     for space in embedding logits; do
         for sampling in focal distance uniform; do
