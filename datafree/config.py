@@ -395,8 +395,9 @@ class Relation:
     )
     sampling_dim: str = option(
         "intrinsic",
-        "Dimension d of the density whose inverse, r^(2 - d), weights negatives: intrinsic (estimated from each batch), "
-        "nominal (of the space; if it is large, the nearest candidate takes almost all; the released code), or a number.",
+        "Dimension d of the density whose inverse, r^(2 - d), weights negatives: intrinsic (estimated from each "
+        "batch), nominal (of the space, as in the released code; if it is large, the nearest candidate takes almost "
+        "all), or a number.",
         unused_when=(NO_TRIPLETS, NO_WEIGHTING),
     )
     sampling_cap: float | None = option(
