@@ -383,7 +383,8 @@ def _help(
     from_method = {s.option: _convert(s) for s in _method_settings([], options, method_files)}
     blocks = [
         f"usage: {Path(sys.argv[0]).name} [--option value ...]",
-        *(textwrap.fill(textwrap.dedent(text).strip(), width) for text in (description, INTRO)),
+        textwrap.fill(textwrap.dedent(description).strip(), width),
+        textwrap.fill(INTRO if method_files else INTRO.replace("the method's file, ", ""), width),
     ]
     for name, section in {"call": Invocation, "": None, **sections(config_class)}.items():
         title = f"{name}: {section.__doc__}" if section else "Outside the sections:"

@@ -68,7 +68,9 @@ def test_a_wait_is_detected():
 @pytest.mark.parametrize("init", ["random", "reptile", "maml"])
 def test_neither_phase_waits_for_the_host(sampling, keep, init):
     torch.manual_seed(0)
-    relation = config.Relation(triplet=1.0, striplet=1.0, sampling=sampling, striplet_sampling=sampling)
+    relation = config.Relation(
+        triplet=1.0, striplet=1.0, sampling=sampling, striplet_sampling=sampling, sampling_cap=3.0
+    )
     source, learner = both_phases(
         {**ALL, "keep": keep, "generator_init": init, "meta_rate": 0.5, "class_noise": 1.0},
         relation,

@@ -46,7 +46,7 @@ CHOICES = {
     "rgal": "relation paper, sampling focal, sampling_space embedding, triplet_target student, "
     " striplet_feature global, striplet_sampling distance, keep best, generator_init random, bn_reduction norm,"
     " adv_distance kl, adv_where agree",
-    "rgal_release": "relation release, sampling_space logits, sampling focal",
+    "rgal_release": "relation release, sampling_space logits, sampling focal, sampling_dim nominal",
     "fast": "generator_init maml",
     "dafl": "source generator, oh_target predicted, flip off",
     "dfq": "source generator, oh_target predicted, adv_where all",
