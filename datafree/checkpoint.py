@@ -74,11 +74,11 @@ def load(path: str | Path) -> dict[str, Any]:
         if code:
             raise InputError(
                 f"{path} contains a pickled {code[1]}; refused, nothing was executed: save it again as a dict of "
-                "tensors, numbers and strings, which of a whole network is torch.save(network.state_dict(), FILE)"
+                "tensors, numbers and strings; the weights alone are torch.save(network.state_dict(), FILE)"
             ) from error
         raise InputError(f"{path} {_broken(path)}") from error
     if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}; a checkpoint or state_dict is a dict")
+        raise InputError(f"{path} holds a {type(state).__name__}; save a dict instead, such as network.state_dict()")
     return state
 
 

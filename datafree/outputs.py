@@ -21,6 +21,7 @@ def raw_logits(output: Any, model: nn.Module) -> Tensor:
             f"the network {type(model).__name__} must return logits as one tensor (N, classes), not "
             + _described(output)
             + " in training mode" * model.training
+            + "; give a network, or a module around it, that returns the logits alone"
         )
     return found if found.dim() == 2 else found.unsqueeze(1)
 

@@ -5,6 +5,7 @@ find to work, and leaves weights, buffers, modes and random states as they were.
 cause.
 """
 
+import inspect
 import random
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -146,8 +147,15 @@ def run(model: nn.Module, images: Tensor, forward: Callable[[Tensor], Any] | Non
 def _remedy(model: nn.Module, images: Tensor) -> str:
     """What to change, if the network takes other images than these."""
     count, channels, height, width = images.shape
+    if _required(model.forward) > 1:
+        return "; give a network, or a module around it, whose forward takes the images alone"
     if _takes(model, images.detach()):  # without a gradient, so that it is not the images
         return ""
+    if _takes(model, torch.rand_like(images)):
+        return (
+            "; it takes values from 0 to 1 alone: if it normalises the images itself, state that by --teacher_mean 0 "
+            "--teacher_std 1"
+        )
     for other in (c for c in (1, 2, 3, 4) if c != channels):
         if _takes(model, images.new_zeros(count, other, height, width)):
             return f"; it takes images of {other} channels: correct the data card, or build it with in_channels"
@@ -155,6 +163,16 @@ def _remedy(model: nn.Module, images: Tensor) -> str:
         if _takes(model, images.new_zeros(count, channels, side, side)):
             return f"; it takes images of {side}x{side} pixels: build it for this size, or choose another network"
     return ""
+
+
+def _required(forward: Callable[..., Any]) -> int:
+    """The number of arguments that ``forward`` cannot do without."""
+    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    try:
+        parameters = inspect.signature(forward).parameters.values()
+    except (TypeError, ValueError):  # of built-in code
+        return 0
+    return sum(p.kind in kinds and p.default is p.empty for p in parameters)
 
 
 @torch.no_grad()

@@ -256,6 +256,35 @@ def test_the_message_about_other_images_names_what_the_network_takes():
         network(nn.Sequential(nn.Flatten(), nn.Linear(3072, 10)))
 
 
+def test_a_network_that_normalises_by_itself_is_not_said_to_take_another_size():
+    class FromZeroToOne(Trunk):
+        def forward(self, x):
+            assert 0 <= x.min() and x.max() <= 1
+            return super().forward(x)
+
+    with pytest.raises(InputError, match="takes values from 0 to 1 alone: .*--teacher_mean 0 --teacher_std 1"):
+        network(FromZeroToOne())
+
+
+def test_a_forward_pass_that_needs_more_than_images_is_named_with_the_remedy():
+    class Masked(Trunk):
+        def forward(self, x, mask):
+            return super().forward(x)
+
+    with pytest.raises(InputError, match="missing 1 required .*mask.*; give .* forward takes the images alone"):
+        network(Masked())
+
+
+def test_several_outputs_are_refused_with_the_remedy():
+    class Pair(Trunk):
+        def forward(self, x):
+            f = self.maps(x).mean((2, 3))
+            return self.fc(f), f
+
+    with pytest.raises(InputError, match="not tuple of .*; give .* that returns the logits alone"):
+        network(Pair())
+
+
 # ---------------------------------------------------------------- the modes of the run
 
 

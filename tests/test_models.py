@@ -343,7 +343,10 @@ def test_torchvisions_models_need_three_channels():
         ("missing", "has no function or class 'missing'"),
         ("FACTORIES", "has no function or class 'FACTORIES'"),
         ("text", "text' returned a str; it must return a torch.nn.Module"),
-        ("needs_more", "needs_more' failed when called with .*num_classes=10 .*: TypeError: .*depth"),
+        (
+            "needs_more",
+            "needs_more' failed when called with .*num_classes=10 .*: TypeError: .*depth.*; other arguments need def",
+        ),
     ],
 )
 def test_a_factory_that_cannot_be_used_is_named(factories, factory, sentence):

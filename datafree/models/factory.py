@@ -147,7 +147,8 @@ def _from_factory(name: str, num_classes: int, in_channels: int, pretrained: boo
     except Exception as error:
         raise InputError(
             f"'{name}' failed when called with those of num_classes={num_classes} and "
-            f"in_channels={in_channels} that it takes: {first_line(error)}"
+            f"in_channels={in_channels} that it takes: {first_line(error)}; other arguments need defaults, or name "
+            "a function that calls it with them"
         ) from error
     if isinstance(model, torch.jit.ScriptModule):
         raise InputError(
