@@ -111,10 +111,11 @@ def _texts(path: Path, homes: Mapping[str, str], above: tuple[Path, ...] = ()) -
     """
     above = (*above, path.resolve())
     try:
-        lines = [("", *line) for line in _scalars(_compose(path))]
-        lines += [(section, *line) for section, node in _mappings(_compose(path)) for line in _scalars(node)]
+        root = _compose(path)
     except OptionError:
         return []
+    lines = [("", *line) for line in _scalars(root)]
+    lines += [(section, *line) for section, node in _mappings(root) for line in _scalars(node)]
     bases = [path.parent / text for section, key, text in lines if key == "base" and not section]
     below = [pair for base in bases if base.resolve() not in above for pair in _texts(base, homes, above)]
     return below + [(key, text) for section, key, text in lines if homes.get(key) == section]

@@ -27,6 +27,7 @@ from datafree.plugins import is_custom, short_name
 from datafree.runtime import autocast
 from datafree.trial import (
     HALF,
+    device_of,
     input_dtype,
     layout,
     materialise,
@@ -109,7 +110,8 @@ def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float
     return tuple(values)
 
 
-def _numbers(values: Sequence[float]) -> str:
+def shown_numbers(values: Sequence[float]) -> str:
+    """A mean or std, as an option takes it."""
     return ",".join(f"{value:.4g}" for value in values)
 
 
@@ -126,7 +128,9 @@ def _other_normalisation(
         other, whose = (used[key], "used here") if given[key] else (getattr(card, key), "of the data card")
         if values != tuple(other):
             taken = "" if given[key] else f", is used; {_option(role, key)} gives another"
-            notes.append(f"its own {key}, {_numbers(values)}, differs from that {whose}, {_numbers(other)}{taken}")
+            notes.append(
+                f"its own {key}, {shown_numbers(values)}, differs from that {whose}, {shown_numbers(other)}{taken}"
+            )
     return notes
 
 
@@ -159,7 +163,7 @@ class Network(nn.Module):
         self.model = model
         self.shape, self.name, self.metadata = tuple(shape), name, metadata or {}
         self.notes: list[str] = []
-        place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), None)
+        place = device_of(model)
         self.register_buffer("mean", torch.tensor(mean, device=place).view(1, -1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(std, device=place).view(1, -1, 1, 1), persistent=False)
         self.mean: Tensor

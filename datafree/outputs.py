@@ -28,12 +28,8 @@ def raw_logits(output: Any, model: nn.Module) -> Tensor:
 
 def where_logits_are(output: Any) -> str:
     """In words, for a network that does not return a tensor: the field or entry that :func:`raw_logits` takes."""
-    kind = type(output).__name__
-    return (
-        f"its logits are the tensor 'logits' of its {kind}"
-        if _named(output) is not None
-        else (f"its logits are the only matrix of its {kind}")
-    )
+    what = "the tensor 'logits'" if _named(output) is not None else "the only matrix"
+    return f"its logits are {what} of its {type(output).__name__}"
 
 
 def _named(output: Any) -> Any:

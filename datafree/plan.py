@@ -3,7 +3,7 @@
 from datafree.config import DistillConfig
 from datafree.datasets.cards import DatasetCard
 from datafree.learners import LearnersOfOtherOptions
-from datafree.network import Network
+from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
 from datafree.pool import ImagePool
 from datafree.relation import triplet_stages
@@ -63,7 +63,7 @@ def describe_normalisation(network: Network) -> str:
     stated = [
         f"{key} {_rounded(network.metadata[key])}" for key in ("dataset", "epoch", "acc1") if key in network.metadata
     ]
-    mean, std = (",".join(f"{value:.4g}" for value in part.flatten().tolist()) for part in (network.mean, network.std))
+    mean, std = (shown_numbers(part.flatten().tolist()) for part in (network.mean, network.std))
     about = ", ".join(stated) or "nothing else is stated with its weights"
     return f"The {network.name} ({about}) normalises images by mean {mean}, std {std}."
 
@@ -83,10 +83,9 @@ def describe_network(network: Network) -> list[str]:
     lines = [f"Stages of the {network.name}: {', '.join(stages)}."] if stages else []
     lines += describe_notes(network)
     for note in [*network.trial.notes, *tap.notes]:
-        alarm, _, text = note.rpartition("[Alarm] ")
-        lines.append(
-            f"{'[Alarm] the' if '[Alarm]' in note else 'The'} {network.name}: {text}" + "." * (text[-1] != "?")
-        )
+        text = note.removeprefix("[Alarm] ")
+        start = "The" if text == note else "[Alarm] the"
+        lines.append(f"{start} {network.name}: {text}" + "." * (text[-1] != "?"))
     return lines
 
 

@@ -76,15 +76,13 @@ class Session:
         names of the modules that give its stages.
         """
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
+        if weights and weights != OWN:
+            network = Network.from_file(weights, model, self.card, key=key, **options)
+        else:
+            network = Network.build(model, self.card, pretrained=weights == OWN, **options)
         if weights:
-            if weights == OWN:
-                network = Network.build(model, self.card, pretrained=True, **options)
-            else:
-                network = Network.from_file(weights, model, self.card, key=key, **options)
             tensors = (tensor.contiguous().numpy().tobytes() for tensor in network.model.state_dict().values())
             self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*tensors)
-        else:
-            network = Network.build(model, self.card, **options)
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
             raise InputError(

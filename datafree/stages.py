@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from datafree.errors import InputError, OptionError
 from datafree.outputs import Output, raw_logits
-from datafree.trial import check_rows, evaluation_mode, refuse_script, run, trial_images, unchanged
+from datafree.trial import check_rows, device_of, evaluation_mode, refuse_script, run, trial_images, unchanged
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 LARGE, LARGEST = 128, 512  # pixels at least, at which the last maps of the usual networks have several; and at most
@@ -77,8 +77,7 @@ class Trace:
         self._names = {module: name for name, module in model.named_modules()}
         refuse_script(model)
         hooked = [module for module in self._names if not isinstance(module, torch.jit.ScriptModule)]
-        place = next((tensor.device for tensor in [*model.parameters(), *model.buffers()]), torch.device("cpu"))
-        images = trial_images(shape, 2, place).to(dtype).requires_grad_()
+        images = trial_images(shape, 2, device_of(model)).to(dtype).requires_grad_()
         with unchanged(model), torch.enable_grad():
             evaluation_mode(model)
             model.requires_grad_(False)

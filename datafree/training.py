@@ -51,7 +51,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
         for line in plan_lines:
             folder.log(line)
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
-        network = training.learner.network
+        network, here = training.learner.network, environment(session.device)
         engine = Engine(
             training.learner,
             training.source,
@@ -60,10 +60,10 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             session.run,
             evaluate=(lambda: session.score(network) or {}) if session.test else None,
             monitor=training.monitor,
-            metadata=weights_metadata(session, network, training.model),
+            metadata=weights_metadata(session, network, training.model, here["commit"]),
         )
         resume(session, engine)
-        folder.record(to_yaml(session.config), environment(session.device))
+        folder.record(to_yaml(session.config), here)
         result = engine.train()
         summarise(session, engine, result, columns)
         if training.finish:
@@ -92,7 +92,7 @@ def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> d
     return {"teacher_acc1": scores["acc1"]}
 
 
-def weights_metadata(session: Session, network: Network, model: str) -> dict[str, Any]:
+def weights_metadata(session: Session, network: Network, model: str, commit: str | None) -> dict[str, Any]:
     """Plain values stored with the weights of ``network``, enough to build and judge it."""
     return {
         "model": model,
@@ -103,7 +103,7 @@ def weights_metadata(session: Session, network: Network, model: str) -> dict[str
         "std": network.std.flatten().tolist(),
         "options": {**result_options(session.config), **session.digests},
         "config": to_yaml(session.config),
-        "commit": environment(session.device)["commit"] or "",
+        "commit": commit or "",
     }
 
 

@@ -51,7 +51,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     state = rng_state()
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
     attributes = [(module, dict(vars(module)), dict(module._buffers)) for module in modules]
-    tensors = [(t, t.detach().clone(), t.requires_grad) for t in [*model.parameters(), *model.buffers()]]
+    tensors = [(t, t.detach().clone(), t.requires_grad) for t in tensors_of(model)]
     gradients = [(parameter, parameter.grad) for parameter in model.parameters()]
     for parameter in model.parameters():
         parameter.grad = None
@@ -91,10 +91,19 @@ def layout(channels_last: bool) -> torch.memory_format:
     return torch.channels_last if channels_last else torch.contiguous_format
 
 
+def tensors_of(model: nn.Module) -> list[Tensor]:
+    """Parameters and buffers."""
+    return [*model.parameters(), *model.buffers()]
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where its tensors are; the CPU if it has none."""
+    return next((tensor.device for tensor in tensors_of(model)), torch.device("cpu"))
+
+
 def input_dtype(model: nn.Module) -> torch.dtype:
     """The type of the images that ``model`` is given: that of its first weight."""
-    tensors = [*model.parameters(), *model.buffers()]
-    return next((tensor.dtype for tensor in tensors if tensor.is_floating_point()), torch.float32)
+    return next((tensor.dtype for tensor in tensors_of(model) if tensor.is_floating_point()), torch.float32)
 
 
 def refuse_script(model: nn.Module) -> None:
@@ -110,7 +119,7 @@ def refuse_script(model: nn.Module) -> None:
 
 def materialise(model: nn.Module, shape: Sequence[int]) -> None:
     """Give lazy layers their shapes, by one pass on images of ``shape`` (C, H, W), before weights are loaded."""
-    if any(nn.parameter.is_lazy(tensor) for tensor in [*model.parameters(), *model.buffers()]):
+    if any(map(nn.parameter.is_lazy, tensors_of(model))):
         evaluation_mode(model)
         with torch.no_grad():
             run(model, torch.zeros(2, *shape))
@@ -279,7 +288,7 @@ def check_rows(model: nn.Module, raw: Tensor, count: int) -> None:
 
 def _try_layout(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> None:
     """Turn weights and images to channels_last, which is faster, where that works and agrees with the plain layout."""
-    originals = [(tensor, tensor.data) for tensor in [*model.parameters(), *model.buffers()]]
+    originals = [(tensor, tensor.data) for tensor in tensors_of(model)]
     try:
         model.to(memory_format=torch.channels_last)
         second = _pass(model, images.contiguous(memory_format=torch.channels_last))

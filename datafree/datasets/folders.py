@@ -257,10 +257,10 @@ def read_image(path: str, channels: int) -> tuple[Image.Image, Counter[str]]:
             raise _unreadable(path, error) from error
 
 
-def survey(paths: Sequence[str], most: int) -> tuple[Counter[int], Counter[tuple[int, int]]]:
-    """How many of up to ``most`` evenly spaced images have which channels, and which (height, width); by headers."""
+def survey(paths: Sequence[str]) -> tuple[Counter[int], Counter[tuple[int, int]]]:
+    """How many of the images have which channels, and which (height, width); by their headers."""
     channels, sizes = Counter[int](), Counter[tuple[int, int]]()
-    for path in evenly_spaced(paths, most):
+    for path in paths:
         with open_image(path) as image:
             channels[channels_of(image)] += 1
             sizes[image.height, image.width] += 1

@@ -151,7 +151,7 @@ def derive_card(name: str, root: Path, image_size: int | None = None) -> tuple[D
     """
     listing = list_images(root, "train")
     sample = evenly_spaced(listing.paths, CARD_SAMPLE)
-    channels, sizes = survey(sample, CARD_SAMPLE)
+    channels, sizes = survey(sample)
     (height, width), most = sizes.most_common(1)[0]
     if image_size:
         height = width = image_size
@@ -202,7 +202,7 @@ def _folder_split(
     paths, labels, notes = listing.paths, listing.labels, listing.notes
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
-        found, _ = survey(paths, SURVEY)
+        found, _ = survey(evenly_spaced(paths, SURVEY))
         if others := found.total() - found[channels]:
             notes.append(f"{others} of {found.total()} images sampled from {root} are {CONVERTED[channels]}.")
         return LazySplit(paths, labels, card.shape, card.num_classes, device, workers, notes)

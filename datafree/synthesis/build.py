@@ -8,9 +8,6 @@ from datafree.plugins import construct, is_custom
 from datafree.synthesis import SOURCES, traits_of
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.controls import RealSource
-from datafree.synthesis.optimised import make_pool
-
-__all__ = ["build_source", "make_pool"]
 
 if TYPE_CHECKING:
     from datafree.session import Session
