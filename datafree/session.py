@@ -81,8 +81,10 @@ class Session:
         else:
             network = Network.build(model, self.card, pretrained=weights == OWN, **options)
         if weights:
-            tensors = (tensor.contiguous().numpy().tobytes() for tensor in network.model.state_dict().values())
-            self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*tensors)
+            tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
+            # As bytes, because NumPy has no bfloat16.
+            contents = (tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
+            self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*contents)
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
             raise InputError(

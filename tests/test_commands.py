@@ -345,6 +345,25 @@ def test_the_teacher_is_after_a_run_as_it_was(distil, teacher, monkeypatch):
     assert all(p.grad is None for p in loaded[0].parameters())
 
 
+def test_a_teacher_in_bfloat16_with_a_state_that_is_no_tensor(distil, tmp_path):
+    (tmp_path / "brain.py").write_text(
+        "import torch\n\n\nclass Brain(torch.nn.Sequential):\n"
+        "    def __init__(self, num_classes, in_channels):\n"
+        "        layers = torch.nn.Conv2d(in_channels, 8, 3), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten()\n"
+        "        super().__init__(*layers, torch.nn.Linear(8, num_classes))\n"
+        "        self.bfloat16()\n\n"
+        "    def get_extra_state(self):\n        return {'version': 1}\n\n"
+        "    def set_extra_state(self, state):\n        pass\n"
+    )
+    hashes, shapes = [], {"0.weight": (8, 1, 3, 3), "0.bias": (8,), "3.weight": (10, 8), "3.bias": (10,)}
+    for scale in (1, 2):
+        torch.save({k: scale * torch.ones(s) for k, s in shapes.items()}, tmp_path / "brain.pth")
+        words = "--teacher", tmp_path / "brain.py:Brain", "--teacher_weights", tmp_path / "brain.pth", "--bn", 0
+        folder = distil("--epochs", 1, *words, tag=f"scale{scale}")
+        hashes.append(json.loads((folder / "summary.json").read_text())["options"]["teacher_weights"])
+    assert hashes[0] != hashes[1]
+
+
 def test_a_user_defined_source(distil, refused):
     folder = distil("--epochs", 1, "--tv", 0.25, method=nets.name("Stripes"))
     summary = json.loads((folder / "summary.json").read_text())
