@@ -3,7 +3,8 @@
 To register another one, add a line here: ``MODELS["mynet"] = mynet`` with a factory
 ``mynet(num_classes, in_channels=3)``, or a card with a function that loads its images:
 ``DATASETS["mine"] = DatasetCard("mine", 3, 32, 32, 10, mean, std, loader="path/to/file.py:load")``.
-A method is a YAML file in ``configs/methods/``, named after the method.
+A method is a YAML file named after it: of distillation in ``configs/methods/``, of quantization in
+``configs/quantization/``.
 """
 
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 from datafree.datasets.cards import CARDS as DATASETS
 from datafree.models import MODELS
 
-__all__ = ["DATASETS", "METHODS", "MODELS"]
+__all__ = ["DATASETS", "METHODS", "MODELS", "QUANTIZATION_METHODS"]
 
-METHODS = {path.stem: path for path in sorted((Path(__file__).resolve().parent / "configs" / "methods").glob("*.yaml"))}
+CONFIGS = Path(__file__).resolve().parent / "configs"
+METHODS = {path.stem: path for path in sorted((CONFIGS / "methods").glob("*.yaml"))}
+QUANTIZATION_METHODS = {path.stem: path for path in sorted((CONFIGS / "quantization").glob("*.yaml"))}

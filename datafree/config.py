@@ -232,6 +232,8 @@ class Student:
 class Schedule:
     """How synthesis and student training alternate."""
 
+    warmup_is_extra: ClassVar[bool] = False
+
     epochs: int = option(
         200, "Epochs; the student's learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1
     )
@@ -491,6 +493,9 @@ class Optim:
     lr: float = option(0.1, "Initial learning rate.", low=0, also_in=("distill", "training"))
     momentum: float = option(0.9, "Momentum.", low=0, high=1, also_in=("distill", "training"))
     weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, also_in=("distill", "training"))
+    nesterov: bool = option(
+        False, "Nesterov's momentum.", unused_when={"momentum": (0,)}, also_in=("distill", "training")
+    )
 
 
 @dataclass

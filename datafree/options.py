@@ -1,7 +1,7 @@
 """The options of a program: their types, those of user-defined classes, and which of them count."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
 from math import inf
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
@@ -82,7 +82,13 @@ def list_options(config_class: type, method_files: Mapping[str, Any] | None = No
                 conditions = ()  # the option on which the section's others depend
             metadata["unused_when"] = (*conditions, *([custom[section]] if section in custom else []))
             found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **metadata))
-    return found
+    return [opt if opt.section in custom else _without_others(opt, found) for opt in found]
+
+
+def _without_others(opt: Option, options: Sequence[Option]) -> Option:
+    """``opt`` of a section that several programs share, without conditions on options that this one does not have."""
+    names = {other.name for other in options}
+    return replace(opt, unused_when=tuple(condition for condition in opt.unused_when if condition.keys() <= names))
 
 
 def _without_none(hint: Any) -> Any:

@@ -1,14 +1,18 @@
 """How many steps of what a run takes; everything that counts steps or rounds uses this."""
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from datafree.errors import InputError
 
 
 class ScheduleOptions(Protocol):
-    """The options that :meth:`Schedule.of` reads, as those of :class:`datafree.config.Schedule`."""
+    """The options that :meth:`Schedule.of` reads, as those of :class:`datafree.config.Schedule`.
 
+    warmup_is_extra: whether ``warmup`` comes before ``epochs`` instead of being a part of them.
+    """
+
+    warmup_is_extra: ClassVar[bool]
     epochs: int
     ep_steps: int
     kd_steps: int
@@ -51,12 +55,13 @@ class Schedule:
                 f"ep_steps {o.ep_steps} is not a whole number of rounds of kd_steps {o.kd_steps}; "
                 f"give --ep_steps {o.ep_steps - left} or {o.ep_steps - left + o.kd_steps}"
             )
-        if o.warmup >= o.epochs:
+        if o.warmup >= o.epochs and not o.warmup_is_extra:
             raise InputError(
                 f"warmup {o.warmup} leaves none of {o.epochs} epochs for the student; lower --warmup or raise --epochs"
             )
         rounds, steps = o.ep_steps // o.kd_steps, o.g_steps if g_steps is None else g_steps
-        return cls(o.epochs, rounds, o.kd_steps, batch_size, steps, o.warmup, o.synthesis_rounds)
+        epochs = o.epochs + o.warmup if o.warmup_is_extra else o.epochs
+        return cls(epochs, rounds, o.kd_steps, batch_size, steps, o.warmup, o.synthesis_rounds)
 
     def synthesises(self, epoch: int, round: int) -> bool:
         """Whether this round (both counted from 0) begins with synthesis."""

@@ -100,9 +100,11 @@ class Learner:
 
 def sgd(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.SGD:
     """The optimiser of the section optim."""
-    return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay)
+    nesterov = optim.nesterov and optim.momentum > 0  # without momentum there is nothing to look ahead along
+    return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay, nesterov=nesterov)
 
 
 def cosine_to_zero(optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
     """A learning rate that falls along half a cosine to 0 over the steps of the whole run; in closed form."""
+    total_steps = max(total_steps, 1)
     return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2)
