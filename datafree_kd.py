@@ -38,7 +38,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
     source = build_source(session, teacher, student)
     schedule = Schedule.of(config.schedule, config.distill.batch_size, source.g_steps)
     learner = build_learner(session, teacher, student, schedule.total_student_steps)
-    learner.cache = build_cache(session, teacher, source, learner)
+    learner.cache = build_cache(session, teacher, source, learner, config.distill.view_cache)
     yield Training(
         learner,
         source,

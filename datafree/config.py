@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 from datafree import schedule
 from datafree.errors import OptionError
 from datafree.learners import LearnersOfOtherOptions
-from datafree.synthesis import SourcesWithout
+from datafree.synthesis import SourcesWith, SourcesWithout
 
 Condition = Mapping[str, Any]
 
@@ -74,6 +74,7 @@ NO_POOL = {"source": SourcesWithout("keeps_pool")}
 NO_GENERATOR = {"source": SourcesWithout("has_generator")}
 NO_ROUNDS = {"source": SourcesWithout("has_rounds")}
 OTHER_LEARNER = {"learner": LearnersOfOtherOptions()}
+NO_EPOCHS = {"epochs": (0,)}  # of quantization, which then observes ranges and trains nothing
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
 NO_WEIGHTING = {"sampling": ("uniform",), "striplet_sampling": ("uniform",)}
 NO_STAGES = {"triplet": (0,), "striplet_feature": ("global", "logits")}
@@ -311,6 +312,11 @@ class Synthesis:
         low=0,
         unused_when={"generator_init": ("random",)},
     )
+    class_embedding: bool = option(
+        False,
+        "Multiply the latents z by a learned embedding of the target class (GDFQ); False: z does not depend on it.",
+        unused_when=(NO_GENERATOR, {"source": SourcesWith("has_rounds")}),
+    )
     class_noise: float = option(
         0.0,
         "Norm of a class-specific mean added to the latent z; 0: z does not depend on the class.",
@@ -340,7 +346,12 @@ class Synthesis:
         unused_when={"oh": (0,)},
         aliases={"asked": "target", "answered": "predicted"},
     )
-    adv: float = option(0.0, "Weight of the adversarial term, the disagreement of student and teacher.", low=0)
+    adv: float = option(
+        0.0,
+        "Weight of the adversarial term, the disagreement of student and teacher.",
+        low=0,
+        unused_when=(CONTROL, NO_EPOCHS),
+    )
     adv_distance: Literal["kl", "js", "l1"] = option(
         "kl",
         "Its distance: KL divergence, Jensen-Shannon divergence (ADI), or L1 of the logits (DFAD).",
@@ -367,7 +378,10 @@ class Relation:
     """RGAL's triplet losses: confuse classes in synthesis, separate them in the student."""
 
     triplet: float = option(
-        0.0, "Weight of the triplet loss in synthesis.", low=0, unused_when=({"relation": ("off",)}, CONTROL)
+        0.0,
+        "Weight of the triplet loss in synthesis.",
+        low=0,
+        unused_when=({"relation": ("off",)}, CONTROL, {**NO_EPOCHS, "triplet_target": ("student",)}),
     )
     relation: Literal["paper", "release", "off"] = option(
         "paper",
@@ -408,7 +422,9 @@ class Relation:
         low=1,
         unused_when=(NO_TRIPLETS, NO_WEIGHTING),
     )
-    striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0, unused_when=OTHER_LEARNER)
+    striplet: float = option(
+        0.0, "Weight of the triplet loss in student training.", low=0, unused_when=(OTHER_LEARNER, NO_EPOCHS)
+    )
     striplet_feature: Literal["global", "features", "logits"] = option(
         "global",
         "Features that it uses: the embedding, the chosen stages, or the logits.",
@@ -490,11 +506,13 @@ class Distill:
 class Optim:
     """The optimiser of the network that is trained: SGD, whose learning rate follows a cosine to 0."""
 
+    UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (NO_EPOCHS,)
+
     lr: float = option(0.1, "Initial learning rate.", low=0, also_in=("distill", "training"))
     momentum: float = option(0.9, "Momentum.", low=0, high=1, also_in=("distill", "training"))
     weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, also_in=("distill", "training"))
     nesterov: bool = option(
-        False, "Nesterov's momentum.", unused_when={"momentum": (0,)}, also_in=("distill", "training")
+        False, "Nesterov's momentum.", unused_when=({"momentum": (0,)}, NO_EPOCHS), also_in=("distill", "training")
     )
 
 
@@ -540,6 +558,151 @@ class Training:
 
 
 @dataclass
+class QuantizedStudent:
+    """The quantised network, which is made of the teacher."""
+
+    student_weights: str = option(
+        "",
+        "File or run folder of a quantised network, for --evaluate_only.",
+        unused_when={"evaluate_only": (False,)},
+        affects_result=False,
+    )
+
+
+@dataclass
+class QuantizeSchedule(Schedule):
+    """How synthesis and training alternate, after a warm-up in which only images are synthesised."""
+
+    warmup_is_extra: ClassVar[bool] = True
+
+    epochs: int = option(
+        396,
+        "Epochs after the warm-up, in which the network is trained; 0: its ranges are observed, and that is all.",
+        flags=("--epoch",),
+        low=0,
+    )
+    warmup: int = option(
+        4, "Epochs before, in which images are synthesised; ranges are observed at the end of each.", low=1
+    )
+
+
+@dataclass
+class Finetune:
+    """How the quantised network is trained: it matches the teacher's outputs on the images."""
+
+    UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (NO_EPOCHS,)
+
+    batch_size: int = option(
+        200, "Images of a step, and of a batch on which ranges are observed.", low=1, unused_when=()
+    )
+    kd: float | None = option(
+        None,
+        "Weight of the KL divergence to the teacher at temperature T, times T^2, averaged over the batch. Empty: 1 / "
+        "classes (GDFQ averages over the classes, too).",
+        low=0,
+    )
+    T: float = option(20.0, "Temperature of that divergence.", low=1e-6, unused_when=({"kd": (0,)}, NO_EPOCHS))
+    ce: float = option(
+        1.0, "Weight of the cross-entropy with the target class, or if there is none the teacher's.", low=0
+    )
+    feature: float = option(0.0, "Weight of the mean squared distance of the two embeddings.", low=0)
+    view_cache: int | None = option(
+        None,
+        "Memory limit in MB of the cache of teacher outputs per view. Empty: a quarter of the free memory on the CPU, "
+        "none on a GPU.",
+        low=0,
+        unused_when=(NO_POOL, NO_EPOCHS),
+        affects_result=False,
+    )
+
+
+@dataclass
+class QuantizeOptim(Optim):
+    __doc__ = Optim.__doc__
+
+    lr: float = option(1e-4, "Initial learning rate.", low=0)
+    nesterov: bool = option(True, "Nesterov's momentum.", unused_when=({"momentum": (0,)}, NO_EPOCHS))
+
+
+RANGES_BY_BITS = {"w_bits": (32,), "a_bits": (32,)}
+
+
+@dataclass
+class Quantizer:
+    """The protocol of quantization: which numbers lie on which grid. Results of different protocols do not compare."""
+
+    w_bits: int = option(4, "Bits of the weights of convolutions and linear layers, 2 to 16; 32 leaves them in float.")
+    a_bits: int = option(
+        4, "Bits of the activations, after each activation function, 2 to 16; 32 leaves them in float."
+    )
+    first_last_bits: int | None = option(
+        None,
+        "Bits of the weights of the first and the last layer, and of the last activations. Empty: like the others.",
+    )
+    w_per: Literal["channel", "tensor"] = option(
+        "channel", "A range of weights for each output channel, or for each layer.", unused_when={"w_bits": (32,)}
+    )
+    w_symmetric: bool = option(
+        False, "A symmetric grid for the weights, as integer kernels need it.", unused_when={"w_bits": (32,)}
+    )
+    a_symmetric: bool = option(False, "A symmetric grid for the activations.", unused_when={"a_bits": (32,)})
+    ranges: Literal["ema", "mse", "learned"] = option(
+        "ema",
+        "Ranges: minimum and maximum (of activations their moving average over the calibration), those of the least "
+        "squared error, or steps learned with the network from these (LSQ).",
+        unused_when=RANGES_BY_BITS,
+    )
+    range_momentum: float = option(
+        0.9, "Weight of earlier batches in the ranges of activations.", low=0, high=0.999, unused_when={"a_bits": (32,)}
+    )
+    calibration: int = option(
+        32, "Batches on which ranges are observed, after each epoch of warm-up.", low=1, unused_when=RANGES_BY_BITS
+    )
+    fold_bn: bool = option(
+        False, "Fold BatchNorm into the weights before they are quantised.", unused_when={"w_bits": (32,)}
+    )
+
+    def validate(self) -> None:
+        """Raise an OptionError for a number of bits that no grid has."""
+        for name in ("w_bits", "a_bits", "first_last_bits"):
+            bits = getattr(self, name)
+            if bits is not None and not (2 <= bits <= 16 or bits == 32):
+                raise OptionError(f"--{name} cannot be {bits}; it takes 2 to 16, or 32 for float")
+
+    @property
+    def sentence(self) -> str:
+        """The protocol in one line, as it stands beside every result."""
+        symmetric = {True: "symmetric", False: "asymmetric"}
+        rule = {"ema": "minimum and maximum", "mse": "least squared error", "learned": "learned steps"}[self.ranges]
+        weights = f"weights {self.w_bits} bits per {self.w_per} {symmetric[self.w_symmetric]}"
+        activations = f"activations {self.a_bits} bits per tensor {symmetric[self.a_symmetric]}"
+        weights = weights if self.w_bits < 32 else "weights in float"
+        activations = activations if self.a_bits < 32 else "activations in float"
+        observed = f"observed on {self.calibration} batches (momentum {self.range_momentum:g})"
+        outer = "the same" if self.first_last_bits is None else f"{self.first_last_bits} bits"
+        folded = "folded" if self.fold_bn else "not folded"
+        return (
+            f"W{self.w_bits}A{self.a_bits} simulated: {weights}, {activations}; ranges by {rule}, {observed}; "
+            f"first and last layer {outer}; BatchNorm {folded}"
+        )
+
+    @property
+    def short(self) -> str:
+        """The protocol as part of a run's name, such as w4a4 or w3a3-fl8-mse."""
+        first_last = "" if self.first_last_bits is None else f"-fl{self.first_last_bits}"
+        marks: dict[str, bool] = {
+            "per-tensor": self.w_per == "tensor",
+            "symmetric-w": self.w_symmetric,
+            "symmetric-a": self.a_symmetric,
+            self.ranges: self.ranges != "ema",
+            "folded": self.fold_bn,
+        }
+        return f"w{self.w_bits}a{self.a_bits}{first_last}" + "".join(
+            f"-{mark}" for mark, is_set in marks.items() if is_set
+        )
+
+
+@dataclass
 class DistillConfig:
     """Options of datafree_kd.py."""
 
@@ -577,7 +740,40 @@ class ScratchConfig:
         """Every combination of these options can run."""
 
 
-CONFIGS = (DistillConfig, ScratchConfig)  # of all programs: a method file may have sections of any
+@dataclass
+class QuantizeConfig:
+    """Options of datafree_quantize.py."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    teacher: Teacher = field(default_factory=Teacher)
+    student: QuantizedStudent = field(default_factory=QuantizedStudent)
+    quantizer: Quantizer = field(default_factory=Quantizer)
+    schedule: QuantizeSchedule = field(default_factory=QuantizeSchedule)
+    synthesis: Synthesis = field(default_factory=Synthesis)
+    relation: Relation = field(default_factory=Relation)
+    finetune: Finetune = field(default_factory=Finetune)
+    optim: QuantizeOptim = field(default_factory=QuantizeOptim)
+    method: str = option(
+        "rgal",
+        "Name of a file in configs/quantization/, whose settings yours override, or a user-defined source of images.",
+        custom=True,
+    )
+
+    def validate(self) -> None:
+        """Raise an InputError for options that do not go together."""
+        schedule.Schedule.of(self.schedule, self.finetune.batch_size)
+        self.relation.validate()
+        self.quantizer.validate()
+        for name, plain in (("precision", "none"), ("compile", "off")):
+            if getattr(self.run, name) != plain:
+                raise OptionError(
+                    f"--{name} {getattr(self.run, name)} does not go with quantization, whose grids are computed in "
+                    "fp32 by a network that runs as it is written; remove it"
+                )
+
+
+CONFIGS = (DistillConfig, ScratchConfig, QuantizeConfig)  # of all programs: a method file may have sections of any
 
 
 def sections(config_class: type) -> dict[str, type]:

@@ -142,6 +142,8 @@ class Engine:
         """Evaluate, log, draw and save; then the next epoch begins."""
         epoch = self.position["epoch"]
         last = epoch == self.schedule.epochs - 1
+        if epoch < self.schedule.warmup:
+            self.learner.end_warmup_epoch(lambda: self.source.batch(self.schedule.batch_size))
         metrics: dict[str, Any] = require_finite(self.means.values(), "mean of")
         if self.monitor:
             of_images, warnings = self.monitor()

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datafree import checkpoint, fitting
+from datafree import checkpoint, fitting, quantizer
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
@@ -238,6 +238,10 @@ class Network(nn.Module):
         notes: list[str] = []
         path, option = checkpoint.weights_file(path), _option(role, "weights_key")
         weights, metadata = checkpoint.read_weights(path, key, notes, option)
+        protocol = quantizer.of_file(metadata, path)
+        grids: dict[str, Tensor] = {}
+        if protocol:
+            weights, grids = quantizer.split(weights)
         model, card = model or _stated_model(metadata, path), card or _stated_card(metadata, path)
         given: dict[str, Any] = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
 
@@ -254,7 +258,7 @@ class Network(nn.Module):
                 f"give these by {_option(role, 'mean')} and {_option(role, 'std')}"
             )
         network.metadata, network.notes = metadata, notes + network.notes
-        return network
+        return quantizer.restored(network, protocol, grids, role) if protocol else network
 
     @property
     def num_classes(self) -> int:

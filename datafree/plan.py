@@ -1,11 +1,12 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
-from datafree.config import DistillConfig
+from datafree.config import DistillConfig, QuantizeConfig
 from datafree.datasets.cards import DatasetCard
 from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
 from datafree.pool import ImagePool
+from datafree.quantizer import QuantizedModel
 from datafree.relation import triplet_stages
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -36,12 +37,59 @@ def describe_distillation(
         lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
     if is_custom(config.distill.learner):
         lines.append(f"Learner: {config.distill.learner}.")
-    if cache:
-        megabytes = len(cache) * cache.bytes_per_view / 1e6
-        lines.append(f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB.")
+    lines += describe_cache(cache)
     in_pairs = config.distill.pair_sample and config.distill.learner not in LearnersOfOtherOptions()
     views = schedule.batch_size * (2 if in_pairs else 1)
     return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
+
+
+def describe_quantization(
+    config: QuantizeConfig,
+    card: DatasetCard,
+    schedule: Schedule,
+    teacher: Network,
+    student: Network,
+    source: BaseSynthesis,
+    cache: ViewCache | None,
+) -> list[str]:
+    """The plan of a quantization."""
+    assert isinstance(student.model, QuantizedModel)
+    sites = student.model.sites
+    lines = [
+        f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, on {teacher.device}.",
+        f"Protocol: {config.quantizer.sentence}.",
+        f"On the grid: the weights of {len(sites.layers)} layers ({sites.numbers / sites.of:.1%} of all parameters), "
+        f"and {_count(len(sites.activations), 'activation')}.",
+        *describe_folding(student.model),
+        describe_normalisation(teacher),
+        *describe_network(teacher),
+        describe_source(config.synthesis.source, teacher),
+    ]
+    if isinstance(source, OptimisedSynthesis):
+        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
+    return [
+        *lines,
+        *describe_cache(cache),
+        f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
+        f"each of {_count(schedule.warmup, 'epoch')} of warm-up."
+        + " Nothing is trained."
+        * (schedule.epochs == schedule.warmup),
+        describe_cost(schedule, source, schedule.batch_size, config.synthesis.synthesis_batch_size),
+    ]
+
+
+def describe_folding(model: QuantizedModel) -> list[str]:
+    """How many layers have their BatchNorm folded in, if that is asked for."""
+    folded = sum(bool(layer.norm) for layer in model.sites.layers)
+    return [f"BatchNorm is folded into {folded} of them."] if model.protocol.fold_bn else []
+
+
+def describe_cache(cache: ViewCache | None) -> list[str]:
+    """The size of the view cache, if there is one."""
+    if not cache:
+        return []
+    megabytes = len(cache) * cache.bytes_per_view / 1e6
+    return [f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB."]
 
 
 def describe_training(model: str, card: DatasetCard, images: int, schedule: Schedule, network: Network) -> list[str]:
@@ -147,7 +195,8 @@ def check_teacher(accuracy: float, expected: float, num_classes: int) -> list[st
 
 
 def _count(number: int, noun: str) -> str:
-    return f"{number:,} {noun}{'s' * (number != 1)}"
+    plural = "es" if noun.endswith("tch") else "s"
+    return f"{number:,} {noun}{plural * (number != 1)}"
 
 
 def _rounded(value: object) -> object:

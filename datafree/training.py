@@ -1,11 +1,11 @@
 """One run of the engine, from its plan to its summary."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datafree import checkpoint, plan
+from datafree import checkpoint, plan, quantizer
 from datafree.cli import to_yaml
 from datafree.engine import Engine, Monitor
 from datafree.evaluators import scores_line
@@ -26,7 +26,7 @@ class Training:
 
     model: name of the trained network, as given to its option. name: parts of the run folder's name.
     plan: lines for the log. teacher: evaluated before the training, if there is one.
-    monitor: of the latest images, called after each epoch.
+    monitor: of the latest images, called after each epoch. facts: further entries of the summary, in words.
     finish: called with the run's folder after the last epoch.
     """
 
@@ -39,6 +39,7 @@ class Training:
     teacher: Network | None = None
     monitor: Monitor | None = None
     finish: Callable[[RunFolder], None] | None = None
+    facts: Mapping[str, str] = field(default_factory=dict)
 
 
 def run_training(session: Session, training: Training, dry_run: bool = False) -> None:
@@ -65,7 +66,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
         resume(session, engine)
         folder.record(to_yaml(session.config), here)
         result = engine.train()
-        summarise(session, engine, result, columns)
+        summarise(session, engine, result, columns, training.facts)
         if training.finish:
             training.finish(folder)
 
@@ -104,6 +105,7 @@ def weights_metadata(session: Session, network: Network, model: str, commit: str
         "options": {**result_options(session.config), **session.digests},
         "config": to_yaml(session.config),
         "commit": commit or "",
+        **quantizer.stated(network.model),
     }
 
 
@@ -117,8 +119,13 @@ def resume(session: Session, engine: Engine) -> None:
         engine.load(last if name == "auto" else Path(name))
 
 
-def summarise(session: Session, engine: Engine, result: dict[str, Any], columns: dict[str, float]) -> None:
-    """Write summary.json and log the result as a table. columns: further numbers, such as the teacher's accuracy."""
+def summarise(
+    session: Session, engine: Engine, result: dict[str, Any], columns: dict[str, float], facts: Mapping[str, str]
+) -> None:
+    """Write summary.json and log the result as a table.
+
+    columns: further numbers, such as the teacher's accuracy. facts: further entries, in words.
+    """
     folder = engine.folder
     summary = {
         "run": folder.name,
@@ -131,10 +138,12 @@ def summarise(session: Session, engine: Engine, result: dict[str, Any], columns:
         "memory_MB": peak_memory(session.device),
     }
     provenance = {"options": engine.metadata["options"], "environment": environment(session.device)}
-    folder.summary({**summary, **provenance})
+    folder.summary({**summary, **facts, **provenance})
     if result.get("acc1") is not None:
         folder.log(f"Last: {result['acc1']:.4f}")
         folder.log(f"Best: {result['best_acc1']:.4f} (chosen on the test set)")
+    for name, text in facts.items():
+        folder.log(f"{name.capitalize()}: {text}.")
     folder.log(f"Everything is in {folder.root}\n" + table([summary]))
 
 

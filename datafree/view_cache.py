@@ -89,12 +89,15 @@ class ViewCache:
         return Features(logits, embed, pooled=found.get("pooled"))
 
 
-def build_cache(session: "Session", teacher: Network, source: "BaseSynthesis", learner: "Learner") -> ViewCache | None:
-    """A cache for what the learner reads of its teacher, within --view_cache; None if it has no use.
+def build_cache(
+    session: "Session", teacher: Network, source: "BaseSynthesis", learner: "Learner", megabytes: int | None
+) -> ViewCache | None:
+    """A cache for what the learner reads of its teacher; None if it has no use.
 
-    Raises OptionError if --view_cache requests one that has no use, and InputError if it does not fit.
+    megabytes: its limit, None for the default of --view_cache. Raises OptionError if that requests one that has no
+    use, and InputError if it does not fit.
     """
-    megabytes, fields = session.config.distill.view_cache, learner.cached_fields
+    fields = learner.cached_fields
     if megabytes and not fields:
         raise OptionError(
             "--view_cache has no effect, because views do not recur (--mixup), a term reads whole maps (--gram_loss, "

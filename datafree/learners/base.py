@@ -1,7 +1,7 @@
 """The interface between engine and learner: steps, and a state to resume from."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -44,6 +44,9 @@ class Learner:
     def prepare(self) -> None:
         """Put the network into the mode in which it is trained; called before each step."""
         self.network.train()
+
+    def end_warmup_epoch(self, draw: Callable[[], Batch]) -> None:
+        """Called after each epoch of the warm-up, in which nothing was trained; draw: () -> a batch of images."""
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss of a batch, and its unweighted terms, name -> scalar tensor.

@@ -64,3 +64,10 @@ class SourcesWithout:
 
     def __contains__(self, source: str) -> bool:
         return not getattr(traits_of(source), self.trait)
+
+
+class SourcesWith(SourcesWithout):
+    """The names of all sources that have a trait, as a container."""
+
+    def __contains__(self, source: str) -> bool:
+        return not super().__contains__(source)

@@ -1,9 +1,10 @@
-"""One generator, trained throughout the run, whose images the student sees once: DAFL, ZSKT, DFAD, DFQ."""
+"""One generator, trained throughout the run, whose images the student sees once: DAFL, ZSKT, DFAD, DFQ, GDFQ."""
 
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from datafree.models.generator import Generator
 from datafree.pool import Batch
@@ -15,6 +16,9 @@ from datafree.synthesis.optimised import OptimisedSynthesis
 class GenerativeSynthesis(OptimisedSynthesis):
     """A round is ``g_steps`` steps of one generator, each on new latents; every sample is new, and none is kept.
 
+    With ``class_embedding`` the latents are multiplied by a learned embedding of the target class (GDFQ; Xu et al.,
+    ECCV 2020), and a sample has targets.
+
     The adversarial term uses the student in evaluation mode, as CMI's code does. In training mode, as in the original
     code of ZSKT and DFAD, both gave far worse students (docs/results/methods.md).
     """
@@ -23,36 +27,45 @@ class GenerativeSynthesis(OptimisedSynthesis):
 
     def __init__(self, teacher: Any, student: Any, augment: Any, card: Any, config: Any, device: Any = "cpu"):
         super().__init__(teacher, student, augment, card, config, device)
-        self.generator = Generator(self.settings.nz, self.settings.ngf, card.shape).to(self.device)
-        self.optimizer = torch.optim.Adam(self.generator.parameters(), self.settings.lr_g, ADAM_BETAS)
+        nz = self.settings.nz
+        self.generator = Generator(nz, self.settings.ngf, card.shape).to(self.device)
+        self.embedding = nn.Embedding(self.num_classes, nz).to(self.device) if self.settings.class_embedding else None
+        trained = [parameter for part in self._parts().values() for parameter in part.parameters()]
+        self.optimizer = torch.optim.Adam(trained, self.settings.lr_g, ADAM_BETAS)
 
     def synthesize(self) -> dict[str, Tensor]:
         sums: dict[str, Tensor] = {}
         with self.objective.student.frozen():
             for _ in range(self.g_steps):
-                images, _, terms = self._step(self._render, self._targets(), [self.optimizer])
+                targets = self._targets()
+                images, _, terms = self._step(partial(self._render, targets), targets, [self.optimizer])
                 sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
                 self.tick()
         self.objective.end_round(images)
         return {name: total / self.g_steps for name, total in sums.items()}
 
-    def _render(self, n: int | None = None) -> Tensor:
-        z = torch.randn(n or self.settings.synthesis_batch_size, self.settings.nz, device=self.device)
-        return self.generator(z)
+    def _render(self, targets: Tensor) -> Tensor:
+        z = torch.randn(len(targets), self.settings.nz, device=self.device)
+        return self.generator(z if self.embedding is None else z * self.embedding(targets))
 
     @torch.no_grad()
     def sample(self, n: int) -> Batch:
         self.images_made += n
-        return Batch(self._render(n))
+        if self.embedding is None:
+            return Batch(self._render(torch.empty(n)))
+        targets = self._targets(n)
+        return Batch(self._render(targets), targets)
+
+    def _parts(self) -> dict[str, nn.Module]:
+        """The networks that are trained, by name."""
+        return {"generator": self.generator, **({"embedding": self.embedding} if self.embedding else {})}
 
     def state_dict(self) -> dict[str, Any]:
-        return {
-            **super().state_dict(),
-            "generator": self.generator.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-        }
+        parts = {name: part.state_dict() for name, part in self._parts().items()}
+        return {**super().state_dict(), **parts, "optimizer": self.optimizer.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.generator.load_state_dict(state["generator"])
+        for name, part in self._parts().items():
+            part.load_state_dict(state[name])
         self.optimizer.load_state_dict(state["optimizer"])

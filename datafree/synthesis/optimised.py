@@ -43,9 +43,9 @@ class OptimisedSynthesis(BaseSynthesis):
         self.update = Update(teacher, config.run.precision)
         self._first_step = True
 
-    def _targets(self) -> Tensor:
-        """A batch of target classes, sorted so that a grid reads by class."""
-        n = self.settings.synthesis_batch_size
+    def _targets(self, n: int = 0) -> Tensor:
+        """n target classes, by default those of a synthesis step, sorted so that a grid reads by class."""
+        n = n or self.settings.synthesis_batch_size
         return torch.randint(self.num_classes, (n,), device=self.device).sort().values
 
     def _step(

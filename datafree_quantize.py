@@ -1,0 +1,62 @@
+"""Data-free quantization: a trained network in few bits, by images that are synthesised from the network itself."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import registry
+from datafree import program
+from datafree.config import QuantizeConfig
+
+if TYPE_CHECKING:
+    from datafree.session import Session
+    from datafree.training import Training
+
+EXAMPLES = """
+python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 4 --a_bits 4
+python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 8 --a_bits 8 --epochs 0
+python datafree_quantize.py --config configs/digits/quantize_w2a2_resnet20.yaml --method gdfq
+"""
+
+
+def quantization(session: "Session") -> "Iterator[Training]":
+    """The teacher on a grid: ranges observed on images of a source, then training in turns with their synthesis."""
+    from datafree.diagnostics import Watch
+    from datafree.learners.quantize import QuantizeLearner
+    from datafree.plan import describe_quantization
+    from datafree.quantizer import quantise
+    from datafree.schedule import Schedule
+    from datafree.synthesis.build import build_source
+    from datafree.training import Training
+    from datafree.view_cache import build_cache
+
+    config, model, weights = session.config, session.config.teacher.teacher, session.config.student.student_weights
+    if config.run.evaluate_only:
+        session.evaluate_only(session.network("student", model, weights), "--student_weights", weights)
+        return
+    teacher = session.load_teacher()
+    student = quantise(teacher, config.quantizer)
+    source = build_source(session, teacher, student)
+    schedule = Schedule.of(config.schedule, config.finetune.batch_size, source.g_steps)
+    learner = QuantizeLearner(student, teacher, session.augment, config, schedule.total_student_steps)
+    learner.cache = build_cache(session, teacher, source, learner, config.finetune.view_cache)
+    yield Training(
+        learner,
+        source,
+        schedule,
+        model=model,
+        name=(config.method, model, config.quantizer.short),
+        plan=describe_quantization(config, session.card, schedule, teacher, student, source, learner.cache),
+        teacher=teacher,
+        monitor=Watch(source, teacher, student, config.relation),
+        facts={"protocol": config.quantizer.sentence},
+    )
+
+
+def main() -> None:
+    program.run(
+        QuantizeConfig, quantization, description=__doc__, method_files=registry.QUANTIZATION_METHODS, examples=EXAMPLES
+    )
+
+
+if __name__ == "__main__":
+    program.exit_on_input_error(main)
