@@ -280,8 +280,8 @@ class Synthesis:
     )
     pool_order: Literal["passes", "draws"] = option(
         "passes",
-        "Order of the pool's images in student training: shuffled passes over the pool that start again with each round "
-        "(the released code), or every batch drawn anew.",
+        "Order of the pool's images in training: shuffled passes, begun again in each round (the released code), or "
+        "every batch drawn anew.",
         unused_when=(NO_POOL, {"balanced_sampling": (True,)}),
     )
     nz: int = option(256, "Dimension of the generator's latent z.", low=1, unused_when=NO_GENERATOR)

@@ -126,6 +126,24 @@ class RoundActivation(torch.autograd.Function):
         return torch.ops.aten.hardtanh_backward(grad, *ctx.saved_tensors, *ctx.inside), None, None, None
 
 
+class LearnedStep(torch.autograd.Function):
+    """:func:`round_by_learned_step` for scale and zero point that broadcast to x, without the factor."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, zero: Tensor, low: int, high: int) -> Tensor:
+        steps = x / scale
+        rounded = steps.round().clamp(low - zero, high - zero)
+        ctx.save_for_backward(steps, rounded, scale)
+        return rounded * scale
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+        steps, rounded, scale = ctx.saved_tensors
+        inside = steps.round() == rounded
+        slope = torch.where(inside, rounded - steps, rounded)
+        return grad * inside, (grad * slope).sum_to_size(scale.shape), None, None, None
+
+
 def round_by_learned_step(x: Tensor, scale: Tensor, zero: Tensor, bounds: tuple[int, int], axis: int | None) -> Tensor:
     """:func:`round_to_grid` with a gradient for the scale, too (LSQ; Esser et al., ICLR 2020).
 
@@ -136,8 +154,7 @@ def round_by_learned_step(x: Tensor, scale: Tensor, zero: Tensor, bounds: tuple[
     if axis is not None:
         shape = [-1 if i == axis else 1 for i in range(x.dim())]
         scale, zero = scale.view(shape), zero.view(shape)
-    steps = (x / scale + zero).clamp(*bounds)
-    return (steps + (steps.round() - steps).detach() - zero) * scale
+    return LearnedStep.apply(x, scale, zero, *bounds)
 
 
 class Grid(nn.Module):
@@ -558,13 +575,14 @@ class _Quantized(_Calls):
 
     def layer(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         number, self.layers = self.layers, self.layers + 1
-        if number >= len(self.model.sites.layers):
-            raise self._changed()
-        given = {**dict(zip(("input", "weight", "bias"), args)), **kwargs}
+        given, axis = {**dict(zip(("input", "weight", "bias"), args)), **kwargs}, LAYERS[func]
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
+        sites = self.model.sites.layers
+        if number >= len(sites) or (axis, weight.shape[axis]) != (sites[number].axis, sites[number].channels):
+            raise self._changed()
         norm = self._norm(number)
         if norm:
-            weight, bias = _folded(weight, bias, norm, LAYERS[func])
+            weight, bias = _folded(weight, bias, norm, axis)
         output = func(x, self.model.round_weight(number, weight), bias, *args[3:], **given)
         if norm:
             self.folded.append(output)

@@ -10,7 +10,7 @@ import pytest
 import yaml
 
 from datafree.cli import parse, to_yaml
-from datafree.config import CONFIGS, DistillConfig, Relation, ScratchConfig, Synthesis, option, sections
+from datafree.config import CONFIGS, DistillConfig, QuantizeConfig, Relation, ScratchConfig, Synthesis, option, sections
 from datafree.errors import InputError, OptionError
 from datafree.options import list_options, result_options
 
@@ -129,12 +129,23 @@ BUSY = [
     "--adv=1",
     "--student_weights=student.pth",
 ]
-BUSY_OF = {DistillConfig: BUSY, ScratchConfig: ["--weights=weights.pth"]}
+BUSY_OF = {
+    DistillConfig: BUSY,
+    ScratchConfig: ["--weights=weights.pth"],
+    QuantizeConfig: [word for word in BUSY if not word.startswith(("--cd_loss", "--student_weights"))],
+}
+BUSY_FOR = {  # options that need others than these
+    "source": [],  # which may leave others unused
+    "class_embedding": ["--source=generator"],
+}
 
 
-@pytest.mark.parametrize("cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, Config))
+@pytest.mark.parametrize(
+    "cls, section, name, text, value", every_field(DistillConfig, ScratchConfig, QuantizeConfig, Config)
+)
 def test_every_field_is_set_alike_by_flag_dotted_flag_and_yaml(cls, section, name, text, value, file):
-    busy = BUSY_OF.get(cls, []) if name != "source" else []  # a source may leave others unused
+    busy = BUSY_FOR.get(name, BUSY_OF.get(cls, []))
+    busy = [*busy, "--evaluate_only"] if (cls, name) == (QuantizeConfig, "student_weights") else busy
     before = read(*busy, cls=cls)
     expected = replace(before, **{section: replace(getattr(before, section), **{name: value})})
     assert read(*busy, f"--{name}", text, cls=cls) == expected

@@ -1,0 +1,510 @@
+"""The quantiser against independent ones, and what it finds in networks."""
+
+import copy
+import math
+import subprocess
+import sys
+
+import nets
+import numpy as np
+import pytest
+import torch
+import torchvision
+from conftest import ROOT
+from torch import nn
+from torch.nn import functional as F
+
+from datafree import checkpoint, quantizer
+from datafree.config import Quantizer
+from datafree.errors import InputError
+from datafree.models import MODELS
+from datafree.network import Network
+from datafree.quantizer import (
+    ActivationGrid,
+    QuantizedModel,
+    RoundActivation,
+    WeightGrid,
+    quantise,
+    round_by_learned_step,
+    round_to_grid,
+    step_and_zero,
+)
+
+SHAPE = (3, 16, 16)
+
+
+def network(model, shape=SHAPE, frozen=True):
+    channels = shape[0]
+    made = Network(model, shape, (0.5,) * channels, (0.25,) * channels, name="teacher net")
+    return made.freeze() if frozen else made
+
+
+def observed(quantised, batches=2, n=4):
+    """``quantised`` with its ranges observed on noise."""
+    with torch.no_grad(), quantised.model.observing():
+        for _ in range(batches):
+            quantised(torch.rand(n, *quantised.shape))
+    return quantised
+
+
+# The grid.
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_each_channel_has_few_levels_with_zero_among_them(bits, symmetric):
+    weight = torch.randn(5, 7, 3, 3) + torch.tensor([0, 1, -1, 9, -9]).view(-1, 1, 1, 1)  # the last two exclude 0
+    grid = WeightGrid(bits, Quantizer(w_symmetric=symmetric), 0, 5)
+    rounded = grid(weight)
+    for channel, scale, zero in zip(rounded, grid.scale, grid.zero):
+        steps = channel / scale
+        assert torch.allclose(steps, steps.round(), atol=1e-3)
+        assert len(steps.round().unique()) <= 2**bits
+        low, high = quantizer.grid(bits, symmetric)
+        assert low <= zero <= high and (zero == 0 or not symmetric)
+    assert torch.equal(grid(torch.zeros_like(weight)), torch.zeros_like(weight))
+    assert torch.allclose(grid(rounded), rounded, atol=1e-6)  # idempotent
+    assert (rounded - weight).abs().amax() <= grid.scale.max() * 0.51
+
+
+def test_one_range_for_a_whole_weight_and_the_other_axis_of_transposed_convolutions():
+    weight = torch.randn(4, 6, 3, 3)
+    whole = WeightGrid(4, Quantizer(w_per="tensor"), 0, 4)
+    assert len(whole(weight).unique()) <= 16 and whole.scale.shape == ()
+    transposed = WeightGrid(4, Quantizer(), 1, 6)
+    expected = torch.stack([WeightGrid(4, Quantizer(w_per="tensor"), 0, 1)(weight[:, i]) for i in range(6)], 1)
+    assert torch.allclose(transposed(weight), expected)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_rounding_of_activations_is_torchs_with_its_gradient(symmetric):
+    x = torch.randn(1000) * 2
+    scale, zero = step_and_zero(torch.tensor(-1.3), torch.tensor(2.1), 4, symmetric)
+    low, high = quantizer.grid(4, symmetric)
+    given, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = torch.fake_quantize_per_tensor_affine(given, scale, zero, low, high)
+    found = RoundActivation.apply(ours, float(scale), low - int(zero), high - int(zero))
+    assert torch.allclose(found, expected, atol=1e-6)
+    upstream = torch.randn(1000)
+    expected.backward(upstream)
+    found.backward(upstream)
+    assert torch.equal(ours.grad, given.grad) and 0 < (ours.grad == 0).sum() < 1000
+
+
+def test_the_gradient_is_that_of_the_clipped_identity():
+    """Finite differences of what is rounded are 0 or infinite; the soft function is the identity inside the range."""
+    scale, zero = step_and_zero(torch.tensor(-1.0), torch.tensor(1.0), 4, False)
+    x = torch.tensor([-3.0, -0.4, 0.0, 0.7, 3.0], dtype=torch.float64)
+
+    def soft(x):
+        return x.clamp((0.0 - zero - 0.5) * scale, (15.0 - zero + 0.5) * scale)
+
+    slopes = (soft(x + 1e-4) - soft(x - 1e-4)) / 2e-4
+    given = x.float().requires_grad_()
+    round_to_grid(given, scale, zero, (0, 15), None).sum().backward()
+    assert torch.allclose(given.grad.double(), slopes, atol=1e-4)
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+def test_learned_steps_against_torchs_learnable_kernel(axis):
+    x, low, high = torch.randn(4, 6, 5), -8, 7
+    count = 1 if axis is None else x.shape[axis]
+    scale, zero = torch.rand(count) * 0.3 + 0.05, torch.randint(-2, 3, (count,), dtype=torch.int32)
+    factor = (x.numel() / count * high) ** -0.5
+    theirs = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+    ours = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
+    if axis is None:
+        expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, zero.float(), low, high, factor)
+        found = round_by_learned_step(ours[0], ours[1][0], zero[0], (low, high), None)
+    else:
+        expected = torch._fake_quantize_learnable_per_channel_affine(*theirs, zero.float(), axis, low, high, factor)
+        found = round_by_learned_step(*ours, zero, (low, high), axis)
+    upstream = torch.randn_like(x)
+    expected.backward(upstream)
+    found.backward(upstream)
+    assert torch.allclose(found, expected, atol=1e-5)
+    for mine, other in zip(ours, theirs):
+        assert torch.allclose(mine.grad, other.grad, atol=1e-4)
+
+
+def test_learned_steps_against_torchao():
+    module = pytest.importorskip("torchao.quantization.pt2e.learnable_fake_quantize")
+    observers = pytest.importorskip("torchao.quantization.pt2e.observer")
+    theirs = module.LearnableFakeQuantize(
+        observers.MinMaxObserver, 0, 15, use_grad_scaling=True, dtype=torch.quint8, qscheme=torch.per_tensor_affine
+    )
+    theirs.enable_range_learning()
+    x = torch.randn(8, 8)
+    given, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = theirs(given)
+    scale = theirs.scale.detach().clone().requires_grad_()
+    found = round_by_learned_step(ours, scale[0], theirs.zero_point[0].detach(), (0, 15), None)
+    expected.square().sum().backward()
+    found.square().sum().backward()
+    assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(ours.grad, given.grad, atol=1e-4)
+    assert torch.allclose(scale.grad, theirs.scale.grad, rtol=1e-3)
+
+
+# Ranges.
+
+
+@pytest.mark.parametrize("batches", [1, 2, 21])
+def test_a_constant_activation_has_its_own_range(batches):
+    grid = ActivationGrid(8, Quantizer(a_bits=8))
+    for _ in range(batches):
+        grid.observe(torch.tensor([0.0, 2.55]))
+    assert torch.allclose(grid.range, torch.tensor([0.0, 2.55]))
+    assert torch.allclose(grid(torch.tensor([2.55, 0.01])), torch.tensor([2.55, 0.01]), atol=1e-6)
+
+
+def test_the_moving_average_of_ranges_against_its_sum():
+    """sum of (1 - m) m^(n - i) x_i over the sum of the weights."""
+    grid, highs = ActivationGrid(8, Quantizer(a_bits=8, range_momentum=0.8)), [3.0, 1.0, 7.0, 2.0]
+    for high in highs:
+        grid.observe(torch.tensor([-high, high]))
+    weights = np.array([0.2 * 0.8 ** (len(highs) - 1 - i) for i in range(len(highs))])
+    assert grid.range[1].item() == pytest.approx((weights * highs).sum() / weights.sum(), rel=1e-5)
+
+
+def test_nothing_is_rounded_before_a_range_is_observed_and_observing_starts_anew():
+    grid, x = ActivationGrid(2, Quantizer(a_bits=2)), torch.randn(100)
+    assert grid(x) is x
+    grid.observe(x)
+    assert len(grid(x).unique()) <= 4
+    grid.forget()
+    assert grid(x) is x
+    grid.observe(torch.tensor([0.0, 1.0]))
+    assert grid.range.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_the_range_of_least_squared_error_against_a_search(symmetric):
+    weight = torch.randn(3, 500) ** 3  # with outliers
+    grid = WeightGrid(3, Quantizer(w_bits=3, ranges="mse", w_symmetric=symmetric), 0, 3)
+    plain = WeightGrid(3, Quantizer(w_bits=3, w_symmetric=symmetric), 0, 3)
+    grid.fit(weight)
+    low, high = quantizer.grid(3, symmetric)
+    for channel, rounded, straight in zip(weight, grid(weight), plain(weight)):
+        errors = []
+        for fraction in np.linspace(0.2, 1, 17):
+            bottom, top = fraction * channel.min().item(), fraction * channel.max().item()
+            scale = max(-bottom, top) / high if symmetric else (top - bottom) / (high - low)
+            zero = 0 if symmetric else min(max(round(low - bottom / scale), low), high)
+            steps = np.clip(np.round(channel.numpy() / scale) + zero, low, high) - zero
+            errors.append(((steps * scale - channel.numpy()) ** 2).mean())
+        assert (rounded - channel).square().mean().item() == pytest.approx(min(errors), rel=1e-3)
+        assert (rounded - channel).square().mean() < (straight - channel).square().mean()
+
+
+# What is found in a network.
+
+
+class Written(nn.Module):
+    """One network, with activation functions written in the way that ``write`` does."""
+
+    def __init__(self, write):
+        super().__init__()
+        torch.manual_seed(0)
+        self.write = write
+        self.first, self.second = nn.Conv2d(3, 8, 3, padding=1), nn.Conv2d(8, 8, 3, padding=1, groups=4)
+        self.norm, self.head = nn.BatchNorm2d(8), nn.Linear(8, 5)
+        self.norm.running_mean.normal_(std=0.1), self.norm.running_var.uniform_(0.5, 2)
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x):
+        x = self.write(self.first(x))
+        x = self.write(x + self.norm(self.second(x)))
+        return self.head(x.mean((2, 3)))
+
+
+def statement(x):
+    F.relu_(x)
+    return x
+
+
+RELUS = {
+    "module": nn.ReLU(),
+    "module in place": nn.ReLU(inplace=True),
+    "F.relu": F.relu,
+    "F.relu in place": lambda x: F.relu(x, inplace=True),
+    "F.relu in place by position": lambda x: F.relu(x, True),
+    "torch.relu": torch.relu,
+    "method": lambda x: x.relu(),
+    "method in place": lambda x: x.relu_(),
+    "statement in place": statement,
+    "clamp": lambda x: x.clamp(min=0),
+    "clamp_min in place": lambda x: x.clamp_min_(0),
+}
+
+
+@pytest.mark.parametrize("name", RELUS)
+def test_a_relu_is_quantised_however_it_is_written(name):
+    images = torch.rand(4, *SHAPE)
+    reference = network(Written(F.relu))
+    expected = quantise(reference, Quantizer(w_bits=3, a_bits=3))
+    found = quantise(network(Written(RELUS[name])), Quantizer(w_bits=3, a_bits=3))
+    assert len(found.model.sites.layers) == 3 and len(found.model.sites.activations) == 2
+    for quantised in (expected, found):
+        torch.manual_seed(1)
+        observed(quantised)
+    assert torch.equal(found(images), expected(images)) and not torch.allclose(found(images), reference(images))
+    for quantised in (expected, found):
+        quantised(images).square().sum().backward()
+    for ours, theirs in zip(found.parameters(), expected.parameters()):
+        assert torch.allclose(ours.grad, theirs.grad, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [F.relu6, F.hardswish, F.silu, F.gelu, F.leaky_relu, nn.PReLU(), nn.Hardswish(inplace=True), nn.SiLU(inplace=True)],
+    ids=str,
+)
+def test_other_activation_functions_are_on_the_grid_too(write):
+    seen, quantised = [], quantise(network(Written(write)), Quantizer(w_bits=4, a_bits=3))
+    assert len(quantised.model.sites.activations) == 2
+    quantised.model.model.second.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    observed(quantised)
+    quantised(torch.rand(4, *SHAPE))
+    assert len(seen[-1].unique()) <= 8
+
+
+def test_outputs_against_a_hand_made_quantised_network():
+    """NumPy rounds weights and activations; torch's float convolutions do the rest."""
+    torch.manual_seed(0)
+    teacher = network(nets.plain(5))
+    quantised, images = quantise(teacher, Quantizer(w_bits=4, a_bits=4)), torch.rand(8, *SHAPE)
+    with torch.no_grad(), quantised.model.observing():
+        quantised(images)
+
+    def rounded(x, axis):
+        x = x.detach().numpy()
+        axes = tuple(i for i in range(x.ndim) if i != axis) if axis is not None else None
+        low = np.minimum(x.min(axes, keepdims=True), 0)
+        scale = (np.maximum(x.max(axes, keepdims=True), 0) - low) / 15
+        zero = np.round(-low / scale)
+        return torch.from_numpy((np.clip(np.round(x / scale) + zero, 0, 15) - zero) * scale).float()
+
+    layers = [module for module in teacher.model if isinstance(module, (nn.Conv2d, nn.Linear))]
+    x = teacher.normalise(images)
+    for layer in layers[:-1]:
+        x = rounded(F.relu(F.conv2d(x, rounded(layer.weight, 0), layer.bias, layer.stride, layer.padding)), None)
+    expected = F.linear(x.mean((2, 3)), rounded(layers[-1].weight, 0), layers[-1].bias)
+    assert torch.allclose(quantised(images), expected, atol=1e-4)
+
+
+def test_the_network_itself_is_left_alone_and_statistics_stay_as_they_are():
+    teacher = network(nets.tiny(5))
+    before = {name: tensor.clone() for name, tensor in teacher.model.state_dict().items()}
+    quantised = observed(quantise(teacher, Quantizer()))
+    optimizer = torch.optim.SGD(quantised.parameters(), 0.1)
+    for _ in range(3):
+        quantised.train()
+        quantised(torch.rand(4, *SHAPE)).square().sum().backward()
+        optimizer.step()
+    after = quantised.model.model.state_dict()
+    for name, tensor in before.items():
+        assert torch.equal(teacher.model.state_dict()[name], tensor)
+        is_statistic = "running" in name or "tracked" in name
+        assert torch.equal(after[name], tensor) == is_statistic, name
+    assert all(parameter.grad is None for parameter in teacher.parameters())
+
+
+def test_first_and_last_layers_may_have_their_own_bits():
+    model = quantise(network(nets.plain(5)), Quantizer(w_bits=3, a_bits=2, first_last_bits=8)).model
+    assert [grid.bits for grid in model.weights] == [8, 3, 8]
+    assert [grid.bits for grid in model.activations] == [2, 8]
+    assert [grid.bits for grid in quantise(network(nets.plain(5)), Quantizer(w_bits=32)).model.weights] == [32] * 3
+
+
+def test_32_bits_leave_the_network_as_it_is():
+    teacher, images = network(nets.tiny(5)), torch.rand(4, *SHAPE)
+    assert torch.equal(observed(quantise(teacher, Quantizer(w_bits=32, a_bits=32)))(images), teacher(images))
+
+
+@pytest.mark.parametrize("per, same", [("channel", True), ("tensor", False)])
+def test_folding_changes_nothing_but_ranges_that_channels_share(per, same):
+    teacher, images = network(Written(F.relu)), torch.rand(4, *SHAPE)
+    apart, folded = (quantise(teacher, Quantizer(w_per=per, fold_bn=fold, a_bits=32)) for fold in (False, True))
+    assert [layer.norm for layer in folded.model.sites.layers] == ["", "norm", ""]
+    assert torch.allclose(apart(images), folded(images), atol=1e-4) == same
+    folded(images).sum().backward()
+    assert folded.model.model.norm.weight.grad.abs().sum() > 0
+
+
+class Twice(Written):
+    """Reads the output of a convolution beside its normalisation."""
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        y = self.second(x)
+        return self.head((F.relu(self.norm(y)) + y).mean((2, 3)))
+
+
+def test_what_is_read_elsewhere_too_is_not_folded():
+    folded = quantise(network(Twice(None)), Quantizer(fold_bn=True))
+    assert not any(layer.norm for layer in folded.model.sites.layers)
+
+
+class Product(nn.Module):
+    def __init__(self, multiply):
+        super().__init__()
+        self.conv, self.weight, self.multiply = nn.Conv2d(3, 8, 3), nn.Parameter(torch.randn(8, 5)), multiply
+
+    def forward(self, x):
+        return self.multiply(F.relu(self.conv(x)).mean((2, 3)), self.weight)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.attention = nn.Conv2d(3, 8, 4, stride=4), nn.MultiheadAttention(8, 2, batch_first=True)
+        self.head = nn.Linear(8, 5)
+
+    def forward(self, x):
+        tokens = F.relu(self.conv(x)).flatten(2).transpose(1, 2)
+        return self.head(self.attention(tokens, tokens, tokens)[0].mean(1))
+
+
+class Changing(Written):
+    """Calls a layer only in its first passes."""
+
+    calls = 0
+
+    def forward(self, x):
+        x, self.calls = F.relu(self.first(x)), self.calls + 1
+        return self.head((self.second(x) if self.calls % 2 else x).mean((2, 3)))
+
+
+@pytest.mark.parametrize(
+    "model, protocol, parts",
+    [
+        (Product(torch.matmul), {}, ("matmul", "Product", "nn.Linear")),
+        (Product(lambda x, w: x @ w), {}, ("multiplies by its weight", "nn.Linear")),
+        (Attention(), {}, ("'attention'", "MultiheadAttention", "multi_head_attention_forward")),
+        (
+            nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+            {},
+            ("--a_bits 4",),
+        ),
+        (nets.plain(5), {"w_bits": 0}, ("--w_bits cannot be 0", "2 to 16")),
+        (nets.plain(5), {"a_bits": 33}, ("--a_bits cannot be 33",)),
+        (nets.plain(5), {"first_last_bits": 1}, ("--first_last_bits cannot be 1",)),
+    ],
+    ids=str,
+)
+def test_what_cannot_be_quantised_is_one_sentence(model, protocol, parts):
+    with pytest.raises(InputError) as caught:
+        quantise(network(model), Quantizer(**protocol))
+    message = str(caught.value)
+    assert all(part in message for part in parts) and "\n" not in message
+
+
+def test_a_network_that_calls_other_layers_in_another_pass_is_called_out():
+    quantised = QuantizedModel(Changing(None).eval(), Quantizer(), torch.rand(2, *SHAPE))
+    with pytest.raises(InputError, match="make it call the same ones in each pass"):
+        for _ in range(2):
+            quantised(torch.rand(2, *SHAPE))
+
+
+TORCHVISION = {
+    "resnet18": 64,
+    "mobilenet_v2": 64,
+    "mobilenet_v3_small": 64,
+    "efficientnet_b0": 64,
+    "regnet_x_400mf": 64,
+    "densenet121": 64,
+    "vgg11_bn": 32,
+}
+
+
+def calibrated(model, shape):
+    """``model`` with BatchNorm statistics that fit its weights, as those of a trained one do."""
+    model.train()
+    with torch.no_grad():
+        for _ in range(3):
+            model(torch.randn(8, *shape))
+    return model
+
+
+@pytest.mark.parametrize("name", [*MODELS, *TORCHVISION])
+def test_networks_are_quantised_and_take_a_step(name):
+    torch.manual_seed(0)
+    if name in MODELS:
+        model, shape = MODELS[name](5, 3), (3, 32, 32)
+    else:
+        model, size = torchvision.models.get_model(name, weights=None, num_classes=5), TORCHVISION[name]
+        shape = (3, size, size)
+    teacher = network(calibrated(model, shape), shape)
+    quantised = observed(quantise(teacher, Quantizer(w_bits=8, a_bits=8)), batches=1)
+    images = torch.rand(4, *shape)
+    kinds = (nn.Conv2d, nn.Linear)
+    assert len(quantised.model.sites.layers) == sum(isinstance(module, kinds) for module in model.modules())
+    assert quantised.model.sites.numbers > 0.9 * quantised.model.sites.of
+    distance = (quantised(images) - teacher(images)).norm() / teacher(images).norm()
+    assert 0 < distance < 0.5
+    F.cross_entropy(quantised.features(images).logits, torch.arange(4)).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in quantised.parameters())
+    before = quantised(images)
+    torch.optim.SGD(quantised.parameters(), 1e-3).step()
+    assert not torch.equal(quantised(images), before)
+
+
+# Files.
+
+
+def test_a_copy_is_independent():
+    quantised, images = observed(quantise(network(nets.tiny(5)), Quantizer())), torch.rand(4, *SHAPE)
+    before = quantised(images)
+    other = copy.deepcopy(quantised)
+    assert torch.equal(other(images), before)
+    with torch.no_grad(), other.model.observing():
+        other(10 * images)
+    assert torch.equal(quantised(images), before) and not torch.equal(other(images), before)
+
+
+@pytest.mark.parametrize("ranges", ["ema", "mse", "learned"])
+def test_a_file_gives_equal_outputs_in_another_process(ranges, tmp_path):
+    teacher = network(MODELS["resnet8"](5, 3))
+    quantised = observed(quantise(teacher, Quantizer(w_bits=3, a_bits=5, ranges=ranges, first_last_bits=8)))
+    images = torch.rand(4, *SHAPE)
+    facts = {"model": "resnet8", "num_classes": 5, "shape": list(SHAPE), "mean": [0.5] * 3, "std": [0.25] * 3}
+    state = {"state_dict": quantised.model.state_dict(), **facts, **quantizer.stated(quantised.model)}
+    checkpoint.save(tmp_path / "student.pth", state)
+    torch.save(images, tmp_path / "images.pth")
+    code = (
+        "import torch; torch.set_num_threads(1)\n"
+        "from datafree.network import Network\n"
+        "network = Network.from_file('student.pth').eval()\n"
+        "torch.save(network(torch.load('images.pth')).detach(), 'logits.pth')\n"
+        "print(network.notes)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W3A5 simulated" in done.stdout
+    assert torch.equal(torch.load(tmp_path / "logits.pth"), quantised(images))
+
+
+def test_ranges_of_another_network_or_protocol_are_refused(tmp_path):
+    quantised = observed(quantise(network(MODELS["resnet8"](5, 3)), Quantizer()))
+    facts = {"model": "resnet8", "num_classes": 5, "shape": list(SHAPE), "mean": [0.5] * 3, "std": [0.25] * 3}
+    state = {"state_dict": quantised.model.state_dict(), **facts, **quantizer.stated(quantised.model)}
+    for change, message in [
+        ({"quantization": '{"w_bits": 33}'}, "does not know"),
+        ({"quantization": "no json"}, "does not know"),
+        ({"quantization": 3}, "does not know"),
+        ({"quantization": '{"ranges": "learned", "w_per": "tensor"}'}, "another network or protocol"),
+    ]:
+        checkpoint.save(tmp_path / "student.pth", {**state, **change})
+        with pytest.raises(InputError, match=message) as caught:
+            Network.from_file(tmp_path / "student.pth")
+        assert "\n" not in str(caught.value)
+
+
+def test_bits_are_named_in_one_line():
+    protocol = Quantizer(w_bits=3, a_bits=5, first_last_bits=8, w_symmetric=True, ranges="mse", w_per="tensor")
+    assert protocol.short == "w3a5-fl8-per-tensor-symmetric-w-mse"
+    for part in ("W3A5", "per tensor symmetric", "8 bits", "least squared error", "32 batches", "not folded"):
+        assert part in protocol.sentence
+    assert "\n" not in protocol.sentence and math.isfinite(protocol.range_momentum)
