@@ -26,6 +26,7 @@ from datafree.errors import InputError
 from datafree.evaluators import evaluate
 from datafree.network import Network
 from datafree.plugins import first_line
+from datafree.quantizer import QuantizedModel
 from datafree.runtime import environment
 from datafree.trial import trial_images
 
@@ -53,7 +54,8 @@ def require_packages() -> None:
 def export_onnx(network: Network, path: str | Path, metadata: Mapping[str, Any] | None = None) -> None:
     """Write ``network`` to ``path`` as float32 ONNX: ``images`` (N, C, H, W) in [0, 1] -> ``logits`` (N, classes).
 
-    The normalisation is inside, N is any number, and BatchNorm is folded into the convolution before it. metadata:
+    The normalisation is inside, N is any number, and BatchNorm is folded into the convolution before it. Of a network
+    whose quantization is simulated, its weights are exported as they are in float32. metadata:
     stored as strings beside the network's shape, mean, std and number of classes; what is no string becomes JSON.
     The file is run and compared with ``network`` before it is put in its place. Raises InputError for a network that
     cannot be exported.
@@ -230,6 +232,8 @@ def _alternating(
 def _plain_copy(network: Network) -> Network:
     """A frozen copy on the CPU in float32, in the plain memory layout, which the exporter translates the best."""
     plain = network.copy()
+    if isinstance(plain.model, QuantizedModel):
+        plain.model = plain.model.model
     plain._compiled_call_impl = None  # the exporter compiles by itself
     plain.trial.channels_last, plain.trial.dtype = False, torch.float32
     plain.to("cpu", torch.float32)

@@ -13,12 +13,14 @@ from torch import nn
 
 import datafree.export
 import registry
+from datafree.config import Quantizer
 from datafree.datasets.cards import DatasetCard
 from datafree.datasets.splits import TensorSplit
 from datafree.errors import InputError
 from datafree.evaluators import evaluate
 from datafree.export import OnnxNetwork, compare, export_onnx, quantize_onnx, require_packages
 from datafree.network import Network
+from datafree.quantizer import quantise
 
 onnx = pytest.importorskip("onnx")
 pytest.importorskip("onnxruntime")
@@ -150,6 +152,17 @@ def test_compare_without_a_test_set_leaves_the_network_as_it_was(exported):
     rows = compare(network, exported.fp32, exported.int8, exported.images[:3], repeats=1)
     assert network.training and "acc1" not in rows["torch"] and rows["torch"]["agreement"] == 100
     assert network.mean.grad_fn is None
+
+
+def test_of_a_simulated_quantization_the_float_weights_are_exported(exported, tmp_path):
+    student = quantise(exported.network, Quantizer(w_bits=3, a_bits=3))
+    with student.model.observing():
+        student(exported.images)
+    export_onnx(student, tmp_path / "a.onnx")
+    images = shaded(8, seed=1)
+    torch.testing.assert_close(OnnxNetwork(tmp_path / "a.onnx")(images), OnnxNetwork(exported.fp32)(images))
+    rows = compare(student, tmp_path / "a.onnx", exported.int8, exported.images, repeats=1)
+    assert rows["torch"]["agreement"] == 100 > rows["fp32"]["agreement"]  # with the simulation, which 3 bits change
 
 
 def test_the_runs_that_are_timed_take_turns(exported):
