@@ -55,10 +55,11 @@ def export_onnx(network: Network, path: str | Path, metadata: Mapping[str, Any] 
     """Write ``network`` to ``path`` as float32 ONNX: ``images`` (N, C, H, W) in [0, 1] -> ``logits`` (N, classes).
 
     The normalisation is inside, N is any number, and BatchNorm is folded into the convolution before it. Of a network
-    whose quantization is simulated, its weights are exported as they are in float32. metadata:
-    stored as strings beside the network's shape, mean, std and number of classes; what is no string becomes JSON.
-    The file is run and compared with ``network`` before it is put in its place. Raises InputError for a network that
-    cannot be exported.
+    whose quantization is simulated, the weights are exported as they are in float32. The file is run and compared with
+    torch before it is put in its place.
+
+    metadata: stored as strings beside the network's shape, mean, std, number of classes and provenance; what is no
+    string becomes JSON. Raises InputError for a network that cannot be exported.
     """
     require_packages()
     plain, images = _plain_copy(network), trial_images(network.shape, 2)
@@ -196,10 +197,13 @@ def compare(
     runners: dict[str, Callable[[Tensor], Tensor]] = {key: OnnxNetwork(path) for key, path in files.items()}
     with network.frozen():
         runners = {"torch": network, **runners}
-        classes = network(images).argmax(1)
-        rows = {
-            key: {"agreement": 100 * (runner(images).argmax(1) == classes).float().mean().item()}
+        classes = {
+            key: torch.cat([runner(part).argmax(1) for part in images.split(BATCH_SIZES[-1])])
             for key, runner in runners.items()
+        }
+        rows = {
+            key: {"agreement": 100 * (found == classes["torch"]).float().mean().item()}
+            for key, found in classes.items()
         }
         if split:
             for key, runner in runners.items():
