@@ -43,7 +43,7 @@ HARMLESS: list[Any] = [
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new."""
-    with _replacing(path) as beside, open(beside, "wb") as file:
+    with replacing(path) as beside, open(beside, "wb") as file:
         torch.save(state, file)
         file.flush()
         os.fsync(file.fileno())
@@ -51,7 +51,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
 def link(source: str | Path, path: str | Path) -> None:
     """Let ``path`` hold what ``source`` holds now, as a hard link where the file system has them."""
-    with _replacing(path) as beside:
+    with replacing(path) as beside:
         try:
             os.link(source, beside)  # safe, because save() replaces files and never writes into one
         except OSError:
@@ -167,7 +167,7 @@ def stored_accuracy(path: str | Path, model: str) -> float | None:
 
 
 @contextmanager
-def _replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path) -> Iterator[Path]:
     """A path to write beside ``path``, which takes its place if the block succeeds and is removed if not."""
     path = Path(path)
     beside = path.with_name(path.name + ".tmp")
@@ -182,7 +182,7 @@ def _replacing(path: str | Path) -> Iterator[Path]:
             raise
         raise InputError(
             f"could not write {path} ({getattr(error, 'strerror', None) or 'short write'}; "
-            "disk full?); the previous checkpoint is untouched"
+            "disk full?); the previous file is untouched"
         ) from error
     finally:
         if beside.is_file():
