@@ -8,6 +8,7 @@ from datafree import program
 from datafree.config import QuantizeConfig
 
 if TYPE_CHECKING:
+    from datafree.logger import RunFolder
     from datafree.session import Session
     from datafree.training import Training
 
@@ -21,8 +22,9 @@ python datafree_quantize.py --config configs/digits/quantize_w2a2_resnet20.yaml 
 def quantization(session: "Session") -> "Iterator[Training]":
     """The teacher on a grid: ranges observed on images of a source, then training in turns with their synthesis."""
     from datafree.diagnostics import Watch
+    from datafree.export import require_packages, write_integer_network
     from datafree.learners.quantize import QuantizeLearner
-    from datafree.plan import describe_quantization
+    from datafree.plan import describe_quantization, describe_quantized
     from datafree.quantizer import quantise
     from datafree.schedule import Schedule
     from datafree.synthesis.build import build_source
@@ -33,12 +35,19 @@ def quantization(session: "Session") -> "Iterator[Training]":
     if config.run.evaluate_only:
         session.evaluate_only(session.network("student", model, weights), "--student_weights", weights)
         return
+    if config.quantizer.onnx:
+        require_packages()
     teacher = session.load_teacher()
     student = quantise(teacher, config.quantizer)
     source = build_source(session, teacher, student)
     schedule = Schedule.of(config.schedule, config.finetune.batch_size, source.g_steps)
     learner = QuantizeLearner(student, teacher, session.augment, config, schedule.total_student_steps)
     learner.cache = build_cache(session, teacher, source, learner, config.finetune.view_cache)
+
+    def finish(folder: "RunFolder") -> None:
+        batches = (source.batch(config.finetune.batch_size).images for _ in range(config.quantizer.calibration))
+        write_integer_network(folder, teacher, student, batches, session.test)
+
     yield Training(
         learner,
         source,
@@ -48,7 +57,8 @@ def quantization(session: "Session") -> "Iterator[Training]":
         plan=describe_quantization(config, session.card, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation),
-        facts={"protocol": config.quantizer.sentence},
+        facts=describe_quantized(student.model),
+        finish=finish if config.quantizer.onnx else None,
     )
 
 

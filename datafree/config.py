@@ -661,13 +661,20 @@ class Quantizer:
     fold_bn: bool = option(
         False, "Fold BatchNorm into the weights before they are quantised.", unused_when={"w_bits": (32,)}
     )
+    onnx: bool = option(
+        False,
+        "Write an integer network of 8 bits for onnxruntime, too, and compare it with the one in float32.",
+        affects_result=False,
+    )
 
     def validate(self) -> None:
-        """Raise an OptionError for a number of bits that no grid has."""
+        """Raise an OptionError for a number of bits that no grid has, or that no integer kernel has."""
         for name in ("w_bits", "a_bits", "first_last_bits"):
             bits = getattr(self, name)
             if bits is not None and not (2 <= bits <= 16 or bits == 32):
                 raise OptionError(f"--{name} cannot be {bits}; it takes 2 to 16, or 32 for float")
+        if self.onnx and (self.w_bits, self.a_bits, self.first_last_bits or 8) != (8, 8, 8):
+            raise OptionError("--onnx needs --w_bits 8 --a_bits 8, for which there are integer kernels")
 
     @property
     def sentence(self) -> str:

@@ -24,6 +24,7 @@ from datafree.checkpoint import replacing
 from datafree.datasets.splits import Split
 from datafree.errors import InputError
 from datafree.evaluators import evaluate
+from datafree.logger import RunFolder, table
 from datafree.network import Network
 from datafree.plugins import first_line
 from datafree.quantizer import QuantizedModel
@@ -217,6 +218,27 @@ def compare(
             low, median, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             rows[key] |= {f"latency_ms_{size}": median, f"latency_ms_{size}_iqr": high - low}
     return rows
+
+
+def write_integer_network(
+    folder: RunFolder, teacher: Network, student: Network, batches: Iterable[Tensor], split: Split | None
+) -> None:
+    """Write ``student`` as an integer network into ``folder``, beside ``teacher`` in float32, and log how they compare.
+
+    batches: calibration images, of which the first ones are compared on, too.
+    """
+    images, place = list(batches), folder.root / "onnx"
+    place.mkdir(exist_ok=True)
+    fp32, int8 = place / "fp32.onnx", place / "int8.onnx"
+    export_onnx(student, int8)
+    protocol = quantize_onnx(int8, int8, images)
+    export_onnx(teacher, fp32)
+    rows = compare(student, fp32, int8, torch.cat(images[:4]), split)
+    names = {"torch": "simulated, torch", "fp32": "teacher, fp32.onnx", "int8": "student, int8.onnx"}
+    shown = [{"network": names[key], **{k: v for k, v in row.items() if "iqr" not in k}} for key, row in rows.items()]
+    (place / "comparison.json").write_text(json.dumps({"protocol": protocol, **rows}, indent=2) + "\n")
+    folder.log(f"Integer network: {protocol}.")
+    folder.log(f"It is in {int8}\n" + table(shown))
 
 
 def _alternating(

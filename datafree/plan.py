@@ -78,6 +78,15 @@ def describe_quantization(
     ]
 
 
+def describe_quantized(model: QuantizedModel) -> dict[str, str]:
+    """What stands beside every result of a quantised network: its protocol and its size."""
+    packed, floating = model.packed_bytes / 1e3, 4 * model.sites.of / 1e3
+    return {
+        "protocol": model.protocol.sentence,
+        "size": f"{packed:,.0f} kB if its weights were packed (computed), {floating:,.0f} kB in float32",
+    }
+
+
 def describe_folding(model: QuantizedModel) -> list[str]:
     """How many layers have their BatchNorm folded in, if that is asked for."""
     folded = sum(bool(layer.norm) for layer in model.sites.layers)

@@ -307,11 +307,16 @@ class ActivationGrid(Grid):
 
 @dataclass
 class Layer:
-    """A call of a convolution or linear layer: name of its module, weight, and module of the BatchNorm that follows."""
+    """A call of a convolution or linear layer.
+
+    name: of its module. axis, channels: of the output channels in its weight. numbers: in its weight. norm: module of
+    the BatchNorm that follows it, and could be folded into it.
+    """
 
     name: str
     axis: int
     channels: int
+    numbers: int
     norm: str = ""
 
 
@@ -407,7 +412,7 @@ class _Search(_Calls):
 
     def layer(self, func: Any, args: Any, kwargs: Any) -> Tensor:
         weight, axis = _weight(args, kwargs), LAYERS[func]
-        self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis]))
+        self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel()))
         self.weights[id(weight)] = weight
         self.last_layer = len(self.sites.activations)
         output = self._counted(func(*args, **kwargs), args, kwargs)
@@ -555,6 +560,13 @@ class QuantizedModel(nn.Module):
         if self._observing:
             self.activations[number].observe(x)
         return self.activations[number](x)
+
+    @property
+    def packed_bytes(self) -> int:
+        """Size of its weights if each took its bits, with scale and zero point of each range, the others in float32."""
+        layers = zip(self.sites.layers, self.weights)
+        bits = sum(layer.numbers * grid.bits + grid.scale.numel() * (32 + grid.bits) for layer, grid in layers)
+        return bits // 8 + 4 * (self.sites.of - self.sites.numbers)
 
     def load_grids(self, state: dict[str, Tensor]) -> None:
         """Load the ranges of another such model, ``grids.…`` -> tensor. Raises InputError if they do not fit."""
