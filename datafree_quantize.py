@@ -57,7 +57,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
         plan=describe_quantization(config, session.card, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation),
-        facts=describe_quantized(student.model),
+        facts=describe_quantized(student),
         finish=finish if config.quantizer.onnx else None,
     )
 

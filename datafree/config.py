@@ -590,8 +590,6 @@ class QuantizeSchedule(Schedule):
 class Finetune:
     """How the quantised network is trained: it matches the teacher's outputs on the images."""
 
-    UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (NO_EPOCHS,)
-
     batch_size: int = option(
         200, "Images of a step, and of a batch on which ranges are observed.", low=1, unused_when=()
     )
@@ -600,12 +598,18 @@ class Finetune:
         "Weight of the KL divergence to the teacher at temperature T, times T^2, averaged over the batch. Empty: 1 / "
         "classes (GDFQ averages over the classes, too).",
         low=0,
+        unused_when=NO_EPOCHS,
     )
     T: float = option(20.0, "Temperature of that divergence.", low=1e-6, unused_when=({"kd": (0,)}, NO_EPOCHS))
     ce: float = option(
-        1.0, "Weight of the cross-entropy with the target class, or if there is none the teacher's.", low=0
+        1.0,
+        "Weight of the cross-entropy with the target class, or if there is none the teacher's.",
+        low=0,
+        unused_when=NO_EPOCHS,
     )
-    feature: float = option(0.0, "Weight of the mean squared distance of the two embeddings.", low=0)
+    feature: float = option(
+        0.0, "Weight of the mean squared distance of the two embeddings.", low=0, unused_when=NO_EPOCHS
+    )
     view_cache: int | None = option(
         None,
         "Memory limit in MB of the cache of teacher outputs per view. Empty: a quarter of the free memory on the CPU, "
@@ -709,6 +713,20 @@ class Quantizer:
         )
 
 
+def _check_student_terms(config: Any, plan: schedule.Schedule) -> None:
+    """Raise an OptionError if images are synthesised in the warm-up alone, but a term of theirs uses the student."""
+    weights = {"adv": config.synthesis.adv, "triplet": config.relation.triplet}
+    if config.relation.triplet_target == "teacher" or config.relation.relation == "off":
+        del weights["triplet"]
+    named = [f"--{name} {weight:g}" for name, weight in weights.items() if weight]
+    warm = plan.warmup * plan.rounds
+    if named and plan.synthesis_rounds is not None and plan.synthesis_rounds <= warm and plan.epochs > plan.warmup:
+        raise OptionError(
+            f"{' and '.join(named)} would have no effect, because all {plan.synthesis_rounds} rounds of synthesis are "
+            f"in the warm-up, which has no terms that use the student; raise --synthesis_rounds above {warm}"
+        )
+
+
 @dataclass
 class DistillConfig:
     """Options of datafree_kd.py."""
@@ -730,7 +748,7 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
-        schedule.Schedule.of(self.schedule, self.distill.batch_size)
+        _check_student_terms(self, schedule.Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
 
 
@@ -769,7 +787,7 @@ class QuantizeConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
-        schedule.Schedule.of(self.schedule, self.finetune.batch_size)
+        _check_student_terms(self, schedule.Schedule.of(self.schedule, self.finetune.batch_size))
         self.relation.validate()
         self.quantizer.validate()
         for name, plain in (("precision", "none"), ("compile", "off")):

@@ -78,8 +78,10 @@ def describe_quantization(
     ]
 
 
-def describe_quantized(model: QuantizedModel) -> dict[str, str]:
+def describe_quantized(network: Network) -> dict[str, str]:
     """What stands beside every result of a quantised network: its protocol and its size."""
+    model = network.model
+    assert isinstance(model, QuantizedModel)
     packed, floating = model.packed_bytes / 1e3, 4 * model.sites.of / 1e3
     return {
         "protocol": model.protocol.sentence,

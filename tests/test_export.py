@@ -103,8 +103,23 @@ def test_weights_are_stored_once_as_symmetric_int8_with_a_scale_for_each_channel
 
 
 def test_the_range_of_an_activation_is_that_of_the_calibration_images(exported):
-    normalised = exported.network.normalise(exported.images)
-    width = normalised.max().clamp_min(0) - normalised.min().clamp_max(0)
+    ranges = {
+        name: float(array) * 255
+        for name, array in stored(exported.int8).items()
+        if name.endswith("_scale") and not array.shape
+    }
+    features, seen = exported.network, []
+    for module in features.modules():
+        if isinstance(module, nn.ReLU):
+            module.register_forward_hook(lambda module, inputs, output: seen.append(output.max().item()))
+    with torch.no_grad():
+        network(exported.images)
+    assert seen and all(any(255 * scale == pytest.approx(high, rel=1e-3) for scale in scales) for high in seen)
+
+
+def test_the_range_of_the_normalised_images_is_that_of_all_images(exported):
+    ends = exported.network.normalise(torch.stack([torch.zeros(3, 16, 16), torch.ones(3, 16, 16)]))
+    width = ends.max().clamp_min(0) - ends.min().clamp_max(0)
     assert stored(exported.int8)["div_scale"] == pytest.approx(width.item() / 255, rel=1e-5)
 
 
