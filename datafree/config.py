@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from datafree import schedule
 from datafree.errors import OptionError
 from datafree.learners import LearnersOfOtherOptions
+from datafree.schedule import Schedule
 from datafree.synthesis import SourcesWithout
 
 Condition = Mapping[str, Any]
@@ -229,7 +229,7 @@ class Student:
 
 
 @dataclass
-class Schedule:
+class ScheduleOptions:
     """How synthesis and student training alternate."""
 
     epochs: int = option(
@@ -501,7 +501,7 @@ class ScratchOptim(Optim):
 
 
 @dataclass
-class Training:
+class TrainingOptions:
     """Supervised training on real images."""
 
     model: str = option(
@@ -542,7 +542,7 @@ class DistillConfig:
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     synthesis: Synthesis = field(default_factory=Synthesis)
     relation: Relation = field(default_factory=Relation)
     distill: Distill = field(default_factory=Distill)
@@ -555,7 +555,7 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
-        schedule.Schedule.of(self.schedule, self.distill.batch_size)
+        Schedule.of(self.schedule, self.distill.batch_size)
         self.relation.validate()
 
 
@@ -565,7 +565,7 @@ class ScratchConfig:
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
-    training: Training = field(default_factory=Training)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     optim: ScratchOptim = field(default_factory=ScratchOptim)
 
     def validate(self) -> None:
