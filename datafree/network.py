@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from datafree import checkpoint, fitting
 from datafree.datasets.cards import DatasetCard
+from datafree.determinism import nondeterministic_operations, require_deterministic
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
 from datafree.models import MODELS
@@ -325,6 +326,7 @@ class Network(nn.Module):
                     raise InputError(
                         f"the {self.name} has no weights to train: its output is computed without a gradient"
                     )
+                require_deterministic(nondeterministic_operations(raw), f"the {self.name}", self.device)
                 try_backward(self.model, raw)
 
     def _try_forward(self, images: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
 from datafree.outputs import Output, raw_logits, recognise, where_logits_are
 from datafree.plugins import first_line
@@ -30,14 +31,15 @@ class Trial:
     """What the trial in evaluation mode found out.
 
     dtype, channels_last: of the inputs. output: how the returned tensor is read. gradient: why no gradient reaches the
-    images; empty if it does. repeatable: whether the output for an image is always the same, whatever else is in its
-    batch. notes: sentences for the plan.
+    images; empty if it does. nondeterministic: operations on its way that no GPU repeats exactly. repeatable: whether
+    the output for an image is always the same, whatever else is in its batch. notes: sentences for the plan.
     """
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     output: Output = Output()
     gradient: str = ""
+    nondeterministic: list[str] = field(default_factory=list)
     repeatable: bool = True
     notes: list[str] = field(default_factory=list)
 
@@ -255,7 +257,7 @@ def try_evaluation(model: nn.Module, images: Tensor) -> Trial:
             trial.notes.append(f"it is given images in {str(trial.dtype)[6:]}, the type of its weights")
         if not torch.is_tensor(first.returned):
             trial.notes.append(where_logits_are(first.returned))
-        trial.gradient = first.reason
+        trial.gradient, trial.nondeterministic = first.reason, nondeterministic_operations(first.raw)
         check_rows(model, first.raw, len(pair))
         _try_layout(model, pair.to(trial.dtype), first, trial)
         _try_again(model, images.to(trial.dtype).contiguous(memory_format=layout(trial.channels_last)), first, trial)
