@@ -1,6 +1,7 @@
 """A model as the methods see it: it takes images or views in [0, 1] and normalises them itself."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,6 +67,7 @@ def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
         raise InputError(f"{path}: {error}") from None
 
 
+LARGEST_VALUE = 1e6  # beyond what trained networks give: losses of such values overflow, or their gradients do
 LARGE = 96  # pixels from which a registered network, whose stem is for 32, does many times the usual work
 
 
@@ -338,6 +340,23 @@ class Network(nn.Module):
                 + f", and {self.tap.num_classes} outputs for each image in the trial"
             )
         return raw
+
+    @torch.no_grad()
+    def require_moderate_values(self) -> None:
+        """Raise InputError for outputs or stages that are not finite or far too large, as those of spoiled weights.
+
+        Losses of such values would first spoil the student, which would then be blamed.
+        """
+        with unchanged(self):
+            features = self.features(trial_images(self.shape, 4, self.device))
+        parts = [features.logits, features.embed, *features.stages]
+        largest = torch.stack([part.float().abs().max() for part in parts]).max().item()
+        if not largest <= LARGEST_VALUE:  # NaN included
+            values = f"values of up to {largest:.1e}" if math.isfinite(largest) else "values that are not finite"
+            raise InputError(
+                f"the {self.name} gives {values} for ordinary images, as no trained network does; check its weights, "
+                "and its mean and std"
+            )
 
     def restricted_to(self, classes: range) -> "Network":
         """This network, with the same parameters, whose logits are those of ``classes`` alone.
