@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -102,15 +103,15 @@ def _with_hint(error: InputError, model: str, weights: dict[str, Tensor], classe
 
 
 def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
-    """``values`` of a mean or std, which must be one number per channel."""
-    low = 1e-6 if key == "std" else 0
-    numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
-    if not numbers or len(values) != card.channels or not all(low <= v <= 1 for v in values):
+    """``values`` of a mean or std, which must be what a card for such images accepts."""
+    try:
+        changed: dict[str, Any] = {key: tuple(values)}
+        return getattr(replace(card, **changed), key)
+    except (InputError, TypeError):
         raise InputError(
             f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the {card.channels} channels of "
             f"{card.name}; correct {_option(role, key)}, or the file of its weights, if that states it"
-        )
-    return tuple(values)
+        ) from None
 
 
 def shown_numbers(values: Sequence[float]) -> str:

@@ -17,13 +17,22 @@ def raw_logits(output: Any, model: nn.Module) -> Tensor:
     """
     found = _logits_in(output)
     if found is None or found.dim() not in (1, 2):
-        raise InputError(
-            f"the network {type(model).__name__} must return logits as one tensor (N, classes), not "
-            + _described(output)
-            + " in training mode" * model.training
-            + "; give a network, or a module around it, that returns the logits alone"
-        )
+        raise _no_logits(_described(output), model)
     return found if found.dim() == 2 else found.unsqueeze(1)
+
+
+def check_rows(raw: Tensor, count: int, model: nn.Module) -> None:
+    """Raise InputError unless ``raw``, which ``model`` returned for ``count`` images, has a row for each of them."""
+    if len(raw) != count or not raw.is_floating_point():
+        raise _no_logits(f"{tuple(raw.shape)} of {raw.dtype} for {count} images", model)
+
+
+def _no_logits(returned: str, model: nn.Module) -> InputError:
+    return InputError(
+        f"the network {type(model).__name__} must return logits as one tensor (N, classes), not {returned}"
+        + " in training mode" * model.training
+        + "; give a network, or a module around it, that returns the logits alone"
+    )
 
 
 def where_logits_are(output: Any) -> str:

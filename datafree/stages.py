@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from datafree.errors import InputError, OptionError
-from datafree.outputs import Output, raw_logits
-from datafree.trial import check_rows, device_of, evaluation_mode, refuse_script, run, trial_images, unchanged
+from datafree.outputs import Output, check_rows, raw_logits
+from datafree.trial import device_of, evaluation_mode, refuse_script, run, trial_images, unchanged
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 LARGE, LARGEST = 128, 512  # pixels at least, at which the last maps of the usual networks have several; and at most
@@ -84,7 +84,7 @@ class Trace:
             hooks = [module.register_forward_hook(self._record, with_kwargs=True) for module in hooked]
             try:
                 self.raw = raw_logits(run(model, images * 1), model)
-                check_rows(model, self.raw, len(images))
+                check_rows(self.raw, len(images), model)
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
-from datafree.outputs import Output, raw_logits, recognise, where_logits_are
+from datafree.outputs import Output, check_rows, raw_logits, recognise, where_logits_are
 from datafree.plugins import first_line
 from datafree.runtime import load_rng_state, rng_state
 
@@ -258,7 +258,7 @@ def try_evaluation(model: nn.Module, images: Tensor) -> Trial:
         if not torch.is_tensor(first.returned):
             trial.notes.append(where_logits_are(first.returned))
         trial.gradient, trial.nondeterministic = first.reason, nondeterministic_operations(first.raw)
-        check_rows(model, first.raw, len(pair))
+        check_rows(first.raw, len(pair), model)
         _try_layout(model, pair.to(trial.dtype), first, trial)
         _try_again(model, images.to(trial.dtype).contiguous(memory_format=layout(trial.channels_last)), first, trial)
         trial.output = _recognised(model, images.to(trial.dtype), first.raw)
@@ -277,15 +277,6 @@ def _first_pass(model: nn.Module, images: Tensor) -> tuple[torch.dtype, _Pass]:
             with suppress(InputError):
                 return torch.float32, _pass(model, images)
         raise
-
-
-def check_rows(model: nn.Module, raw: Tensor, count: int) -> None:
-    """Raise InputError unless ``raw`` has a row for each of ``count`` images."""
-    if len(raw) != count or not raw.is_floating_point():
-        raise InputError(
-            f"the network {type(model).__name__} must return logits as one tensor (N, classes), not "
-            f"{tuple(raw.shape)} of {raw.dtype} for {count} images"
-        )
 
 
 def _try_layout(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> None:
