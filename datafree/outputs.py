@@ -71,8 +71,9 @@ def _described(output: Any) -> str:
 class Output(NamedTuple):
     """How the tensor that a network returns becomes logits.
 
-    kind: logits (unchanged), probabilities (their logarithm, which is the logits up to a constant), logit (one output z
-    is the logits 0, z of two classes) or probability (one output p of the second of two classes).
+    kind: logits (unchanged), probabilities (their logarithm, which is the logits up to a constant), costs (negative
+    logarithms of probabilities, which are negated), logit (one output z is the logits 0, z of two classes) or
+    probability (one output p of the second of two classes).
     """
 
     kind: str = "logits"
@@ -81,6 +82,8 @@ class Output(NamedTuple):
         """(N, classes) of the network -> logits (N, classes), of two classes if the network has one output."""
         if self.kind == "logits":
             return raw
+        if self.kind == "costs":
+            return -raw
         if self.kind == "logit":
             return torch.cat([torch.zeros_like(raw), raw], 1)
         p = raw if self.kind == "probabilities" else torch.cat([1 - raw, raw], 1)
@@ -97,6 +100,7 @@ class Output(NamedTuple):
         return {
             "logits": "",
             "probabilities": "it returns probabilities, whose logarithm is used as logits",
+            "costs": "it returns negative logarithms of probabilities, which are negated to logits",
             "logit": "its one output z is used as the logits 0 and z of two classes",
             "probability": "its one output is used as the probability of the second of two classes",
         }[self.kind]
@@ -109,8 +113,9 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     raw: its outputs (N, classes) with their graph. extremes: its outputs (M, classes) for images far out of range, if
     there are any; without them only a graph that ends in a sigmoid shows that outputs in [0, 1] are no logits.
 
-    Probabilities are non-negative, and their sum is the same for all images. Raises InputError for values in [0, 1]
-    that are neither these nor logits, as sigmoids of several classes are.
+    Probabilities are non-negative, and their sum is the same for all images. Of costs exp(-cost) adds up to 1, for some
+    image with none near 0: rectified logits of two classes, 0 and a large one, add up to 1 as well. Raises InputError
+    for values in [0, 1] that are neither these nor logits, as sigmoids of several classes are.
     """
     values = raw if extremes is None else torch.cat([raw, extremes])
     rows, origin = values.float()[values.isfinite().all(1)], _origin(raw)
@@ -121,6 +126,8 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     sums = rows.sum(1)
     if possible and bool((sums - sums[0]).abs().max() <= 5e-3 * sums[0]):
         return Output("probabilities")
+    if possible and bool(((-rows).exp().sum(1) - 1).abs().max() <= 5e-3) and bool((rows.amin(1) > 5e-3).any()):
+        return Output("costs")
     if bounded:
         raise InputError(
             f"the network {type(model).__name__} returns values in [0, 1] that do not add up to 1, as sigmoids of "

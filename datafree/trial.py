@@ -329,8 +329,8 @@ def _try_again(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> 
         trial.notes.append("its output for an image depends on the other images of the batch")
     else:
         trial.notes.append(
-            "[Alarm] it gives different outputs for the same images in evaluation mode; is dropout active in its "
-            "forward pass (F.dropout without training=self.training)?"
+            "[Alarm] it gives different outputs for the same images in evaluation mode, which adds noise to what is "
+            "learned from them; make its forward pass repeatable, such as by F.dropout(x, training=self.training)"
         )
 
 

@@ -429,7 +429,7 @@ class BatchNormalised(Trunk):
 @pytest.mark.parametrize(
     "factory, sentence",
     [
-        (Dropout, r"\[Alarm\] the teacher .*different outputs for the same"),
+        (Dropout, r"\[Alarm\] the teacher .*different outputs for the same .*repeatable, .*F.dropout.*\.$"),
         (BatchNormalised, "the other images of the batch"),
     ],
 )
@@ -467,7 +467,43 @@ def test_probabilities_are_converted_to_logits(last, classes):
     distil(net)
 
 
-@pytest.mark.parametrize("last", [lambda z: z, lambda z: z.log_softmax(1), lambda z: z.relu(), lambda z: 5 * z.tanh()])
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda z: -z.log_softmax(1),
+        lambda z: -1 * z.log_softmax(1),
+        lambda z: z.softmax(1).clamp_min(1e-7).log().neg(),
+        lambda z: z.logsumexp(1, keepdim=True) - z,
+        lambda z: (-z.log_softmax(1)).bfloat16(),
+    ],
+    ids=["negative", "times -1", "by hand", "logsumexp", "half"],
+)
+@pytest.mark.parametrize("classes", [2, 10])
+def test_costs_are_negated_to_logits(last, classes):
+    """As negative logarithms of probabilities, which would otherwise be learned upside down."""
+    torch.manual_seed(classes)
+    net = network(nets.Ends(last, classes)).eval()
+    assert net.outputs[False].kind == "costs" and "negative logarithms of probabilities, which are negated" in notes(
+        net
+    )
+    views = torch.rand(8, *SHAPE)
+    expected = plain(net.model, views).float().neg().exp()
+    torch.testing.assert_close(net(views).softmax(1), expected / expected.sum(1, keepdim=True), rtol=1e-2, atol=1e-3)
+    assert net.num_classes == classes and net.tap.embed_dim == 16
+    distil(net)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda z: z,
+        lambda z: z.log_softmax(1),
+        lambda z: z.relu(),
+        lambda z: 5 * z.tanh(),
+        lambda z: F.softplus(z),
+        lambda z: 100 * z.relu() + 0 * z.exp(),  # rows (0, much), whose exp(-x) add up to 1 for two classes
+    ],
+)
 @pytest.mark.parametrize("classes", [2, 10])
 def test_logits_are_unchanged(last, classes):
     net = network(nets.Ends(last, classes)).eval()
