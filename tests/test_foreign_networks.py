@@ -483,12 +483,12 @@ def test_costs_are_negated_to_logits(last, classes):
     """As negative logarithms of probabilities, which would otherwise be learned upside down."""
     torch.manual_seed(classes)
     net = network(nets.Ends(last, classes)).eval()
-    assert net.outputs[False].kind == "costs" and "negative logarithms of probabilities, which are negated" in notes(
-        net
-    )
+    assert net.outputs[False].kind == "costs" and "negative logarithms of probabilities" in notes(net)
     views = torch.rand(8, *SHAPE)
     expected = plain(net.model, views).float().neg().exp()
-    torch.testing.assert_close(net(views).softmax(1), expected / expected.sum(1, keepdim=True), rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(
+        net(views).float().softmax(1), expected / expected.sum(1, keepdim=True), rtol=1e-2, atol=1e-3
+    )
     assert net.num_classes == classes and net.tap.embed_dim == 16
     distil(net)
 
