@@ -73,13 +73,12 @@ class _Inert:
     """Stands for an object of any class, and for the class, while a pickle is looked through: it does nothing."""
 
     origin = ""
+    parts: list[Any]
 
     def __new__(cls, *parts: Any) -> "_Inert":
         made = super().__new__(cls)
         made.parts = list(parts)
         return made
-
-    parts: list[Any]
 
     def __setstate__(self, state: Any) -> None:
         self.parts.append(state)

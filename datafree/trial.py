@@ -77,6 +77,16 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         load_rng_state(state)
 
 
+@contextmanager
+def on_trial(model: nn.Module) -> Iterator[None]:
+    """:func:`unchanged`, in evaluation mode, with gradients by the images alone. Raises InputError for TorchScript."""
+    refuse_script(model)
+    with unchanged(model), torch.enable_grad():
+        evaluation_mode(model)
+        model.requires_grad_(False)
+        yield
+
+
 def _eager() -> AbstractContextManager[Any]:
     """Inside, a network that was compiled before it was given runs as it is written, so that hooks see its parts."""
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
@@ -211,11 +221,9 @@ def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
     torch.manual_seed(seed)
     # Not a leaf, as views are not: the normalisation came before.
     images = images.detach().requires_grad_()
-    with torch.enable_grad():
-        returned = run(model, images * 1)
-        raw = raw_logits(returned, model)
-        if not raw.requires_grad:
-            return _Pass(raw, returned, reason="its output is computed without a gradient")
+    returned = run(model, images * 1)
+    raw = raw_logits(returned, model)
+    if raw.requires_grad:
         try:
             _weighted_sum(raw).backward()
         except Exception as error:
@@ -246,11 +254,8 @@ def try_evaluation(model: nn.Module, images: Tensor) -> Trial:
     Afterwards the weights are in channels_last if that is what the network works with, as it does in its own layout.
     Raises InputError for what cannot be used.
     """
-    refuse_script(model)
     trial = Trial()
-    with unchanged(model):
-        evaluation_mode(model)
-        model.requires_grad_(False)
+    with on_trial(model):
         pair = images[:2]
         trial.dtype, first = _first_pass(model, pair)
         if trial.dtype != torch.float32:

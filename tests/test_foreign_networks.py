@@ -94,6 +94,12 @@ class ViewInBackward(torch.autograd.Function):
         return 2 * grad.view(len(grad), -1).view(grad.shape)
 
 
+class FailsInBackward(ViewInBackward):
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("no gradient")
+
+
 class CustomBackward(Trunk):
     def maps(self, x):
         return self.b(ViewInBackward.apply(self.a(x)))
@@ -218,6 +224,25 @@ def test_a_teacher_in_half_precision_is_given_images_of_its_type(dtype):
         net.try_run(training=True)
 
 
+class Mixed16(Trunk):
+    """Its first weight is not of the type of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+    def maps(self, x):
+        return super().maps(x) * self.scale.float()
+
+
+def test_a_network_of_several_types_is_given_images_of_the_one_that_it_takes():
+    model = Mixed16()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    net = network(model)
+    assert net.trial.dtype == torch.float32 and "type of its weights" not in notes(net)
+    distil(net)
+
+
 def test_lazy_layers_get_their_shapes_before_weights_are_loaded(tmp_path):
     trained = nets.lazy(10)
     trained(torch.rand(2, *SHAPE))
@@ -307,8 +332,9 @@ def returns(training, evaluation=lambda z, f: z):
         (lambda z, f: z.sigmoid(), "values in .0, 1. that do not add up to 1"),
         (lambda z, f: z.detach(), "no weights to train"),
         (lambda z, f: z.undefined, "in training mode .*AttributeError"),
+        (lambda z, f: FailsInBackward.apply(z), "fails in the backward pass of its training .ValueError: no gradient."),
     ],
-    ids=["tuple", "other classes", "sigmoids", "no gradient", "fails"],
+    ids=["tuple", "other classes", "sigmoids", "no gradient", "fails", "fails in backward"],
 )
 def test_a_student_that_cannot_be_trained_is_refused_before_anything_is_computed(training, sentence):
     net = network(returns(training))
