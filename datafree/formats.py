@@ -1,4 +1,7 @@
-"""What a file of weights is, from its first bytes: one that torch.load cannot read need not be broken."""
+"""What a file of weights is, from its first bytes, and where it holds what torch.load refuses; nothing is executed.
+
+A file that torch.load cannot read need not be broken.
+"""
 
 import os
 import pickle

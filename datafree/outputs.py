@@ -113,9 +113,10 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     raw: its outputs (N, classes) with their graph. extremes: its outputs (M, classes) for images far out of range, if
     there are any; without them only a graph that ends in a sigmoid shows that outputs in [0, 1] are no logits.
 
-    Probabilities are non-negative, and their sum is the same for all images. Of costs exp(-cost) adds up to 1, for some
-    image with none near 0: rectified logits of two classes, 0 and a large one, add up to 1 as well. Raises InputError
-    for values in [0, 1] that are neither these nor logits, as sigmoids of several classes are.
+    Probabilities are non-negative, and their sum is the same for all images. Of costs exp(-cost) adds up to 1. So it
+    does for rectified logits of two classes, 0 and a large one, hence either the graph must end in the negation of a
+    value, or an image must have no cost near 0. Raises InputError for values in [0, 1] that are neither these nor
+    logits, as sigmoids of several classes are.
     """
     values = raw if extremes is None else torch.cat([raw, extremes])
     rows, origin = values.float()[values.isfinite().all(1)], _origin(raw)
@@ -123,11 +124,12 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     bounded = possible and bool((rows <= 1).all()) and (extremes is not None or origin == "Sigmoid")
     if raw.shape[1] == 1:
         return Output("probability" if bounded else "logit")
+    told_apart = origin in NEGATED or bool((rows.amin(1) > 5e-2).any())
+    if possible and told_apart and bool(((-rows).exp().sum(1) - 1).abs().max() <= 5e-3):
+        return Output("costs")  # before probabilities, because costs that hardly differ have equal sums
     sums = rows.sum(1)
     if possible and bool((sums - sums[0]).abs().max() <= 5e-3 * sums[0]):
         return Output("probabilities")
-    if possible and bool(((-rows).exp().sum(1) - 1).abs().max() <= 5e-3) and bool((rows.amin(1) > 5e-3).any()):
-        return Output("costs")
     if bounded:
         raise InputError(
             f"the network {type(model).__name__} returns values in [0, 1] that do not add up to 1, as sigmoids of "
@@ -136,7 +138,8 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     return Output()
 
 
-# Nodes of the graph: of layers whose outputs nothing bounds, and of what may follow them.
+# Nodes of the graph: of what is negated to costs, of layers whose outputs nothing bounds, and of what may follow them.
+NEGATED = {"Neg", "LogSoftmax"}
 LINEAR = {"Addmm", "Mm", "Convolution", "NativeBatchNorm", "CudnnBatchNorm", "MkldnnConvolution", "Linear"}
 FOLLOWING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Mean", "Alias", "Clone", "Relu"}
 FOLLOWING |= {"AdaptiveAvgPool2D", "AvgPool2D", "Select", "Slice", "Transpose", "Permute", "Mul", "Div", "Add", "Sub"}

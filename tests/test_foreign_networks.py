@@ -501,15 +501,19 @@ def test_probabilities_are_converted_to_logits(last, classes):
         lambda z: z.softmax(1).clamp_min(1e-7).log().neg(),
         lambda z: z.logsumexp(1, keepdim=True) - z,
         lambda z: (-z.log_softmax(1)).bfloat16(),
+        lambda z: -(z / 1e4).log_softmax(1),  # their sum, too, is the same for all images
+        lambda z: -(z * 1e4).log_softmax(1),  # near 0 for one class, as rectified logits can be
     ],
-    ids=["negative", "times -1", "by hand", "logsumexp", "half"],
+    ids=["negative", "times -1", "by hand", "logsumexp", "half", "untrained", "certain"],
 )
 @pytest.mark.parametrize("classes", [2, 10])
 def test_costs_are_negated_to_logits(last, classes):
     """As negative logarithms of probabilities, which would otherwise be learned upside down."""
     torch.manual_seed(classes)
     net = network(nets.Ends(last, classes)).eval()
-    assert net.outputs[False].kind == "costs" and "negative logarithms of probabilities" in notes(net)
+    net.try_run(training=True)
+    assert net.outputs[True].kind == net.outputs[False].kind == "costs"
+    assert "negative logarithms of probabilities" in notes(net)
     views = torch.rand(8, *SHAPE)
     expected = plain(net.model, views).float().neg().exp()
     torch.testing.assert_close(
