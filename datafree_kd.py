@@ -47,7 +47,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
         name=(config.method, config.teacher.teacher, options.student, *custom_learner(config)),
         plan=describe_distillation(config, session.card, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
-        monitor=Watch(source, teacher, student, config.relation),
+        monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
     )
 
 

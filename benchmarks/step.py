@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from benchmarks import plain
 from datafree.augment import CropFlip, shift_flip
-from datafree.config import Distill, DistillConfig, Relation, Run, Schedule, Synthesis
+from datafree.config import Distill, DistillConfig, Relation, Run, ScheduleOptions, Synthesis
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
@@ -96,7 +96,7 @@ class Ours:
     def __init__(self, pair, shape, ngf, n, device, precision, classes=10):
         config = DistillConfig(
             run=Run(precision=precision),
-            schedule=Schedule(g_steps=1),
+            schedule=ScheduleOptions(g_steps=1),
             synthesis=Synthesis(synthesis_batch_size=n, pool_size=4 * n, ngf=ngf, bn=1, oh=1, adv=1),
             relation=Relation(triplet=0.1, striplet=0.1),
             distill=Distill(pair_sample=True, cd_loss=0.1),

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from datafree import fitting
 from datafree.errors import InputError
-from datafree.formats import is_safetensors, other_kind
+from datafree.formats import entry_with, is_safetensors, other_kind
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
 # Where it may keep their average over the training: timm, torchvision's reference training, others.
@@ -61,8 +61,8 @@ def link(source: str | Path, path: str | Path) -> None:
 def load(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU; no code in the file is ever run. Raises InputError."""
     _check_readable(path)
-    if is_safetensors(path):
-        return _load_safetensors(Path(path))
+    if Path(path).suffix == ".safetensors" or is_safetensors(path):
+        return _load_safetensors(path)
     if kind := other_kind(path):
         raise InputError(f"{path} is {kind}")
     try:
@@ -72,9 +72,11 @@ def load(path: str | Path) -> dict[str, Any]:
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
+            entry = entry_with(path, code[1])
+            where = f" in its entry {entry}" if entry else ""
             raise InputError(
-                f"{path} contains a pickled {code[1]}; refused, nothing was executed: save it again as a dict of "
-                "tensors, numbers and strings; the weights alone are torch.save(network.state_dict(), FILE)"
+                f"{path} contains a pickled {code[1]}{where}; refused, nothing was executed: save it again as a dict "
+                "of tensors, numbers and strings; the weights alone are torch.save(network.state_dict(), FILE)"
             ) from error
         raise InputError(f"{path} {_broken(path)}") from error
     if not isinstance(state, dict):
@@ -122,8 +124,7 @@ def read_weights(
     Raises InputError if the file cannot be read or holds no weights.
     """
     path = weights_file(path)
-    contents = _load_safetensors(path) if path.suffix == ".safetensors" else load(path)
-    notes = [] if notes is None else notes
+    contents, notes = load(path), [] if notes is None else notes
     metadata = {} if _is_state_dict(contents) else {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
     return _tensors(_chosen(contents, key, path, notes, key_option), path, notes), metadata
 
@@ -140,19 +141,23 @@ def load_weights(
     own = {name: tensor for name, tensor in model.state_dict().items() if torch.is_tensor(tensor)}
     whole, tried = fitting.find_fits(weights, model, own)
     fit = _only_one(whole, path, key_option) if whole else min(tried, key=lambda fit: len(fit.missing(own)))
+
+    def called(names: Iterable[str]) -> list[str]:
+        return fitting.names_in_file(names, fit, weights)
+
     with fitting.restored_on_error(own):
         try:
             missing, extra = fitting.load(model, fit, own)
         except InputError as error:
-            missing = fit.missing(own)
-            _check_names(missing, fit.extra(own) if missing else fitting.changes_the_network(fit, own), path)
-            _check_shapes(fit.wrong_shapes(own), path)
+            missing, wrong = fit.missing(own), fit.wrong_shapes(own)
+            _check_names(missing, called(fit.extra(own) if missing else fitting.changes_the_network(fit, own)), path)
+            _check_shapes(dict(zip(called(wrong), wrong.values())), path)
             raise InputError(f"{path} cannot be loaded into the model: {error}") from error
-        _check_names(missing, extra if missing else fitting.changes_the_network(fit, own, extra), path)
+        _check_names(missing, called(extra if missing else fitting.changes_the_network(fit, own, extra)), path)
         for name, value in model.state_dict().items():
             if torch.is_tensor(value) and value.is_floating_point() and not torch.isfinite(value).all():
-                raise InputError(f"{path}: {name} is not finite (NaN or infinity); give other weights")
-    left_out = [*extra, *fit.outside]
+                raise InputError(f"{path}: {called([name])[0]} is not finite (NaN or infinity); give other weights")
+    left_out = [*called(extra), *fit.outside]
     return fit.notes + [f"{len(left_out)} of its file's tensors left out: {_few(left_out)}"] * bool(left_out)
 
 
@@ -207,8 +212,7 @@ def _broken(path: str | Path) -> str:
     return f"is truncated or no torch checkpoint ({size}); copy or download it again{pointer}"
 
 
-def _load_safetensors(path: Path) -> dict[str, Any]:
-    _check_readable(path)
+def _load_safetensors(path: str | Path) -> dict[str, Any]:
     try:
         from safetensors.torch import load_file
     except ImportError as error:

@@ -13,9 +13,9 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
-from datafree import schedule
 from datafree.errors import OptionError
 from datafree.learners import LearnersOfOtherOptions
+from datafree.schedule import Schedule
 from datafree.synthesis import SourcesWith, SourcesWithout
 
 Condition = Mapping[str, Any]
@@ -230,7 +230,7 @@ class Student:
 
 
 @dataclass
-class Schedule:
+class ScheduleOptions:
     """How synthesis and student training alternate."""
 
     warmup_is_extra: ClassVar[bool] = False
@@ -524,7 +524,7 @@ class ScratchOptim(Optim):
 
 
 @dataclass
-class Training:
+class TrainingOptions:
     """Supervised training on real images."""
 
     model: str = option(
@@ -570,7 +570,7 @@ class QuantizedStudent:
 
 
 @dataclass
-class QuantizeSchedule(Schedule):
+class QuantizeSchedule(ScheduleOptions):
     """How synthesis and training alternate, after a warm-up in which only images are synthesised."""
 
     warmup_is_extra: ClassVar[bool] = True
@@ -713,7 +713,7 @@ class Quantizer:
         )
 
 
-def _check_student_terms(config: Any, plan: schedule.Schedule) -> None:
+def _check_student_terms(config: Any, plan: Schedule) -> None:
     """Raise an OptionError if images are synthesised in the warm-up alone, but a term of theirs uses the student."""
     weights = {"adv": config.synthesis.adv, "triplet": config.relation.triplet}
     if config.relation.triplet_target == "teacher" or config.relation.relation == "off":
@@ -735,7 +735,7 @@ class DistillConfig:
     data: Data = field(default_factory=Data)
     teacher: Teacher = field(default_factory=Teacher)
     student: Student = field(default_factory=Student)
-    schedule: Schedule = field(default_factory=Schedule)
+    schedule: ScheduleOptions = field(default_factory=ScheduleOptions)
     synthesis: Synthesis = field(default_factory=Synthesis)
     relation: Relation = field(default_factory=Relation)
     distill: Distill = field(default_factory=Distill)
@@ -748,7 +748,7 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
-        _check_student_terms(self, schedule.Schedule.of(self.schedule, self.distill.batch_size))
+        _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
 
 
@@ -758,7 +758,7 @@ class ScratchConfig:
 
     run: Run = field(default_factory=Run)
     data: Data = field(default_factory=Data)
-    training: Training = field(default_factory=Training)
+    training: TrainingOptions = field(default_factory=TrainingOptions)
     optim: ScratchOptim = field(default_factory=ScratchOptim)
 
     def validate(self) -> None:
@@ -787,7 +787,7 @@ class QuantizeConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
-        _check_student_terms(self, schedule.Schedule.of(self.schedule, self.finetune.batch_size))
+        _check_student_terms(self, Schedule.of(self.schedule, self.finetune.batch_size))
         self.relation.validate()
         self.quantizer.validate()
         for name, plain in (("precision", "none"), ("compile", "off")):

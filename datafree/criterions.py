@@ -144,8 +144,7 @@ class StageProjection(nn.Module):
     @staticmethod
     def _gram(project: Any, stage: Tensor, target: Tensor) -> Tensor:
         mapped = F.conv2d(stage, project.weight[:, :, None, None], project.bias)
-        if mapped.shape[2:] != target.shape[2:]:
-            mapped = F.adaptive_avg_pool2d(mapped, (target.shape[2], target.shape[3]))
+        mapped = resized(mapped, target.shape[2:])
         return (gram_weights(target)[:, :, None, None] * (mapped - target) ** 2).mean()
 
 
@@ -168,9 +167,24 @@ def attention(
 
 def _attention_map(stage: Tensor, size: torch.Size) -> Tensor:
     squares = stage.float().square().mean(1, keepdim=True)
-    if squares.shape[2:] != size:
-        squares = F.adaptive_avg_pool2d(squares, (size[0], size[1]))
-    return F.normalize(squares.flatten(1))
+    return F.normalize(resized(squares, size).flatten(1))
+
+
+def resized(maps: Tensor, size: Sequence[int]) -> Tensor:
+    """Adaptive average pooling of maps (N, C, H, W) in fp32 to ``size``; its own backward pass differs from run to run
+    on a GPU, that of two matrix products does not."""
+    if maps.shape[2:] == tuple(size):
+        return maps
+    rows, columns = (_averages(old, new, maps.device) for old, new in zip(maps.shape[2:], size))
+    with autocast(maps.device, "none"):
+        return rows @ maps @ columns.T
+
+
+def _averages(old: int, new: int, device: torch.device) -> Tensor:
+    """(new, old): row i averages the places from i old / new to (i + 1) old / new, those cut there included."""
+    i, place = torch.arange(new, device=device)[:, None], torch.arange(old, device=device)
+    inside = (place >= i * old // new) & (place < -(-(i + 1) * old // new))
+    return inside / inside.sum(1, keepdim=True)
 
 
 def pair_stages(

@@ -18,15 +18,17 @@ NEAR_DUPLICATE = 0.02  # root mean square difference of two images in [0, 1]
 class Watch:
     """Called once per epoch -> (metrics of the source's latest images, warnings)."""
 
-    def __init__(self, source: BaseSynthesis, teacher: Network, student: Network, triplets: Relation):
-        self.source, self.teacher, self.student = source, teacher, student
+    def __init__(
+        self, source: BaseSynthesis, teacher: Network, student: Network, triplets: Relation, adversarial: bool = True
+    ):
+        self.source, self.teacher, self.student, self.adversarial = source, teacher, student, adversarial
         self.triplets = triplets if triplets.triplet or triplets.striplet else Relation()
         self.first: dict[str, float] | None = None
 
     def __call__(self) -> tuple[dict[str, float], list[str]]:
         now = describe(*self.source.latest(), self.teacher, self.student, self.triplets)
         self.first = self.first or now
-        return now, alarms(now, self.first) if self.source.traits.synthesises else []
+        return now, alarms(now, self.first, self.adversarial) if self.source.traits.synthesises else []
 
     def state_dict(self) -> dict[str, Any]:
         """The metrics of the run's first epoch, with which the later ones are compared."""
@@ -96,22 +98,23 @@ def _pixels(images: Tensor) -> dict[str, Tensor]:
     }
 
 
-def alarms(now: dict[str, float], first: dict[str, float]) -> list[str]:
+def alarms(now: dict[str, float], first: dict[str, float], adversarial: bool = True) -> list[str]:
     """Warnings about metrics of :func:`describe` that indicate a collapse: observation, cause, remedy.
 
-    first: the metrics of the run's first epoch.
+    first: the metrics of the run's first epoch. adversarial: whether --adv has a weight, which may be too high.
     """
     found = []
+    or_lower_adv = ", or lower --adv" * adversarial
     if now["label_entropy"] < 0.5:
         found.append(
             f"the teacher sees few classes in the images (label entropy {now['label_entropy']:.2f} of 1): "
-            "generator collapse is likely; raise --oh or --balance, or lower --adv"
+            f"generator collapse is likely; raise --oh or --balance{or_lower_adv}"
         )
     agreement = now.get("target_agreement", 1.0)
     if agreement < 0.3 and agreement <= first.get("target_agreement", 1.0):
         found.append(
             f"the teacher agrees with only {agreement:.0%} of the target classes: "
-            "synthesis is too short or other terms dominate; raise --g_steps or --oh, or lower --adv"
+            f"synthesis is too short or other terms dominate; raise --g_steps or --oh{or_lower_adv}"
         )
     if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
         found.append(
@@ -126,8 +129,9 @@ def alarms(now: dict[str, float], first: dict[str, float]) -> list[str]:
         )
     chance = 1 / now["classes_hit"]
     if now["student_agreement"] < min(1.5 * chance, chance + 0.05) and now["classes_hit"] > 1:
+        cause = "it is not learning or --adv is too strong; check --lr and --adv"
         found.append(
-            f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about "
-            "chance: it is not learning or --adv is too strong; check --lr and --adv"
+            f"the student agrees with the teacher on {now['student_agreement']:.0%} of the new images, about chance: "
+            + (cause if adversarial else "it is not learning; check --lr")
         )
     return found

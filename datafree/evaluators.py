@@ -9,16 +9,23 @@ from torch import Tensor
 from datafree.datasets.splits import Split
 from datafree.errors import InputError
 
+OF_BROKEN_WEIGHTS = "check its weights and its input mean and std"
+
 
 @torch.no_grad()
 def evaluate(
-    network: Callable[[Tensor], Tensor], split: Split, batch_size: int = 500, name: str = "network"
+    network: Callable[[Tensor], Tensor],
+    split: Split,
+    batch_size: int = 500,
+    name: str = "network",
+    remedy: str = OF_BROKEN_WEIGHTS,
 ) -> dict[str, float]:
     """``acc1`` and ``acc5`` (%) and ``loss`` (mean cross entropy) of ``network`` on ``split``.
 
     network: images (N, C, H, W) in [0, 1] -> logits (N, classes); the caller sets its train or eval mode. name:
-    what error messages call it. With fewer than five classes acc5 is over all of them. Sums stay on the device and
-    are read once. Raises InputError for another number of classes and for logits that are not finite.
+    what error messages call it. remedy: what they say of logits that are not finite. With fewer than five classes acc5
+    is over all of them. Sums stay on the device and are read once. Raises InputError for another number
+    of classes and for logits that are not finite.
     """
     sums: Tensor | int = 0
     for images, labels in split.batches(batch_size):
@@ -31,10 +38,7 @@ def evaluate(
         sums = sums + _sums(logits, labels)
     top1, top5, loss, broken = sums.tolist()  # type: ignore[union-attr]
     if broken:
-        raise InputError(
-            f"the {name} gave non-finite logits for {broken:.0f} of {len(split)} images; "
-            "check its weights and its input mean and std"
-        )
+        raise InputError(f"the {name} gave non-finite logits for {broken:.0f} of {len(split)} images; {remedy}")
     return {"acc1": 100 * top1 / len(split), "acc5": 100 * top5 / len(split), "loss": loss / len(split)}
 
 

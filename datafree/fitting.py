@@ -93,6 +93,12 @@ def load(model: nn.Module, fit: Fit, own: dict[str, Tensor]) -> tuple[list[str],
     return [name for name in result.missing_keys if name in own and not is_counter(name)], list(result.unexpected_keys)
 
 
+def names_in_file(names: Iterable[str], fit: Fit, weights: dict[str, Tensor]) -> list[str]:
+    """What the file with ``weights`` calls these tensors of ``fit``; their own name where another tensor was made."""
+    by_tensor = {id(tensor): name for name, tensor in weights.items()}
+    return [by_tensor.get(id(fit.tensors.get(name)), name) for name in names]
+
+
 @contextmanager
 def restored_on_error(own: dict[str, Tensor]) -> Iterator[None]:
     """The tensors of a network have their values again if the block raises an exception."""

@@ -1,8 +1,14 @@
-"""What a file of weights is, from its first bytes: one that torch.load cannot read need not be broken."""
+"""What a file of weights is, from its first bytes, and where it holds what torch.load refuses; nothing is executed.
+
+A file that torch.load cannot read need not be broken.
+"""
 
 import os
+import pickle
 import zipfile
+from collections import deque
 from pathlib import Path
+from typing import Any
 
 SAVE_STATE_DICT = "save the state_dict of the network that it was made from by torch.save(network.state_dict(), FILE)"
 ZIPPED = {  # an entry that only such an archive has -> what it is and the way
@@ -64,3 +70,75 @@ def _zipped(path: str | Path) -> str | None:
     if any(name.endswith(".npy") for name in names):
         return "an archive of NumPy arrays: save a dict of tensors by torch.save"
     return None if "data.pkl" in names else "a zip archive of other files: unpack it"
+
+
+class _Inert:
+    """Stands for an object of any class, and for the class, while a pickle is looked through: it does nothing."""
+
+    origin = ""
+    parts: list[Any]
+
+    def __new__(cls, *parts: Any) -> "_Inert":
+        made = super().__new__(cls)
+        made.parts = list(parts)
+        return made
+
+    def __setstate__(self, state: Any) -> None:
+        self.parts.append(state)
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        self.parts.append({key: value})
+
+    def append(self, part: Any) -> None:
+        self.parts.append(part)
+
+
+class _Entries(dict[Any, Any]):
+    """Stands for an OrderedDict, whose attributes do not matter."""
+
+    def __setstate__(self, state: Any) -> None:
+        pass
+
+
+class _Reader(pickle.Unpickler):
+    """Reads a pickle without importing or calling what it names."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        return _Entries if name == "OrderedDict" else type("_Inert", (_Inert,), {"origin": f"{module}.{name}"})
+
+    def persistent_load(self, storage: Any) -> None:
+        pass
+
+
+def entry_with(path: str | Path, name: str) -> str:
+    """The entry of the dict in a file of torch.save, with dots if it is nested, which has to do with what is called
+    ``name`` (module.class); empty if that cannot be found out. Nothing that the file names is imported or executed."""
+    try:
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                pickled = next(entry for entry in archive.namelist() if entry.rpartition("/")[2] == "data.pkl")
+                contents = _Reader(archive.open(pickled)).load()
+        else:
+            with open(path, "rb") as file:
+                reader = _Reader(file)
+                contents = [reader.load() for _ in range(4)][-1]  # magic number, protocol, machine, contents
+    except Exception:  # of arbitrary bytes
+        return ""
+    places, seen = deque([("", contents)]), set()
+    while places:
+        place, value = places.popleft()
+        if getattr(value, "origin", "") == name:
+            return place
+        if id(value) not in seen:
+            seen.add(id(value))
+            places.extend(_inside(place, value))
+    return ""
+
+
+def _inside(place: str, value: Any) -> list[tuple[str, Any]]:
+    """The parts of a value with their places; those of an object or a list have its place."""
+    if isinstance(value, dict):
+        named = [(f"{place}.{key}".lstrip(".") if isinstance(key, str) else place, part) for key, part in value.items()]
+        return named + [(place, key) for key in value]
+    parts = vars(value).get("parts", ()) if isinstance(value, _Inert) else value
+    return [(place, part) for part in parts] if isinstance(parts, (list, tuple, set, frozenset)) else []

@@ -1,8 +1,10 @@
 """A model as the methods see it: it takes images or views in [0, 1] and normalises them itself."""
 
 import copy
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ from torch import Tensor, nn
 
 from datafree import checkpoint, fitting, quantizer
 from datafree.datasets.cards import DatasetCard
+from datafree.determinism import nondeterministic_operations, require_deterministic
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
 from datafree.models import MODELS
@@ -65,6 +68,7 @@ def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
         raise InputError(f"{path}: {error}") from None
 
 
+LARGEST_VALUE = 1e6  # beyond what trained networks give: losses of such values overflow, or their gradients do
 LARGE = 96  # pixels from which a registered network, whose stem is for 32, does many times the usual work
 
 
@@ -99,15 +103,15 @@ def _with_hint(error: InputError, model: str, weights: dict[str, Tensor], classe
 
 
 def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
-    """``values`` of a mean or std, which must be one number per channel."""
-    low = 1e-6 if key == "std" else 0
-    numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
-    if not numbers or len(values) != card.channels or not all(low <= v <= 1 for v in values):
+    """``values`` of a mean or std, which must be what a card for such images accepts."""
+    try:
+        changed: dict[str, Any] = {key: tuple(values)}
+        return getattr(replace(card, **changed), key)
+    except (InputError, TypeError):
         raise InputError(
             f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the {card.channels} channels of "
             f"{card.name}; correct {_option(role, key)}, or the file of its weights, if that states it"
-        )
-    return tuple(values)
+        ) from None
 
 
 def shown_numbers(values: Sequence[float]) -> str:
@@ -329,6 +333,7 @@ class Network(nn.Module):
                     raise InputError(
                         f"the {self.name} has no weights to train: its output is computed without a gradient"
                     )
+                require_deterministic(nondeterministic_operations(raw), f"the {self.name}", self.device)
                 try_backward(self.model, raw)
 
     def _try_forward(self, images: Tensor) -> Tensor:
@@ -340,6 +345,23 @@ class Network(nn.Module):
                 + f", and {self.tap.num_classes} outputs for each image in the trial"
             )
         return raw
+
+    @torch.no_grad()
+    def require_moderate_values(self) -> None:
+        """Raise InputError for outputs or stages that are not finite or far too large, as those of spoiled weights.
+
+        Losses of such values would first spoil the student, which would then be blamed.
+        """
+        with unchanged(self):
+            features = self.features(trial_images(self.shape, 4, self.device))
+        parts = [features.logits, features.embed, *features.stages]
+        largest = torch.stack([part.float().abs().max() for part in parts]).max().item()
+        if not largest <= LARGEST_VALUE:  # NaN included
+            values = f"values of up to {largest:.1e}" if math.isfinite(largest) else "values that are not finite"
+            raise InputError(
+                f"the {self.name} gives {values} for ordinary images, as no trained network does; check its weights, "
+                "and its mean and std"
+            )
 
     def restricted_to(self, classes: range) -> "Network":
         """This network, with the same parameters, whose logits are those of ``classes`` alone.

@@ -17,13 +17,22 @@ def raw_logits(output: Any, model: nn.Module) -> Tensor:
     """
     found = _logits_in(output)
     if found is None or found.dim() not in (1, 2):
-        raise InputError(
-            f"the network {type(model).__name__} must return logits as one tensor (N, classes), not "
-            + _described(output)
-            + " in training mode" * model.training
-            + "; give a network, or a module around it, that returns the logits alone"
-        )
+        raise _no_logits(_described(output), model)
     return found if found.dim() == 2 else found.unsqueeze(1)
+
+
+def check_rows(raw: Tensor, count: int, model: nn.Module) -> None:
+    """Raise InputError unless ``raw``, which ``model`` returned for ``count`` images, has a row for each of them."""
+    if len(raw) != count or not raw.is_floating_point():
+        raise _no_logits(f"{tuple(raw.shape)} of {raw.dtype} for {count} images", model)
+
+
+def _no_logits(returned: str, model: nn.Module) -> InputError:
+    return InputError(
+        f"the network {type(model).__name__} must return logits as one tensor (N, classes), not {returned}"
+        + " in training mode" * model.training
+        + "; give a network, or a module around it, that returns the logits alone"
+    )
 
 
 def where_logits_are(output: Any) -> str:
@@ -62,8 +71,9 @@ def _described(output: Any) -> str:
 class Output(NamedTuple):
     """How the tensor that a network returns becomes logits.
 
-    kind: logits (unchanged), probabilities (their logarithm, which is the logits up to a constant), logit (one output z
-    is the logits 0, z of two classes) or probability (one output p of the second of two classes).
+    kind: logits (unchanged), probabilities (their logarithm, which is the logits up to a constant), costs (negative
+    logarithms of probabilities, which are negated), logit (one output z is the logits 0, z of two classes) or
+    probability (one output p of the second of two classes).
     """
 
     kind: str = "logits"
@@ -72,6 +82,8 @@ class Output(NamedTuple):
         """(N, classes) of the network -> logits (N, classes), of two classes if the network has one output."""
         if self.kind == "logits":
             return raw
+        if self.kind == "costs":
+            return -raw
         if self.kind == "logit":
             return torch.cat([torch.zeros_like(raw), raw], 1)
         p = raw if self.kind == "probabilities" else torch.cat([1 - raw, raw], 1)
@@ -88,6 +100,7 @@ class Output(NamedTuple):
         return {
             "logits": "",
             "probabilities": "it returns probabilities, whose logarithm is used as logits",
+            "costs": "it returns negative logarithms of probabilities, which are negated to logits",
             "logit": "its one output z is used as the logits 0 and z of two classes",
             "probability": "its one output is used as the probability of the second of two classes",
         }[self.kind]
@@ -100,8 +113,10 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     raw: its outputs (N, classes) with their graph. extremes: its outputs (M, classes) for images far out of range, if
     there are any; without them only a graph that ends in a sigmoid shows that outputs in [0, 1] are no logits.
 
-    Probabilities are non-negative, and their sum is the same for all images. Raises InputError for values in [0, 1]
-    that are neither these nor logits, as sigmoids of several classes are.
+    Probabilities are non-negative, and their sum is the same for all images. Of costs exp(-cost) adds up to 1. So it
+    does for rectified logits of two classes, 0 and a large one, hence either the graph must end in the negation of a
+    value, or an image must have no cost near 0. Raises InputError for values in [0, 1] that are neither these nor
+    logits, as sigmoids of several classes are.
     """
     values = raw if extremes is None else torch.cat([raw, extremes])
     rows, origin = values.float()[values.isfinite().all(1)], _origin(raw)
@@ -109,6 +124,9 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     bounded = possible and bool((rows <= 1).all()) and (extremes is not None or origin == "Sigmoid")
     if raw.shape[1] == 1:
         return Output("probability" if bounded else "logit")
+    told_apart = origin in NEGATED or bool((rows.amin(1) > 5e-2).any())
+    if possible and told_apart and bool(((-rows).exp().sum(1) - 1).abs().max() <= 5e-3):
+        return Output("costs")  # before probabilities, because costs that hardly differ have equal sums
     sums = rows.sum(1)
     if possible and bool((sums - sums[0]).abs().max() <= 5e-3 * sums[0]):
         return Output("probabilities")
@@ -120,7 +138,8 @@ def recognise(raw: Tensor, extremes: Tensor | None, model: nn.Module) -> Output:
     return Output()
 
 
-# Nodes of the graph: of layers whose outputs nothing bounds, and of what may follow them.
+# Nodes of the graph: of what is negated to costs, of layers whose outputs nothing bounds, and of what may follow them.
+NEGATED = {"Neg", "LogSoftmax"}
 LINEAR = {"Addmm", "Mm", "Convolution", "NativeBatchNorm", "CudnnBatchNorm", "MkldnnConvolution", "Linear"}
 FOLLOWING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCopy", "Mean", "Alias", "Clone", "Relu"}
 FOLLOWING |= {"AdaptiveAvgPool2D", "AvgPool2D", "Select", "Slice", "Transpose", "Permute", "Mul", "Div", "Add", "Sub"}

@@ -6,8 +6,8 @@ from typing import ClassVar, Protocol
 from datafree.errors import InputError
 
 
-class ScheduleOptions(Protocol):
-    """The options that :meth:`Schedule.of` reads, as those of :class:`datafree.config.Schedule`.
+class StepCounts(Protocol):
+    """What :meth:`Schedule.of` reads of :class:`datafree.config.ScheduleOptions`, whose module imports this one.
 
     warmup_is_extra: whether ``warmup`` comes before ``epochs`` instead of being a part of them.
     """
@@ -39,7 +39,7 @@ class Schedule:
     synthesis_rounds: int | None = None
 
     @classmethod
-    def of(cls, options: ScheduleOptions, batch_size: int, g_steps: int | None = None) -> "Schedule":
+    def of(cls, options: StepCounts, batch_size: int, g_steps: int | None = None) -> "Schedule":
         """The schedule that the options make; g_steps: those of the source, if it has its own.
 
         Raises InputError for options that do not go together.

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from datafree.errors import InputError, OptionError
-from datafree.outputs import Output, raw_logits
-from datafree.trial import check_rows, device_of, evaluation_mode, refuse_script, run, trial_images, unchanged
+from datafree.outputs import Output, check_rows, raw_logits
+from datafree.trial import device_of, on_trial, run, trial_images
 
 WEIGHTED = (nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Linear)
 LARGE, LARGEST = 128, 512  # pixels at least, at which the last maps of the usual networks have several; and at most
@@ -75,16 +75,13 @@ class Trace:
         self.calls: list[Call] = []
         self._counts: dict[nn.Module, int] = {}
         self._names = {module: name for name, module in model.named_modules()}
-        refuse_script(model)
         hooked = [module for module in self._names if not isinstance(module, torch.jit.ScriptModule)]
         images = trial_images(shape, 2, device_of(model)).to(dtype).requires_grad_()
-        with unchanged(model), torch.enable_grad():
-            evaluation_mode(model)
-            model.requires_grad_(False)
+        with on_trial(model):
             hooks = [module.register_forward_hook(self._record, with_kwargs=True) for module in hooked]
             try:
                 self.raw = raw_logits(run(model, images * 1), model)
-                check_rows(model, self.raw, len(images))
+                check_rows(self.raw, len(images), model)
             finally:
                 for hook in hooks:
                     hook.remove()

@@ -19,6 +19,10 @@ from datafree.schedule import Schedule
 from datafree.session import Session, published_weights
 from datafree.synthesis.base import BaseSynthesis
 
+OF_DIVERGENCE = (
+    "its training diverged: lower the learning rate or the weights of the loss; the last epoch's checkpoint is kept"
+)
+
 
 @dataclass
 class Training:
@@ -59,7 +63,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             training.schedule,
             folder,
             session.run,
-            evaluate=(lambda: session.score(network) or {}) if session.test else None,
+            evaluate=(lambda: session.score(network, OF_DIVERGENCE) or {}) if session.test else None,
             monitor=training.monitor,
             metadata=weights_metadata(session, network, training.model, here["commit"]),
         )

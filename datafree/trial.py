@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
-from datafree.outputs import Output, raw_logits, recognise, where_logits_are
+from datafree.outputs import Output, check_rows, raw_logits, recognise, where_logits_are
 from datafree.plugins import first_line
 from datafree.runtime import load_rng_state, rng_state
 
@@ -30,14 +31,15 @@ class Trial:
     """What the trial in evaluation mode found out.
 
     dtype, channels_last: of the inputs. output: how the returned tensor is read. gradient: why no gradient reaches the
-    images; empty if it does. repeatable: whether the output for an image is always the same, whatever else is in its
-    batch. notes: sentences for the plan.
+    images; empty if it does. nondeterministic: operations on its way that no GPU repeats exactly. repeatable: whether
+    the output for an image is always the same, whatever else is in its batch. notes: sentences for the plan.
     """
 
     dtype: torch.dtype = torch.float32
     channels_last: bool = False
     output: Output = Output()
     gradient: str = ""
+    nondeterministic: list[str] = field(default_factory=list)
     repeatable: bool = True
     notes: list[str] = field(default_factory=list)
 
@@ -73,6 +75,16 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         for parameter, gradient in gradients:
             parameter.grad = gradient
         load_rng_state(state)
+
+
+@contextmanager
+def on_trial(model: nn.Module) -> Iterator[None]:
+    """:func:`unchanged`, in evaluation mode, with gradients by the images alone. Raises InputError for TorchScript."""
+    refuse_script(model)
+    with unchanged(model), torch.enable_grad():
+        evaluation_mode(model)
+        model.requires_grad_(False)
+        yield
 
 
 def _eager() -> AbstractContextManager[Any]:
@@ -209,11 +221,9 @@ def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
     torch.manual_seed(seed)
     # Not a leaf, as views are not: the normalisation came before.
     images = images.detach().requires_grad_()
-    with torch.enable_grad():
-        returned = run(model, images * 1)
-        raw = raw_logits(returned, model)
-        if not raw.requires_grad:
-            return _Pass(raw, returned, reason="its output is computed without a gradient")
+    returned = run(model, images * 1)
+    raw = raw_logits(returned, model)
+    if raw.requires_grad:
         try:
             _weighted_sum(raw).backward()
         except Exception as error:
@@ -244,19 +254,16 @@ def try_evaluation(model: nn.Module, images: Tensor) -> Trial:
     Afterwards the weights are in channels_last if that is what the network works with, as it does in its own layout.
     Raises InputError for what cannot be used.
     """
-    refuse_script(model)
     trial = Trial()
-    with unchanged(model):
-        evaluation_mode(model)
-        model.requires_grad_(False)
+    with on_trial(model):
         pair = images[:2]
         trial.dtype, first = _first_pass(model, pair)
         if trial.dtype != torch.float32:
             trial.notes.append(f"it is given images in {str(trial.dtype)[6:]}, the type of its weights")
         if not torch.is_tensor(first.returned):
             trial.notes.append(where_logits_are(first.returned))
-        trial.gradient = first.reason
-        check_rows(model, first.raw, len(pair))
+        trial.gradient, trial.nondeterministic = first.reason, nondeterministic_operations(first.raw)
+        check_rows(first.raw, len(pair), model)
         _try_layout(model, pair.to(trial.dtype), first, trial)
         _try_again(model, images.to(trial.dtype).contiguous(memory_format=layout(trial.channels_last)), first, trial)
         trial.output = _recognised(model, images.to(trial.dtype), first.raw)
@@ -275,15 +282,6 @@ def _first_pass(model: nn.Module, images: Tensor) -> tuple[torch.dtype, _Pass]:
             with suppress(InputError):
                 return torch.float32, _pass(model, images)
         raise
-
-
-def check_rows(model: nn.Module, raw: Tensor, count: int) -> None:
-    """Raise InputError unless ``raw`` has a row for each of ``count`` images."""
-    if len(raw) != count or not raw.is_floating_point():
-        raise InputError(
-            f"the network {type(model).__name__} must return logits as one tensor (N, classes), not "
-            f"{tuple(raw.shape)} of {raw.dtype} for {count} images"
-        )
 
 
 def _try_layout(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> None:
@@ -317,7 +315,8 @@ def _close(expected: Tensor, found: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding of their type."""
     tolerance = 3e-2 if expected.dtype in HALF else 1e-3
     expected, found = expected.detach().float(), found.detach().float()
-    return torch.allclose(found, expected, tolerance, tolerance * expected.abs().max().item() + 1e-9, equal_nan=True)
+    scale = expected.nan_to_num(0, 0, 0).abs().max().item()
+    return torch.allclose(found, expected, tolerance, tolerance * scale + 1e-9, equal_nan=True)
 
 
 def _try_again(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> None:
@@ -335,8 +334,8 @@ def _try_again(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> 
         trial.notes.append("its output for an image depends on the other images of the batch")
     else:
         trial.notes.append(
-            "[Alarm] it gives different outputs for the same images in evaluation mode; is dropout active in its "
-            "forward pass (F.dropout without training=self.training)?"
+            "[Alarm] it gives different outputs for the same images in evaluation mode, which adds noise to what is "
+            "learned from them; make its forward pass repeatable, such as by F.dropout(x, training=self.training)"
         )
 
 

@@ -1,6 +1,10 @@
 # Sourced by the other scripts: changes to the project's root and puts a virtual environment with the packages
 # of $REQUIREMENTS (requirements.txt if not set) first on the PATH. That is $RGAL_VENV, else the active one, else
 # .venv, which $PYTHON (python3 if not set) creates if it does not exist.
+# Called with --help a script prints its first comment; its options reach it here, because none are given to this file.
+for word; do
+    case $word in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit;; esac
+done
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 check_version() {

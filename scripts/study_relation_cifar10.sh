@@ -5,9 +5,10 @@
 # WEIGHTS is the teacher's file; options are passed on to every run. A finished run is not repeated. SEEDS, STUDY and
 # CELLS are as in study_relation.sh.
 set -euo pipefail
-weights=$(realpath -e "${1:?"name the file of the ResNet-20 teacher's weights"}")
-shift
+: "${1:?"name the file of the ResNet-20 teacher's weights"}"
 . "$(dirname "$0")/env.sh"
+weights=$(cd "$OLDPWD" && realpath -e "$1")
+shift
 
 study=${STUDY:-runs/study_relation_cifar10}
 cells() {

@@ -175,7 +175,7 @@ def test_code_in_a_pickle_is_refused_and_not_run(tmp_path, zipped):
     path, proof = tmp_path / "evil.pth", tmp_path / "proof"
     contents = {"state_dict": net().state_dict(), "x": Creates(proof)}
     torch.save(contents, path, _use_new_zipfile_serialization=zipped)
-    with pytest.raises(InputError, match=r"evil.pth contains a pickled \w+.open; refused, nothing was"):
+    with pytest.raises(InputError, match=r"evil.pth contains a pickled \w+.open in its entry x; refused, nothing was"):
         load_weights(net(), path)
     assert not proof.exists()
     torch.load(path, weights_only=False)["x"].close()

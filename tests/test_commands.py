@@ -528,7 +528,28 @@ def test_a_teacher_whose_logits_are_not_finite(evaluated, distil, refused, tmp_p
     torch.save(nets.Overflows(10, 1).state_dict(), tmp_path / "o.pth")
     words = ("--teacher", nets.name("Overflows"), "--teacher_weights", "o.pth")
     line = refused(distil, *words, "--eval", evaluated)
-    assert "teacher nets-Overflows" in line and "non-finite logits" in line and "check its weights" in line
+    assert "teacher nets-Overflows gives values that are not finite" in line and "check its weights" in line
+
+
+@pytest.mark.parametrize("evaluated", ["test", "none"])
+@pytest.mark.parametrize("part, scale", [("", 1e4), ("", 1e8), ("", 1e30), ("4.weight", 1e12), ("4.weight", 1e37)])
+def test_a_teacher_whose_weights_are_spoiled_but_finite(part, scale, evaluated, distil, refused, teacher, tmp_path):
+    contents = torch.load(teacher, weights_only=True)
+    for name, tensor in contents["state_dict"].items():
+        if tensor.dim() > 1 and name.startswith(part):
+            tensor *= scale
+    assert all(tensor.isfinite().all() for tensor in contents["state_dict"].values())
+    torch.save(contents, tmp_path / "spoiled.pth")
+    line = refused(distil, "--teacher_weights", "spoiled.pth", "--eval", evaluated)
+    assert re.search(
+        r"the teacher nets-tiny gives values (of up to \d\.\de\+\d+|that are not finite) .*check its weights", line
+    )
+
+
+def test_a_student_whose_training_diverges_is_not_said_to_have_wrong_weights(distil, refused):
+    line = refused(distil, "--lr", 1e30, "--kd_steps", 1, "--ep_steps", 1, before_run=False)
+    assert "student nets-small gave non-finite logits" in line and "check its weights" not in line
+    assert "its training diverged: lower the learning rate" in line
 
 
 def test_a_teacher_without_batch_norm(distil, refused, weights):

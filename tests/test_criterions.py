@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from datafree import criterions
 from datafree.batchnorm import ChannelStatistics
+from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap, pooled
 from datafree.models import MODELS
@@ -242,6 +243,18 @@ def test_attention_term_equals_numpy():
     assert criterions.attention([teacher[0] * -3], teacher, [(0, 0)]).item() == pytest.approx(0, abs=1e-12)
     assert criterions.attention([torch.randn(3, 2, 12, 9)], teacher, [(0, 0)]).isfinite()  # of another size
     assert criterions.attention([torch.zeros(3, 2, 6, 6)], teacher, [(0, 0)]).isfinite()
+
+
+@pytest.mark.parametrize("old, new", [((12, 9), (6, 6)), ((4, 4), (7, 5)), ((8, 6), (1, 3)), ((5, 5), (5, 5))], ids=str)
+def test_stages_are_resized_by_adaptive_pooling_whose_gradient_is_repeatable(old, new):
+    maps = torch.randn(3, 4, *old, requires_grad=True)
+    found, oracle = criterions.resized(maps, new), F.adaptive_avg_pool2d(maps, new)
+    torch.testing.assert_close(found, oracle)
+    weights = torch.randn_like(found)
+    torch.testing.assert_close(*(torch.autograd.grad((y * weights).sum(), maps)[0] for y in (found, oracle)))
+    assert not nondeterministic_operations(found)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(criterions.resized(maps, new), found)
 
 
 @pytest.mark.parametrize(

@@ -276,7 +276,7 @@ def test_a_test_set_does_not_change_the_training(method, distil):
 @pytest.mark.parametrize("side, most", [(32, 500), (128, 500), (512, 31)])
 def test_large_images_are_evaluated_a_few_at_a_time(side, most, monkeypatch):
     sizes = []
-    monkeypatch.setattr("datafree.session.evaluate", lambda network, split, batch_size, name: sizes.append(batch_size))
+    monkeypatch.setattr("datafree.session.evaluate", lambda network, split, batch_size, *_: sizes.append(batch_size))
     session = Session.__new__(Session)
     session.device, session.card, session.test = (
         torch.device("cpu"),

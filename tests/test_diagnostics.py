@@ -181,6 +181,15 @@ def test_each_trouble_causes_its_own_warning(now, seen, option):
     assert seen in warning and option in warning
 
 
+@pytest.mark.parametrize("metric", ["label_entropy", "target_agreement", "student_agreement"])
+def test_the_adversarial_term_is_blamed_only_where_it_has_a_weight(metric):
+    now = {metric: 0.11}
+    (warning,) = alarms({**HEALTHY, **now}, HEALTHY)
+    assert "--adv" in warning
+    (warning,) = alarms({**HEALTHY, **now}, HEALTHY, adversarial=False)
+    assert "--adv" not in warning and re.search(r"(check|raise) --\w+( or --\w+)?$", warning)
+
+
 def test_weak_agreement_with_the_targets_causes_a_warning_from_the_first_epoch_until_it_grows():
     first = {**HEALTHY, "target_agreement": 0.2}
     assert len(alarms(first, first)) == 1

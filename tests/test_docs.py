@@ -113,6 +113,15 @@ def test_a_script_is_valid_bash_and_stops_at_the_first_error(path):
     assert path.name == "env.sh" or "set -euo pipefail" in path.read_text()
 
 
+@pytest.mark.parametrize("path", [path for path in SCRIPTS if path.name != "env.sh"], ids=lambda path: path.name)
+@pytest.mark.parametrize("words", [["--help"], ["--seed", "1", "-h"]], ids=str)
+def test_a_script_called_for_help_prints_its_comment_and_does_nothing_else(path, words, tmp_path):
+    environment = {**os.environ, "RGAL_VENV": str(tmp_path / "venv")}
+    done = subprocess.run(["bash", path, *words], capture_output=True, text=True, cwd=tmp_path, env=environment)
+    comment = path.read_text().split("\nset -euo")[0].replace("\n# ", "\n").partition("\n")[2]
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{comment}\n", "") and not list(tmp_path.iterdir())
+
+
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
     """A folder in which commands run as in the project's root, but what they write stays here."""

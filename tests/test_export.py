@@ -103,13 +103,9 @@ def test_weights_are_stored_once_as_symmetric_int8_with_a_scale_for_each_channel
 
 
 def test_the_range_of_an_activation_is_that_of_the_calibration_images(exported):
-    ranges = {
-        name: float(array) * 255
-        for name, array in stored(exported.int8).items()
-        if name.endswith("_scale") and not array.shape
-    }
-    features, seen = exported.network, []
-    for module in features.modules():
+    scales = [array for name, array in stored(exported.int8).items() if name.endswith("_scale") and not array.shape]
+    network, seen = exported.network.copy(), []
+    for module in network.modules():
         if isinstance(module, nn.ReLU):
             module.register_forward_hook(lambda module, inputs, output: seen.append(output.max().item()))
     with torch.no_grad():

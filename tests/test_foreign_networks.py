@@ -94,6 +94,12 @@ class ViewInBackward(torch.autograd.Function):
         return 2 * grad.view(len(grad), -1).view(grad.shape)
 
 
+class FailsInBackward(ViewInBackward):
+    @staticmethod
+    def backward(ctx, grad):
+        raise ValueError("no gradient")
+
+
 class CustomBackward(Trunk):
     def maps(self, x):
         return self.b(ViewInBackward.apply(self.a(x)))
@@ -218,6 +224,25 @@ def test_a_teacher_in_half_precision_is_given_images_of_its_type(dtype):
         net.try_run(training=True)
 
 
+class Mixed16(Trunk):
+    """Its first weight is not of the type of the images."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones((), dtype=torch.bfloat16))
+
+    def maps(self, x):
+        return super().maps(x) * self.scale.float()
+
+
+def test_a_network_of_several_types_is_given_images_of_the_one_that_it_takes():
+    model = Mixed16()
+    assert next(model.parameters()).dtype == torch.bfloat16
+    net = network(model)
+    assert net.trial.dtype == torch.float32 and "type of its weights" not in notes(net)
+    distil(net)
+
+
 def test_lazy_layers_get_their_shapes_before_weights_are_loaded(tmp_path):
     trained = nets.lazy(10)
     trained(torch.rand(2, *SHAPE))
@@ -307,8 +332,9 @@ def returns(training, evaluation=lambda z, f: z):
         (lambda z, f: z.sigmoid(), "values in .0, 1. that do not add up to 1"),
         (lambda z, f: z.detach(), "no weights to train"),
         (lambda z, f: z.undefined, "in training mode .*AttributeError"),
+        (lambda z, f: FailsInBackward.apply(z), "fails in the backward pass of its training .ValueError: no gradient."),
     ],
-    ids=["tuple", "other classes", "sigmoids", "no gradient", "fails"],
+    ids=["tuple", "other classes", "sigmoids", "no gradient", "fails", "fails in backward"],
 )
 def test_a_student_that_cannot_be_trained_is_refused_before_anything_is_computed(training, sentence):
     net = network(returns(training))
@@ -429,7 +455,7 @@ class BatchNormalised(Trunk):
 @pytest.mark.parametrize(
     "factory, sentence",
     [
-        (Dropout, r"\[Alarm\] the teacher .*different outputs for the same"),
+        (Dropout, r"\[Alarm\] the teacher .*different outputs for the same .*repeatable, .*F.dropout.*\.$"),
         (BatchNormalised, "the other images of the batch"),
     ],
 )
@@ -467,7 +493,47 @@ def test_probabilities_are_converted_to_logits(last, classes):
     distil(net)
 
 
-@pytest.mark.parametrize("last", [lambda z: z, lambda z: z.log_softmax(1), lambda z: z.relu(), lambda z: 5 * z.tanh()])
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda z: -z.log_softmax(1),
+        lambda z: -1 * z.log_softmax(1),
+        lambda z: z.softmax(1).clamp_min(1e-7).log().neg(),
+        lambda z: z.logsumexp(1, keepdim=True) - z,
+        lambda z: (-z.log_softmax(1)).bfloat16(),
+        lambda z: -(z / 1e4).log_softmax(1),  # their sum, too, is the same for all images
+        lambda z: -(z * 1e4).log_softmax(1),  # near 0 for one class, as rectified logits can be
+    ],
+    ids=["negative", "times -1", "by hand", "logsumexp", "half", "untrained", "certain"],
+)
+@pytest.mark.parametrize("classes", [2, 10])
+def test_costs_are_negated_to_logits(last, classes):
+    """As negative logarithms of probabilities, which would otherwise be learned upside down."""
+    torch.manual_seed(classes)
+    net = network(nets.Ends(last, classes)).eval()
+    net.try_run(training=True)
+    assert net.outputs[True].kind == net.outputs[False].kind == "costs"
+    assert "negative logarithms of probabilities" in notes(net)
+    views = torch.rand(8, *SHAPE)
+    expected = plain(net.model, views).float().neg().exp()
+    torch.testing.assert_close(
+        net(views).float().softmax(1), expected / expected.sum(1, keepdim=True), rtol=1e-2, atol=1e-3
+    )
+    assert net.num_classes == classes and net.tap.embed_dim == 16
+    distil(net)
+
+
+@pytest.mark.parametrize(
+    "last",
+    [
+        lambda z: z,
+        lambda z: z.log_softmax(1),
+        lambda z: z.relu(),
+        lambda z: 5 * z.tanh(),
+        lambda z: F.softplus(z),
+        lambda z: 100 * z.relu() + 0 * z.exp(),  # rows (0, much), whose exp(-x) add up to 1 for two classes
+    ],
+)
 @pytest.mark.parametrize("classes", [2, 10])
 def test_logits_are_unchanged(last, classes):
     net = network(nets.Ends(last, classes)).eval()

@@ -4,6 +4,9 @@ import json
 import pickle
 import re
 import zipfile
+from collections import OrderedDict, defaultdict
+from functools import partial
+from pathlib import Path
 
 import nets
 import numpy as np
@@ -14,7 +17,7 @@ from conftest import scratch
 from parts import CLASSES, SHAPE, make_card
 from torch import nn
 
-from datafree import checkpoint
+from datafree import checkpoint, formats
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.models import MODELS
@@ -106,6 +109,26 @@ def test_the_prefix_may_be_on_the_side_of_the_network(prefix, tmp_path):
     notes = checkpoint.load_weights(wrapped, *checkpoint.read_weights(tmp_path / "net.pth")[:1], "net.pth")
     images = torch.rand(4, *SHAPE)
     assert torch.equal(wrapped(images), model(images)) and "the prefix inner. was put before" in notes[-1]
+
+
+@pytest.mark.parametrize("model", [TINY, nets.name("lazy")])
+def test_what_is_wrong_in_a_file_is_called_by_the_names_of_the_file(model, tmp_path):
+    module = build_model(model, CLASSES)
+    module(torch.rand(2, *SHAPE))
+    weights = module.state_dict()
+    first, norm = [name for name, tensor in weights.items() if tensor.dim() == 4 or name.endswith("running_var")][:2]
+    wrong = {
+        rf"model\.{first} is \(5, 5, 3, 3\)": {first: torch.zeros(5, 5, 3, 3)},
+        rf"model\.{norm} is not finite": {norm: weights[norm] * torch.nan},
+        rf"1 unexpected \(model\.{first}_too\)": {f"{first}_too": torch.ones(8, 8)},
+    }
+    for sentence, changes in wrong.items():
+        with pytest.raises(InputError, match=sentence):
+            loaded(tmp_path, behind("model.", {**weights, **changes}), model)
+    assert (
+        "left out: model.total_ops, model.loss.weight"
+        in loaded(tmp_path, behind("model.", {**weights, **EXTRA}), model).notes[-1]
+    )
 
 
 @pytest.mark.parametrize("missing", ["4.bias", "0.1.running_var", "1.0.weight"])
@@ -365,6 +388,45 @@ KINDS = [
         r"contains a pickled .*Plain; refused.*the weights alone are .*network.state_dict\(\)",
     ),
 ]
+
+
+class Conf:
+    """Options of another program, in a class of its own."""
+
+    def __init__(self):
+        self.out = Path("runs")
+
+
+REFUSED = {
+    "hyper_parameters.out": lambda w: {"state_dict": w, "hyper_parameters": {"lr": 0.1, "out": Path("runs")}},
+    "callbacks": lambda w: {"callbacks": [1, ({2}, Path("runs"))], "state_dict": w},
+    "args": lambda w: {"state_dict": w, "args": Conf()},
+    "history": lambda w: {"history": defaultdict(list, {"a": [1]}), "state_dict": w},
+    "optimizer.decay": lambda w: {"state_dict": w, "optimizer": OrderedDict(decay=partial(max, 1))},
+}
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("entry", REFUSED)
+def test_the_entry_of_a_checkpoint_that_is_refused_is_named(entry, zipped, tmp_path):
+    contents = REFUSED[entry](trained().state_dict())
+    torch.save(contents, tmp_path / "net.pth", _use_new_zipfile_serialization=zipped)
+    with pytest.raises(InputError, match=rf"contains a pickled [\w.]+ in its entry {entry}; refused, nothing was exec"):
+        checkpoint.load(tmp_path / "net.pth")
+
+
+def test_a_pickle_is_looked_through_without_its_classes(tmp_path):
+    """Only names are read: no module is imported, and what calls itself a class of the file is none."""
+    for name in ("nowhere.Thing", "os.system"):
+        module, _, attribute = name.rpartition(".")
+        pickled = b"\x80\x02}X\x01\x00\x00\x00ac" + f"{module}\n{attribute}\n".encode() + b"X\x01\x00\x00\x001\x85Rs."
+        with zipfile.ZipFile(tmp_path / "net.pth", "w") as archive:
+            archive.writestr("net/data.pkl", pickled)
+            archive.writestr("net/version", "3")
+        assert formats.entry_with(tmp_path / "net.pth", name) == "a"
+        assert formats.entry_with(tmp_path / "net.pth", "another.Thing") == ""
+    (tmp_path / "net.pth").write_bytes(b"no pickle")
+    assert formats.entry_with(tmp_path / "net.pth", "os.system") == ""
 
 
 @pytest.mark.filterwarnings("ignore")

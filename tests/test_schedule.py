@@ -55,12 +55,12 @@ def test_progress_grows_evenly_from_0_to_1_over_all_epochs(schedule):
 
 
 def test_the_schedule_of_the_options():
-    options = config.Schedule(epochs=7, ep_steps=12, kd_steps=3, g_steps=5, warmup=2, synthesis_rounds=9)
+    options = config.ScheduleOptions(epochs=7, ep_steps=12, kd_steps=3, g_steps=5, warmup=2, synthesis_rounds=9)
     expected = Schedule(7, 4, 3, batch_size=16, g_steps=5, warmup=2, synthesis_rounds=9)
     assert Schedule.of(options, 16) == expected
     assert Schedule.of(options, 16, g_steps=0).g_steps == 0  # of a source that takes no steps
-    assert Schedule.of(config.Schedule(ep_steps=4, kd_steps=4), 1).rounds == 1
-    assert Schedule.of(config.Schedule(), 1).synthesis_rounds is None
+    assert Schedule.of(config.ScheduleOptions(ep_steps=4, kd_steps=4), 1).rounds == 1
+    assert Schedule.of(config.ScheduleOptions(), 1).synthesis_rounds is None
 
 
 @pytest.mark.parametrize(
@@ -75,6 +75,6 @@ def test_the_schedule_of_the_options():
 )
 def test_options_that_make_no_schedule(given, parts):
     with pytest.raises(InputError) as caught:
-        Schedule.of(config.Schedule(**given), 16)
+        Schedule.of(config.ScheduleOptions(**given), 16)
     message = str(caught.value)
     assert all(part in message for part in parts) and "\n" not in message

@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING
 
+from datafree.determinism import require_deterministic
 from datafree.errors import InputError
 from datafree.network import Network
 from datafree.plugins import construct, is_custom
@@ -18,9 +19,11 @@ def build_source(session: "Session", teacher: Network, student: Network) -> Base
 
     Raises InputError for a user-defined source that cannot be constructed, and for options that it cannot honour.
     """
-    name, run = session.config.synthesis.source, session.config.run
-    if session.config.synthesis.cr and run.deterministic and session.device.type == "cuda":
-        raise InputError("the crops of --cr have no deterministic kernel on a GPU; drop --cr or --deterministic")
+    name = session.config.synthesis.source
+    if session.config.synthesis.cr:
+        require_deterministic(["grid_sample"], "--cr", session.device)
+    if traits_of(name).synthesises:
+        require_deterministic(teacher.trial.nondeterministic, f"the {teacher.name}", session.device)
     if student.num_classes > teacher.num_classes:
         student = student.restricted_to(range(teacher.num_classes))
     parts = {

@@ -26,6 +26,8 @@ class OptimisedSynthesis(BaseSynthesis):
     It reads the sections synthesis, relation, schedule and run of its ``config``.
     """
 
+    card: DatasetCard
+
     def __init__(
         self,
         teacher: "Network",
@@ -91,17 +93,9 @@ class RoundSynthesis(OptimisedSynthesis):
     there is more to do.
     """
 
-    def __init__(
-        self,
-        teacher: "Network",
-        student: "Network",
-        augment: Callable[[Tensor], Tensor],
-        card: DatasetCard,
-        config: Any,
-        device: torch.device | str = "cpu",
-    ):
-        super().__init__(teacher, student, augment, card, config, device)
-        self.pool = make_pool(config, card, self.device)
+    def __init__(self, *parts: Any, **named: Any):
+        super().__init__(*parts, **named)
+        self.pool = make_pool(self.config, self.card, self.device)
 
     def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         """A function that renders images of these target classes (N,), and the optimisers of its parameters."""
