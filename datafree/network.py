@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree import checkpoint, fitting
-from datafree.datasets.cards import DatasetCard
+from datafree.datasets.cards import SMALLEST_STD, DatasetCard
 from datafree.errors import InputError
 from datafree.features import Features, FeatureTap
 from datafree.models import MODELS
@@ -100,7 +100,7 @@ def _with_hint(error: InputError, model: str, weights: dict[str, Tensor], classe
 
 def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float, ...]:
     """``values`` of a mean or std, which must be one number per channel."""
-    low = 1e-6 if key == "std" else 0
+    low = SMALLEST_STD if key == "std" else 0
     numbers = isinstance(values, (list, tuple)) and all(isinstance(v, (int, float)) for v in values)
     if not numbers or len(values) != card.channels or not all(low <= v <= 1 for v in values):
         raise InputError(

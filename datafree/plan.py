@@ -17,16 +17,17 @@ from datafree.view_cache import ViewCache
 def describe_distillation(
     config: DistillConfig,
     card: DatasetCard,
+    tested: int,
     schedule: Schedule,
     teacher: Network,
     student: Network,
     source: BaseSynthesis,
     cache: ViewCache | None,
 ) -> list[str]:
-    """The plan of a distillation."""
+    """The plan of a distillation. tested: number of test images."""
     pair = f"{config.teacher.teacher} -> {config.student.student}"
     lines = [
-        f"Plan: distilling {pair} on {describe_images(card)}, on {teacher.device}.",
+        f"Plan: distilling {pair} on {describe_images(card)}, {describe_test(tested)}, on {teacher.device}.",
         describe_normalisation(teacher),
         *describe_network(teacher),
         *describe_network(student),
@@ -44,10 +45,13 @@ def describe_distillation(
     return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
 
 
-def describe_training(model: str, card: DatasetCard, images: int, schedule: Schedule, network: Network) -> list[str]:
-    """The plan of supervised training."""
+def describe_training(
+    model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network
+) -> list[str]:
+    """The plan of supervised training. images, tested: number of training and of test images."""
     return [
-        f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
+        f"Plan: training {model} on {images:,} images of {describe_images(card)}, {describe_test(tested)}, "
+        f"on {network.device}: "
         f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
         *describe_network(network),
     ]
@@ -56,6 +60,11 @@ def describe_training(model: str, card: DatasetCard, images: int, schedule: Sche
 def describe_images(card: DatasetCard) -> str:
     """Name, shape and classes of the images."""
     return f"{card.name}, {'x'.join(map(str, card.shape))}, {card.num_classes} classes"
+
+
+def describe_test(images: int) -> str:
+    """The number of test images."""
+    return f"tested on {_count(images, 'image')}" if images else "without a test set"
 
 
 def describe_normalisation(network: Network) -> str:

@@ -60,6 +60,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             session.run,
             evaluate=(lambda: session.score(network) or {}) if session.test else None,
             monitor=training.monitor,
+            classes=session.card.classes,
             metadata=weights_metadata(session, network, training.model, here["commit"]),
         )
         resume(session, engine)
