@@ -1,7 +1,7 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
 from datafree.config import DistillConfig
-from datafree.datasets.cards import DatasetCard
+from datafree.datasets.cards import DatasetCard, composed
 from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
@@ -80,6 +80,19 @@ def describe_normalisation(network: Network) -> str:
 def describe_notes(network: Network) -> list[str]:
     """What was guessed, converted or left out when the network was built."""
     return [f"The {network.name}: {note}." for note in network.notes]
+
+
+def check_order(network: Network, card: DatasetCard) -> list[str]:
+    """A warning if the file of the network's weights and the data card name the classes differently."""
+    stated = network.metadata.get("classes")
+    pairs = zip(stated if isinstance(stated, (list, tuple)) else (), card.classes)
+    for number, (theirs, ours) in enumerate(pairs):
+        if composed(str(theirs)) != ours:
+            return [
+                f"[Alarm] Class {number} is {theirs} in the file of the {network.name}'s weights but {ours} in the "
+                "data card; list `classes` in the order of the file in the card."
+            ]
+    return []
 
 
 def describe_network(network: Network) -> list[str]:

@@ -17,7 +17,7 @@ from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import evaluate, scores_line
 from datafree.models.factory import check_model
 from datafree.network import Network
-from datafree.plan import describe_normalisation, describe_notes
+from datafree.plan import check_order, describe_normalisation, describe_notes
 from datafree.plugins import digest, short_name
 from datafree.runtime import autocast, choose_device, require_compiler, same_rng, seed_everything, set_threads
 
@@ -34,7 +34,7 @@ class Session:
     config: of any program, with the sections run and data. derive_card: whether the training images may be opened to
     derive the card of an unknown data set. write: whether files may be written: a derived card, a download.
     digests: option -> hash of the contents of the file that it names; the result depends on these and not on the name.
-    notes: what should be known of the data that were loaded, as sentences for the log.
+    notes: what should be known of the data that were loaded, and of their classes, as sentences for the log.
     """
 
     def __init__(self, config: Any, derive_card: bool = False, write: bool = True):
@@ -115,6 +115,7 @@ class Session:
                 + " (one output)" * (network.tap.num_classes == 1)
                 + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
+        self.notes += check_order(network, self.card)
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)

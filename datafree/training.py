@@ -99,6 +99,7 @@ def weights_metadata(session: Session, network: Network, model: str, commit: str
         "model": model,
         "dataset": session.card.name,
         "num_classes": network.num_classes,
+        "classes": list(session.card.classes),
         "shape": list(network.shape),
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -615,6 +616,24 @@ def test_a_card_that_is_of_another_data_set_is_called_out(untrained, shapes, cap
     assert f"The data set is shapes, as {shapes / 'card.yaml'} names it, not digits." in capsys.readouterr().out
     untrained("--card", shapes / "card.yaml", "--dataset", "shapes", "--dry_run")
     assert "The data set is" not in capsys.readouterr().out
+
+
+def test_classes_in_another_order_than_the_teachers_are_called_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_images(tmp_path / "data" / "shapes" / split)
+    tiny = ("--model", nets.name("tiny"), "--threads", 1, "--dataset", "shapes")
+    call(train_scratch, *tiny, "--epochs", 1)
+    weights = tmp_path / "checkpoints" / "pretrained" / "shapes_nets-tiny.pth"
+    for classes, alarm in (
+        (("circle", "cross", "square"), None),
+        ((), None),
+        (("circle", "square", "cross"), "Class 1 is cross in the file of the model nets-tiny's weights but square in"),
+    ):
+        replace(SHAPES, classes=classes).to_yaml("card.yaml")
+        capsys.readouterr()
+        call(train_scratch, *tiny, "--weights", weights, "--evaluate_only", "--card", "card.yaml")
+        assert ("[Alarm] Class" in (printed := capsys.readouterr().out)) == bool(alarm) and (alarm or "") in printed
 
 
 def test_folders_for_the_output_that_cannot_be_used(distil, refused, tmp_path):
