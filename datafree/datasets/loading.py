@@ -265,7 +265,8 @@ def _missing(name: str, data_root: str | Path, split: str, reason: str = "") -> 
 
 
 def _unknown(name: str, data_root: Path) -> OptionError:
-    known = {known.casefold(): known for known in sorted({*CARDS, *(path.name for path in class_folders(data_root))})}
+    names = sorted({*CARDS, *(path.name for path in class_folders(data_root))})
+    known = {each.casefold(): each for each in names}
     near = [known[key] for key in get_close_matches(name.casefold(), known, n=3) or known]
     if _splits_in(data_root):
         place = data_root if data_root.name else data_root.resolve()
