@@ -32,20 +32,21 @@ def distillation(session: "Session") -> "Iterator[Training]":
     config, options = session.config, session.config.student
     student = session.network("student", options.student, options.student_weights, key=options.student_weights_key)
     if config.run.evaluate_only:
-        session.evaluate_only(student, "--student_weights", options.student_weights)
+        session.evaluate_only(student)
         return
     teacher = session.load_teacher()
     source = build_source(session, teacher, student)
     schedule = Schedule.of(config.schedule, config.distill.batch_size, source.g_steps)
     learner = build_learner(session, teacher, student, schedule.total_student_steps)
     learner.cache = build_cache(session, teacher, source, learner, config.distill.view_cache)
+    tested = len(session.test or ())  # as late as possible, because the images may take long to read
     yield Training(
         learner,
         source,
         schedule,
         model=options.student,
         name=(config.method, config.teacher.teacher, options.student, *custom_learner(config)),
-        plan=describe_distillation(config, session.card, schedule, teacher, student, source, learner.cache),
+        plan=describe_distillation(config, session.card, tested, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
     )

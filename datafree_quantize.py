@@ -33,7 +33,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
 
     config, model, weights = session.config, session.config.teacher.teacher, session.config.student.student_weights
     if config.run.evaluate_only:
-        session.evaluate_only(session.network("student", model, weights), "--student_weights", weights)
+        session.evaluate_only(session.network("student", model, weights))
         return
     if config.quantizer.onnx:
         require_packages()
@@ -42,6 +42,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
     source = build_source(session, teacher, student)
     schedule = Schedule.of(config.schedule, config.finetune.batch_size, source.g_steps)
     learner = QuantizeLearner(student, teacher, session.augment, config, schedule.total_student_steps)
+    tested = len(session.test or ())  # as late as possible, because the images may take long to read
     learner.cache = build_cache(session, teacher, source, learner, config.finetune.view_cache)
 
     def finish(folder: "RunFolder") -> None:
@@ -54,9 +55,9 @@ def quantization(session: "Session") -> "Iterator[Training]":
         schedule,
         model=model,
         name=(config.method, model, config.quantizer.short),
-        plan=describe_quantization(config, session.card, schedule, teacher, student, source, learner.cache),
+        plan=describe_quantization(config, session.card, tested, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
-        monitor=Watch(source, teacher, student, config.relation),
+        monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
         facts=describe_quantized(student),
         finish=finish if config.quantizer.onnx else None,
     )

@@ -31,8 +31,9 @@ def supervised(session: "Session") -> "Iterator[Training]":
         "model", options.model, options.weights, options.mean or (), options.std or (), key=options.weights_key
     )
     if config.run.evaluate_only:
-        session.evaluate_only(network, "--weights", options.weights)
+        session.evaluate_only(network)
         return
+    tested = len(session.test or ())  # before the training images, so that a missing test set is reported at once
     split = session.split("train")
     batch_size = min(options.batch_size, len(split))
     schedule = Schedule(options.epochs, rounds=1, kd_steps=max(len(split) // batch_size, 1), batch_size=batch_size)
@@ -45,7 +46,7 @@ def supervised(session: "Session") -> "Iterator[Training]":
         schedule,
         model=options.model,
         name=("scratch", options.model),
-        plan=describe_training(options.model, session.card, len(split), schedule, network),
+        plan=describe_training(options.model, session.card, len(split), tested, schedule, network),
         finish=lambda folder: publish_weights(session, folder, options.model),
     )
 

@@ -60,7 +60,7 @@ def link(source: str | Path, path: str | Path) -> None:
 
 def load(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU; no code in the file is ever run. Raises InputError."""
-    _check_readable(path)
+    require_file(path)
     if Path(path).suffix == ".safetensors" or is_safetensors(path):
         return _load_safetensors(path)
     if kind := other_kind(path):
@@ -194,7 +194,8 @@ def replacing(path: str | Path) -> Iterator[Path]:
             beside.unlink()
 
 
-def _check_readable(path: str | Path) -> None:
+def require_file(path: str | Path) -> None:
+    """Raise InputError unless ``path`` is a file that may be read."""
     if not Path(path).is_file():
         renamed = Path(path).with_name(Path(path).name.replace("student_", "model_"))
         hint = f"it is called {renamed} now" if renamed.is_file() else "check the path"

@@ -143,7 +143,7 @@ class Run:
 class Data:
     """The images that the networks are for; distillation reads the test set at most."""
 
-    dataset: str = option("cifar10", "Name of a registered data set, or of a folder in data_root.")
+    dataset: str = option("cifar10", "Name of a registered data set, or of a folder in data_root; a card has its own.")
     data_root: str = option("data", "Folder that contains the data sets, or into which they go.", affects_result=False)
     card: str = option(
         "", "YAML file with shape, classes, mean and std, for data without files on this machine.", affects_result=False
@@ -750,6 +750,12 @@ class DistillConfig:
         """Raise an InputError for options that do not go together."""
         _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
+        _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
+
+    def networks(self) -> list[tuple[str, str]]:
+        """(model, weights) of each network, as they were given."""
+        teacher, student = self.teacher, self.student
+        return [(teacher.teacher, teacher.teacher_weights), (student.student, student.student_weights)]
 
 
 @dataclass
@@ -762,7 +768,23 @@ class ScratchConfig:
     optim: ScratchOptim = field(default_factory=ScratchOptim)
 
     def validate(self) -> None:
-        """Every combination of these options can run."""
+        """Raise an OptionError for options that do not go together."""
+        _validate_evaluation(self.run, self.data, "--weights", self.training.weights)
+
+    def networks(self) -> list[tuple[str, str]]:
+        """(model, weights) of the network, as they were given."""
+        return [(self.training.model, self.training.weights)]
+
+
+def _validate_evaluation(run: Run, data: Data, option: str, weights: str) -> None:
+    """Raise an OptionError if there is nothing to evaluate, or nothing to evaluate it on. option: gives ``weights``."""
+    if run.evaluate_only and data.eval == "none":
+        raise OptionError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
+    if run.evaluate_only and not weights:
+        raise OptionError(
+            f"--evaluate_only has nothing to evaluate; name the weights by {option} (a teacher is evaluated by "
+            "train_scratch.py --evaluate_only, with --model, --weights, --mean and --std)"
+        )
 
 
 @dataclass
@@ -790,12 +812,17 @@ class QuantizeConfig:
         _check_student_terms(self, Schedule.of(self.schedule, self.finetune.batch_size))
         self.relation.validate()
         self.quantizer.validate()
+        _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
         for name, plain in (("precision", "none"), ("compile", "off")):
             if getattr(self.run, name) != plain:
                 raise OptionError(
                     f"--{name} {getattr(self.run, name)} does not go with quantization, whose grids are computed in "
                     "fp32 by a network that runs as it is written; remove it"
                 )
+
+    def networks(self) -> list[tuple[str, str]]:
+        """(model, weights) of each network, as they were given."""
+        return [(self.teacher.teacher, self.student.student_weights or self.teacher.teacher_weights)]
 
 
 CONFIGS = (DistillConfig, ScratchConfig, QuantizeConfig)  # of all programs: a method file may have sections of any

@@ -12,12 +12,11 @@ The engine knows only a source of images (``synthesis/``) and a learner that is 
 """
 
 import math
-import re
 import signal
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -28,7 +27,7 @@ from tqdm import tqdm
 
 from datafree import checkpoint
 from datafree.config import Run
-from datafree.errors import InputError
+from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import scores_line
 from datafree.grids import draw_grid, grid_rows
 from datafree.learners.base import Learner
@@ -54,8 +53,8 @@ class Monitor(Protocol):
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
-    run: the section of the options. evaluate: () -> {acc1, acc5 (%), loss}, or None if there is no test set.
-    monitor: called after each epoch, or None.
+    run: the section of the options. evaluate: () -> scores with acc1 (%), or None if there is no test set.
+    monitor: called after each epoch, or None. classes: their names, for the image grids; empty if they are unknown.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
     when the run is resumed, except the number of epochs.
     """
@@ -70,10 +69,11 @@ class Engine:
         *,
         evaluate: Callable[[], dict[str, float]] | None = None,
         monitor: Monitor | None = None,
+        classes: Sequence[str] = (),
         metadata: dict[str, Any] | None = None,
     ):
         self.learner, self.source, self.schedule, self.folder, self.run = learner, source, schedule, folder, run
-        self.evaluate, self.monitor, self.metadata = evaluate, monitor, metadata or {}
+        self.evaluate, self.monitor, self.classes, self.metadata = evaluate, monitor, classes, metadata or {}
         self.position = {"epoch": 0, "round": 0, "step": 0}
         self.means = Means()
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": -1}
@@ -182,7 +182,7 @@ class Engine:
     def _draw(self, epoch: int) -> None:
         images, targets = self.source.latest()
         try:
-            self.folder.grid(epoch, draw_grid(*grid_rows(images, targets)))
+            self.folder.grid(epoch, draw_grid(*grid_rows(images, targets, self.classes)))
         except Exception as error:  # a picture is not worth the epoch, which is not saved yet
             self.folder.log(f"[Alarm] the image grid of epoch {epoch} could not be drawn: {first_line(error)}")
 
@@ -299,17 +299,6 @@ class Means:
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.sums = {key: total.to(device) for key, total in state["sums"].items()}
         self.counts = defaultdict(int, state["counts"])
-
-
-@contextmanager
-def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
-    """Turn running out of memory in the block, on any device, into one sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
-            raise
-        raise InputError(f"out of memory during {phase}; lower {remedy}, or use smaller networks") from error
 
 
 def require_finite(terms: Mapping[str, Tensor], where: str) -> dict[str, float]:

@@ -1,7 +1,9 @@
 """Errors that the user can correct: a message of one sentence and a non-zero exit code."""
 
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 
 class InputError(Exception):
@@ -22,6 +24,17 @@ def usage(text: str, at_least: int) -> None:
     if wants_help or len(sys.argv) <= at_least:
         print(text.strip())
         sys.exit(0 if wants_help else 2)
+
+
+@contextmanager
+def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
+    """Turn running out of memory in the block, on any device, into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not re.search("out of memory|can't allocate memory", str(error)):
+            raise
+        raise InputError(f"out of memory during {phase}; lower {remedy}, or use smaller networks") from error
 
 
 def exit_on_input_error(main: Callable[[], object]) -> None:

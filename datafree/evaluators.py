@@ -10,6 +10,8 @@ from datafree.datasets.splits import Split
 from datafree.errors import InputError
 
 OF_BROKEN_WEIGHTS = "check its weights and its input mean and std"
+TOP = 5  # the classes among which acc5 wants the right one
+SHOWN = {"acc1": "Acc@1", "acc5": "Acc@5", "loss": "Loss"}  # score -> its name in the log
 
 
 @torch.no_grad()
@@ -22,10 +24,11 @@ def evaluate(
 ) -> dict[str, float]:
     """``acc1`` and ``acc5`` (%) and ``loss`` (mean cross entropy) of ``network`` on ``split``.
 
-    network: images (N, C, H, W) in [0, 1] -> logits (N, classes); the caller sets its train or eval mode. name:
-    what error messages call it. remedy: what they say of logits that are not finite. With fewer than five classes acc5
-    is over all of them. Sums stay on the device and are read once. Raises InputError for another number
-    of classes and for logits that are not finite.
+    Without acc5 if there are at most five classes, of which it would always be 100 %.
+
+    network: images (N, C, H, W) in [0, 1] -> logits (N, classes); the caller sets its train or eval mode. name: what
+    error messages call it. remedy: what they say of logits that are not finite. Sums stay on the device and are read
+    once. Raises InputError for another number of classes and for logits that are not finite.
     """
     sums: Tensor | int = 0
     for images, labels in split.batches(batch_size):
@@ -39,17 +42,20 @@ def evaluate(
     top1, top5, loss, broken = sums.tolist()  # type: ignore[union-attr]
     if broken:
         raise InputError(f"the {name} gave non-finite logits for {broken:.0f} of {len(split)} images; {remedy}")
-    return {"acc1": 100 * top1 / len(split), "acc5": 100 * top5 / len(split), "loss": loss / len(split)}
+    accuracy = {"acc1": 100 * top1 / len(split)}
+    if split.num_classes > TOP:
+        accuracy["acc5"] = 100 * top5 / len(split)
+    return {**accuracy, "loss": loss / len(split)}
 
 
 def scores_line(scores: dict[str, float]) -> str:
     """The result of :func:`evaluate` as one line of the log."""
-    return f"Acc@1={scores['acc1']:.4f} Acc@5={scores['acc5']:.4f} Loss={scores['loss']:.4f}"
+    return " ".join(f"{shown}={scores[name]:.4f}" for name, shown in SHOWN.items() if name in scores)
 
 
 def _sums(logits: Tensor, labels: Tensor) -> Tensor:
     """Sums over a batch, float64 (4,): top-1 hits, top-5 hits, cross entropy, images with non-finite logits."""
-    predictions = logits.topk(min(5, logits.shape[1]), dim=1).indices
+    predictions = logits.topk(min(TOP, logits.shape[1]), dim=1).indices
     hits = predictions == labels.unsqueeze(1)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     broken = ~logits.isfinite().all(dim=1)

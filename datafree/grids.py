@@ -1,6 +1,7 @@
 """Image grids: which images of a batch to show, and the picture of them."""
 
 import math
+import unicodedata
 from collections.abc import Sequence
 
 import torch
@@ -43,13 +44,22 @@ def _visible(images: Tensor) -> Tensor:
 
 
 def grid_rows(
-    images: Tensor, targets: Tensor | None, per_class: int = 8, classes: int = 10
+    images: Tensor, targets: Tensor | None, names: Sequence[str] = (), columns: int = 8, rows: int = 10
 ) -> tuple[Tensor, list[str] | None, int]:
-    """Images, captions and columns of a grid with one row for each of the first 10 classes."""
+    """Images, captions and columns of a grid with one row for each of the first ``rows`` classes in ``targets``.
+
+    names: of the classes; empty if they are unknown.
+    """
     if targets is None:
-        return images[: per_class * classes], None, per_class
-    shown = targets.unique()[:classes]
+        return images[: columns * rows], None, columns
+    shown = targets.unique()[:rows]
     members = [(targets == target).nonzero().flatten() for target in shown]
-    columns = min(per_class, *(len(m) for m in members)) if len(members) > 1 else per_class
+    columns = min(columns, *(len(m) for m in members)) if len(members) > 1 else columns
     chosen = torch.cat([m[:columns] for m in members])
-    return images[chosen], [f"class {target}" for target in shown.tolist()], columns
+    captions = [f"{target}: {_drawable(names[target])}" if names else f"class {target}" for target in shown.tolist()]
+    return images[chosen], captions, columns
+
+
+def _drawable(name: str) -> str:
+    """The name without accents, and without what else is not ASCII, for which the font has no letters."""
+    return unicodedata.normalize("NFKD", name).encode("ascii", "ignore").decode()

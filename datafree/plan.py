@@ -1,7 +1,7 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
 from datafree.config import DistillConfig, QuantizeConfig
-from datafree.datasets.cards import DatasetCard
+from datafree.datasets.cards import DatasetCard, composed
 from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
@@ -18,16 +18,17 @@ from datafree.view_cache import ViewCache
 def describe_distillation(
     config: DistillConfig,
     card: DatasetCard,
+    tested: int,
     schedule: Schedule,
     teacher: Network,
     student: Network,
     source: BaseSynthesis,
     cache: ViewCache | None,
 ) -> list[str]:
-    """The plan of a distillation."""
+    """The plan of a distillation. tested: number of test images."""
     pair = f"{config.teacher.teacher} -> {config.student.student}"
     lines = [
-        f"Plan: distilling {pair} on {describe_images(card)}, on {teacher.device}.",
+        f"Plan: distilling {pair} on {describe_images(card)}, {describe_test(tested)}, on {teacher.device}.",
         describe_normalisation(teacher),
         *describe_network(teacher),
         *describe_network(student),
@@ -46,17 +47,19 @@ def describe_distillation(
 def describe_quantization(
     config: QuantizeConfig,
     card: DatasetCard,
+    tested: int,
     schedule: Schedule,
     teacher: Network,
     student: Network,
     source: BaseSynthesis,
     cache: ViewCache | None,
 ) -> list[str]:
-    """The plan of a quantization."""
+    """The plan of a quantization. tested: number of test images."""
     assert isinstance(student.model, QuantizedModel)
     sites = student.model.sites
     lines = [
-        f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, on {teacher.device}.",
+        f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, {describe_test(tested)}, "
+        f"on {teacher.device}.",
         f"Protocol: {config.quantizer.sentence}.",
         f"On the grid: the weights of {len(sites.layers)} layers ({sites.numbers / sites.of:.1%} of all parameters), "
         f"and {_count(len(sites.activations), 'activation')}.",
@@ -103,10 +106,13 @@ def describe_cache(cache: ViewCache | None) -> list[str]:
     return [f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB."]
 
 
-def describe_training(model: str, card: DatasetCard, images: int, schedule: Schedule, network: Network) -> list[str]:
-    """The plan of supervised training."""
+def describe_training(
+    model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network
+) -> list[str]:
+    """The plan of supervised training. images, tested: number of training and of test images."""
     return [
-        f"Plan: training {model} on {images:,} images of {describe_images(card)}, on {network.device}: "
+        f"Plan: training {model} on {images:,} images of {describe_images(card)}, {describe_test(tested)}, "
+        f"on {network.device}: "
         f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
         *describe_network(network),
     ]
@@ -115,6 +121,11 @@ def describe_training(model: str, card: DatasetCard, images: int, schedule: Sche
 def describe_images(card: DatasetCard) -> str:
     """Name, shape and classes of the images."""
     return f"{card.name}, {'x'.join(map(str, card.shape))}, {card.num_classes} classes"
+
+
+def describe_test(images: int) -> str:
+    """The number of test images."""
+    return f"tested on {_count(images, 'image')}" if images else "without a test set"
 
 
 def describe_normalisation(network: Network) -> str:
@@ -130,6 +141,19 @@ def describe_normalisation(network: Network) -> str:
 def describe_notes(network: Network) -> list[str]:
     """What was guessed, converted or left out when the network was built."""
     return [f"The {network.name}: {note}." for note in network.notes]
+
+
+def check_order(network: Network, card: DatasetCard) -> list[str]:
+    """A warning if the file of the network's weights and the data card name the classes differently."""
+    stated = network.metadata.get("classes")
+    pairs = zip(stated if isinstance(stated, (list, tuple)) else (), card.classes)
+    for number, (theirs, ours) in enumerate(pairs):
+        if composed(str(theirs)) != ours:
+            return [
+                f"[Alarm] Class {number} is {theirs} in the file of the {network.name}'s weights but {ours} in the "
+                "data card; list `classes` in the order of the file in the card."
+            ]
+    return []
 
 
 def describe_network(network: Network) -> list[str]:

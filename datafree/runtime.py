@@ -11,6 +11,8 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 from types import FrameType
@@ -96,6 +98,16 @@ def load_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     for index, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
         torch.cuda.set_rng_state(gpu_state, index)
+
+
+@contextmanager
+def same_rng() -> Iterator[None]:
+    """After the block, all global random number generators are in the state that they were in before it."""
+    state = rng_state()
+    try:
+        yield
+    finally:
+        load_rng_state(state)
 
 
 def autocast(device: torch.device, precision: str) -> torch.autocast:

@@ -2,21 +2,24 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from datafree import checkpoint
 from datafree.augment import CropFlip
+from datafree.config import Data
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
-from datafree.errors import InputError
+from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
-from datafree.models.factory import find_model
+from datafree.models.factory import check_model
 from datafree.network import Network
-from datafree.plan import describe_normalisation, describe_notes
+from datafree.plan import check_order, describe_normalisation, describe_notes
 from datafree.plugins import digest, short_name
-from datafree.runtime import autocast, choose_device, require_compiler, seed_everything, set_threads
+from datafree.runtime import autocast, choose_device, require_compiler, same_rng, seed_everything, set_threads
 
 PIXELS_AT_ONCE = 500 * 128 * 128  # of an evaluation: 500 images at most, and fewer large ones
 OWN = "own"  # in place of a file: the weights that the model's factory brings
@@ -25,10 +28,13 @@ OWN = "own"  # in place of a file: the weights that the model's factory brings
 class Session:
     """The surroundings of one run: device, data card, augmentation, test split.
 
+    Mistakes are found in the order of what it costs to find them: names of models and files of weights, then the card,
+    the networks, and at last the images.
+
     config: of any program, with the sections run and data. derive_card: whether the training images may be opened to
     derive the card of an unknown data set. write: whether files may be written: a derived card, a download.
     digests: option -> hash of the contents of the file that it names; the result depends on these and not on the name.
-    notes: what should be known of the data that were loaded, as sentences for the log.
+    notes: what should be known of the data that were loaded, and of their classes, as sentences for the log.
     """
 
     def __init__(self, config: Any, derive_card: bool = False, write: bool = True):
@@ -39,6 +45,10 @@ class Session:
             require_compiler(self.device)
         if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
+        for model, weights in config.networks():
+            check_model(model)
+            if weights not in ("", OWN):
+                checkpoint.require_file(checkpoint.weights_file(weights))
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         self.card = resolve_card(
@@ -48,12 +58,24 @@ class Session:
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
         self.notes: list[str] = []
-        self.test = self.split("test") if self.data.eval == "test" else None
+        if self.data.card and self.data.dataset not in (Data.dataset, self.card.name):
+            self.notes.append(
+                f"The data set is {self.card.name}, as {self.data.card} names it, not {self.data.dataset}."
+            )
+
+    @cached_property
+    def test(self) -> Split | None:
+        """The test split, which is read when it is first asked for; None with --eval none."""
+        return self.split("test") if self.data.eval == "test" else None
 
     def split(self, name: str) -> Split:
-        """The ``train`` or ``test`` split of the data set, on the device."""
+        """The ``train`` or ``test`` split of the data set, on the device.
+
+        The random states are the same afterwards, whatever a user-defined loader draws.
+        """
         download = self.data.download and self.write
-        split = load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers)
+        with same_rng():
+            split = load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers)
         self.notes += split.notes
         return split
 
@@ -76,10 +98,11 @@ class Session:
         names of the modules that give its stages.
         """
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
-        if weights and weights != OWN:
-            network = Network.from_file(weights, model, self.card, key=key, **options)
-        else:
-            network = Network.build(model, self.card, pretrained=weights == OWN, **options)
+        with out_of_memory_in(f"the trial of the {role}", "--image_size"):
+            if weights and weights != OWN:
+                network = Network.from_file(weights, model, self.card, key=key, **options)
+            else:
+                network = Network.build(model, self.card, pretrained=weights == OWN, **options)
         if weights:
             tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
             # As bytes, because NumPy has no bfloat16.
@@ -92,6 +115,7 @@ class Session:
                 + " (one output)" * (network.tap.num_classes == 1)
                 + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
+        self.notes += check_order(network, self.card)
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)
@@ -101,7 +125,6 @@ class Session:
         options = self.config.teacher
         weights: str | Path = options.teacher_weights
         if not weights:
-            find_model(options.teacher)  # an unknown name is reported before a missing file
             weights = published_weights(self.card.name, options.teacher)
             if not weights.exists():
                 raise InputError(
@@ -123,22 +146,15 @@ class Session:
         if self.test is None:
             return None
         network.eval()
-        gpus = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=gpus):
+        with same_rng():
             batch_size = max(1, min(500, PIXELS_AT_ONCE // (self.card.height * self.card.width)))
             return evaluate(network, self.test, batch_size, network.name, remedy)
 
-    def evaluate_only(self, network: Network, option: str, weights: str) -> None:
-        """Print the test accuracy of ``network``, whose ``weights`` were given by ``option``."""
-        if self.test is None:
-            raise InputError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
-        if not weights:
-            raise InputError(
-                f"--evaluate_only has nothing to evaluate; name the weights by {option} (a teacher is evaluated by "
-                "train_scratch.py --evaluate_only, with --model, --weights, --mean and --std)"
-            )
+    def evaluate_only(self, network: Network) -> None:
+        """Print the test accuracy of ``network``."""
+        scores = self.score(network) or {}
         print("\n".join([*self.notes, *describe_notes(network), describe_normalisation(network)]))
-        print(f"[Eval] {network.name} on {self.card.name}: {scores_line(self.score(network) or {})}")
+        print(f"[Eval] {network.name} on {self.card.name}: {scores_line(scores)}")
 
 
 def published_weights(dataset: str, model: str) -> Path:

@@ -65,6 +65,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             session.run,
             evaluate=(lambda: session.score(network, OF_DIVERGENCE) or {}) if session.test else None,
             monitor=training.monitor,
+            classes=session.card.classes,
             metadata=weights_metadata(session, network, training.model, here["commit"]),
         )
         resume(session, engine)
@@ -103,6 +104,7 @@ def weights_metadata(session: Session, network: Network, model: str, commit: str
         "model": model,
         "dataset": session.card.name,
         "num_classes": network.num_classes,
+        "classes": list(session.card.classes),
         "shape": list(network.shape),
         "mean": network.mean.flatten().tolist(),
         "std": network.std.flatten().tolist(),

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -162,13 +163,14 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(distil, capsys, tmp_path):
     assert "8 rounds of 3 synthesis steps, and 24 student steps of 32 views; 128 images" in out
     assert "no training image is opened" in out
     assert (
-        f"Plan: distilling {nets.name('tiny')} -> {nets.name('small')} on digits, 1x16x16, 10 classes, on cpu." in out
+        f"Plan: distilling {nets.name('tiny')} -> {nets.name('small')} on digits, 1x16x16, 10 classes, "
+        "tested on 355 images, on cpu." in out
     )
     assert re.search(
         r"The teacher nets-tiny \(dataset digits, epoch 12, acc1 \d\d\.\d\d\) normalises images by mean", out
     )
     scratch("--model", nets.name("tiny"), "--dry_run")
-    assert "1,442 images of digits" in capsys.readouterr().out
+    assert "1,442 images of digits, 1x16x16, 10 classes, tested on 355 images, on cpu: " in capsys.readouterr().out
     assert files(tmp_path) == []
     write_images(tmp_path / "data" / "own" / "train")
     write_images(tmp_path / "data" / "own" / "test")
@@ -197,9 +199,9 @@ def test_evaluation_alone_needs_no_teacher(distil, capsys, tmp_path, monkeypatch
     assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
     scratch("--model", nets.name("tiny"), "--weights", teacher, "--evaluate_only")
     assert accuracy(capsys.readouterr().out) > 80 and files(tmp_path) == []
-    assert "leave --eval test" in refused(distil, "--evaluate_only", "--eval", "none")
-    assert "--student_weights" in refused(distil, "--evaluate_only")  # or it would judge random weights
-    assert "--weights" in refused(scratch, "--model", nets.name("tiny"), "--evaluate_only")
+    assert "leave --eval test" in refused(distil, "--evaluate_only", "--eval", "none", code=2)
+    assert "--student_weights" in refused(distil, "--evaluate_only", code=2)  # or it would judge random weights
+    assert "--weights" in refused(scratch, "--model", nets.name("tiny"), "--evaluate_only", code=2)
     assert "0 to 1" in refused(distil, "--teacher_mean", "125,123,113", code=2)
 
 
@@ -419,7 +421,7 @@ def test_the_training_images_are_loaded_by_the_control_alone(method, distil, mon
     loaded, load = [], session.load_split
     monkeypatch.setattr(session, "load_split", lambda *given: loaded.append(given[2]) or load(*given))
     distil("--epochs", 1, method=method)
-    assert loaded == ["test"] + ["train"] * (method == "real")
+    assert sorted(loaded) == ["test"] + ["train"] * (method == "real")
 
 
 def test_no_data_at_all(untrained, tmp_path, monkeypatch):
@@ -581,8 +583,8 @@ def test_data_that_cannot_be_used(refused, untrained, shapes, tmp_path):
     def given(*words):
         return refused(untrained, "--dataset", "shapes", *words)
 
-    assert "nearest: shapes" in refused(call, datafree_kd, "--dataset", "shapse", code=2)
-    line = given("--dataset", "cifar10", "--download", "false")
+    assert "nearest: shapes" in refused(untrained, "--dataset", "shapse", code=2)
+    line = refused(partial(untrained, classes=10), "--dataset", "cifar10", "--download", "false")
     assert "no test images of cifar10" in line and "--data_root" in line and "--eval none" in line
     (test / "cross" / "0.png").write_bytes((test / "cross" / "1.png").read_bytes()[:60])
     line = given()
@@ -598,7 +600,61 @@ def test_data_that_cannot_be_used(refused, untrained, shapes, tmp_path):
     (shapes / "card.yaml").unlink()
     line = given()
     assert "no data card" in line and "train_scratch.py --dataset shapes" in line and "--card" in line
-    assert "class folders" in refused(call, train_scratch, "--dataset", "shapes", "--model", "resnet8")
+    assert "there is no folder" in refused(call, train_scratch, "--dataset", "shapes", "--model", "resnet8")
+
+
+def test_mistakes_are_found_in_the_order_of_their_cost(weights, refused, tmp_path, monkeypatch):
+    """Names of models and files of weights before a card is derived, networks before images are looked for."""
+    monkeypatch.chdir(tmp_path)
+    write_images(tmp_path / "data" / "own" / "train")
+    given = ("--dataset", "own", "--data_root", "data")
+    assert "resnet88" in refused(call, train_scratch, *given, "--model", "resnet88", code=2)
+    assert "none.py" in refused(call, train_scratch, *given, "--model", "none.py:net")
+    assert "none.pth" in refused(call, train_scratch, *given, "--model", "resnet8", "--weights", "none.pth")
+    assert not (tmp_path / "data" / "own" / "card.yaml").exists()
+    given = ("--dataset", "mnist", "--download", "false", "--teacher", "resnet8")
+    assert "resnet88" in refused(call, datafree_kd, *given, "--student", "resnet88", code=2)
+    assert "mnist_resnet8.pth" in refused(call, datafree_kd, *given, "--student", "resnet8")
+    given = (*given[:-1], nets.name("tiny"), "--student", "resnet8", "--teacher_weights")
+    assert "none.pth" in refused(call, datafree_kd, *given, "none.pth")
+    assert "does not fit" in refused(call, datafree_kd, *given, weights("plain", 10, 1))
+    given = (*given, weights("tiny", 10, 1))
+    no_term = ("--bn", 0, "--oh", 0, "--adv", 0, "--triplet", 0)
+    assert "no synthesis term" in refused(call, datafree_kd, *given, *no_term)
+    assert "no test images of mnist" in refused(call, datafree_kd, *given)
+
+
+def test_images_that_no_memory_holds_are_one_sentence(weights, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    SHAPES.to_yaml(tmp_path / "card.yaml")
+    given = ("--card", "card.yaml", "--eval", "none", "--teacher", nets.name("tiny"), "--teacher_weights", weights())
+    line = refused(call, datafree_kd, *given, "--image_size", 10**7)
+    assert "out of memory during the trial of the student; lower --image_size" in line
+
+
+def test_a_card_that_is_of_another_data_set_is_called_out(untrained, shapes, capsys):
+    untrained("--card", shapes / "card.yaml", "--dataset", "digits", "--dry_run")
+    assert f"The data set is shapes, as {shapes / 'card.yaml'} names it, not digits." in capsys.readouterr().out
+    untrained("--card", shapes / "card.yaml", "--dataset", "shapes", "--dry_run")
+    assert "The data set is" not in capsys.readouterr().out
+
+
+def test_classes_in_another_order_than_the_teachers_are_called_out(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for split in ("train", "test"):
+        write_images(tmp_path / "data" / "shapes" / split)
+    tiny = ("--model", nets.name("tiny"), "--threads", 1, "--dataset", "shapes")
+    call(train_scratch, *tiny, "--epochs", 1)
+    weights = tmp_path / "checkpoints" / "pretrained" / "shapes_nets-tiny.pth"
+    for classes, alarm in (
+        (("circle", "cross", "square"), None),
+        ((), None),
+        (("circle", "square", "cross"), "Class 1 is cross in the file of the model nets-tiny's weights but square in"),
+    ):
+        replace(SHAPES, classes=classes).to_yaml("card.yaml")
+        capsys.readouterr()
+        call(train_scratch, *tiny, "--weights", weights, "--evaluate_only", "--card", "card.yaml")
+        assert ("[Alarm] Class" in (printed := capsys.readouterr().out)) == bool(alarm) and (alarm or "") in printed
 
 
 def test_folders_for_the_output_that_cannot_be_used(distil, refused, tmp_path):

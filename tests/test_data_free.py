@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import pickle
+import random
 import struct
 import sys
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from datafree.datasets.cards import CARDS, DatasetCard
 from datafree.datasets.loading import load_split
 from datafree.datasets.splits import TensorSplit
 from datafree.errors import InputError
+from datafree.runtime import rng_state
 from datafree.session import Session
 
 opened: list[str] | None = None  # while files are recorded; an audit hook cannot be removed
@@ -233,6 +235,23 @@ def test_all_of_cifars_training_files_are_joined_in_order(tmp_path, monkeypatch)
     assert torch.equal(train.images, torch.from_numpy(expected)) and train.labels.tolist() == list(range(10)) * 5
 
 
+def test_files_of_mnist_that_do_not_belong_together_are_refused(tmp_path, monkeypatch):
+    mnist(tmp_path, CARDS["mnist"], monkeypatch)
+    labels_file = tmp_path / "MNIST" / "raw" / "t10k-labels-idx1-ubyte"
+    labels_file.write_bytes(struct.pack(">II", 0x801, 20) + bytes(20))
+    with pytest.raises(InputError, match="MNIST/raw/t10k-.*-ubyte hold 10 images but 20 labels"):
+        load_split(CARDS["mnist"], tmp_path, "test", download=False)
+
+
+@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10", "cifar100"])
+def test_absent_files_are_told_in_words_of_the_options(name, tmp_path):
+    pytest.importorskip("scipy")  # which SVHN needs
+    with pytest.raises(InputError) as caught:
+        load_split(CARDS[name], tmp_path, "test", download=False)
+    assert "--download false and a dry run download nothing" in str(caught.value)
+    assert "download=True" not in str(caught.value)
+
+
 def test_only_the_needed_files_of_mnist_are_downloaded(tmp_path, monkeypatch):
     images, wanted = pixels(0, 10, 28, 28), []
 
@@ -273,6 +292,27 @@ def test_a_test_set_does_not_change_the_training(method, distil):
         assert same(tested[part], untested[part]), part
 
 
+RANDOM_LOADER = """
+import random
+import numpy as np
+import torch
+
+def load(data_root, split):
+    torch.manual_seed(5), random.seed(5), np.random.seed(5)
+    return np.random.randint(256, size=(10, 1, 16, 16), dtype=np.uint8), range(10)
+"""
+
+
+def test_a_loader_that_draws_at_random_does_not_change_the_training(distil, tmp_path):
+    (tmp_path / "mine.py").write_text(RANDOM_LOADER)
+    replace(CARDS["digits"], loader=f"{tmp_path}/mine.py:load").to_yaml(tmp_path / "card.yaml")
+    tested, untested = (
+        checkpoint_of(distil("--epochs", 1, "--eval", test_set, "--card", "card.yaml", tag=test_set))
+        for test_set in ("test", "none")
+    )
+    assert same(tested["learner"], untested["learner"]) and same(tested["rng"], untested["rng"])
+
+
 @pytest.mark.parametrize("side, most", [(32, 500), (128, 500), (512, 31)])
 def test_large_images_are_evaluated_a_few_at_a_time(side, most, monkeypatch):
     sizes = []
@@ -294,11 +334,11 @@ def test_evaluating_a_network_that_draws_at_random_changes_no_later_draw():
         name = "network"
 
         def forward(self, images):
-            return torch.rand(len(images), 10)
+            return torch.rand(len(images), 10) + np.random.rand() + random.random()
 
     session = Session.__new__(Session)
     session.device, session.card = torch.device("cpu"), CARDS["digits"]
     for session.test in (TensorSplit(torch.zeros(4, 1, 16, 16, dtype=torch.uint8), torch.arange(4), 10), None):
-        state = torch.get_rng_state()
+        state = rng_state()
         session.score(Random())
-        assert torch.equal(torch.get_rng_state(), state)
+        assert same(rng_state(), state)

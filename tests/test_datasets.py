@@ -1,9 +1,12 @@
 import hashlib
+import os
 import re
 import struct
 import tracemalloc
 import unicodedata
 import urllib.error
+import warnings
+import zlib
 from dataclasses import replace
 
 import numpy as np
@@ -85,6 +88,8 @@ def test_card_reads_exponents(tmp_path):
     "key, value, message",
     [
         ("name", "''", "needs a name"),
+        ("name", "a/b", "without slashes"),
+        ("name", "..", "without slashes"),
         ("channels", "0", "channels of the data card own must be a whole number"),
         ("height", "6.5", "height .* not 6.5"),
         ("width", "true", "width .* not True"),
@@ -92,6 +97,9 @@ def test_card_reads_exponents(tmp_path):
         ("mean", "[0.5]", "mean .* has 1 numbers"),
         ("mean", "[125.3, 123.0, 113.9]", r"mean .* images in \[0, 1\]"),
         ("mean", "0.5", "mean must be a list"),
+        ("mean", "'101'", "mean must be a list"),
+        ("mean", "[true, no, 0.5]", "mean must be a list"),
+        ("std", "[0.2, 1e-9, 0.2]", "std above 0 .at least 1e-06"),
         ("std", "[0.2, 0, 0.2]", "std above 0"),
         ("std", "[a, b, c]", "std must be a list"),
         ("std", "[.nan, 0.2, 0.2]", r"std .* images in \[0, 1\]"),
@@ -110,7 +118,13 @@ def test_bad_card_is_one_sentence(tmp_path, key, value, message):
 
 
 @pytest.mark.parametrize(
-    "text, message", [("name: own", "channels, height, .* missing"), ("- 1", "key: value"), ("a: [", "not valid YAML")]
+    "text, message",
+    [
+        ("name: own", "channels, height, .* missing"),
+        ("- 1", "key: value"),
+        ("a: [", "not valid YAML"),
+        ("mean: [0.5]\nname: own\nmean: [0.4]", "states mean more than once .*line 3"),
+    ],
 )
 def test_broken_card_file(tmp_path, text, message):
     path = tmp_path / "card.yaml"
@@ -159,7 +173,33 @@ def test_digits_are_enlarged_bilinearly(tmp_path):
     assert pixels.std().item() == pytest.approx(card.std[0], abs=1e-4)
 
 
-# Folders
+# Names of data sets, and their folders
+
+
+@pytest.mark.parametrize("given", ["data/own", "own/", "./own", "own/train", ".", "/tmp"])
+def test_a_path_is_no_name_of_a_data_set(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    write_folder(tmp_path / "data" / "own", splits=("train",))
+    parts = {"own/train": ("data/own", "train"), ".": (tmp_path.parent, tmp_path.name), "/tmp": ("/", "tmp")}
+    root, name = parts.get(given, ("data", "own"))
+    with pytest.raises(OptionError, match=f"--dataset {given} is a path, .* --data_root {root} --dataset {name}$"):
+        resolve_card(given, "data", may_derive=True)
+
+
+def test_a_data_root_that_is_none(tmp_path):
+    write_folder(tmp_path / "own", splits=("train",))
+    with pytest.raises(OptionError, match=f"own is a data set itself; .*: --data_root {tmp_path} --dataset own$"):
+        resolve_card("own", tmp_path / "own", may_derive=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(OptionError, match="file is no folder; give the one that contains the data sets"):
+        resolve_card("cifar10", tmp_path / "file")
+
+
+@pytest.mark.parametrize("given, nearest", [("CIFAR10", "cifar10"), ("Flower", "flowers"), ("MNIST", "mnist")])
+def test_the_nearest_names_are_named_in_any_case(tmp_path, given, nearest):
+    write_folder(tmp_path / "flowers", splits=("train",))
+    with pytest.raises(OptionError, match=f"--dataset {given} is neither .*nearest: {nearest}"):
+        resolve_card(given, tmp_path)
 
 
 @pytest.mark.parametrize("test_folder", ["test", "val"])
@@ -179,11 +219,13 @@ def test_folder_takes_precedence_over_torchvision(tmp_path):
     split = load_split(CARDS["cifar10"], tmp_path, "test", download=False)
     assert split.labels.tolist() == list(range(10))
     assert np.array_equal(split.images[7].permute(1, 2, 0).numpy(), written["test", "class7", 0])
-    with pytest.raises(InputError, match="train holds 0 class folders"):
+    with pytest.raises(InputError, match="there is no folder .*cifar10/train .found in .*cifar10: test.; arrange"):
         load_split(CARDS["cifar10"], tmp_path, "train", download=False)
 
 
-@pytest.mark.parametrize("suffix", "png jpg jpeg JPEG jfif webp bmp dib tif tiff TIF ppm pgm gif tga jp2 ico".split())
+@pytest.mark.parametrize(
+    "suffix", "png jpg jpeg JPEG jfif mpo webp bmp dib tif tiff TIF ppm pgm gif tga jp2 ico".split()
+)
 def test_every_format_is_read_and_resized_to_the_card(tmp_path, suffix):
     if f".{suffix.lower()}" not in Image.registered_extensions():
         pytest.skip("this Pillow lacks the format")
@@ -197,7 +239,51 @@ def test_every_format_is_read_and_resized_to_the_card(tmp_path, suffix):
     assert (split.images.int() - 100).abs().max() <= 2
     place, notes = tmp_path / "own" / "test", " ".join(split.notes)
     assert f"2 of 2 images in {place} were resized to 5x6 pixels." in notes
-    assert f"4 files in {place} are not read: 2 hidden, 2 .txt." in notes
+    assert f"Not read in {place}: 2 hidden, 2 .txt." in notes
+
+
+def test_an_image_without_a_suffix_is_known_by_its_contents(tmp_path):
+    written = write_folder(tmp_path / "own", splits=("test",))
+    for path in (tmp_path / "own" / "test").rglob("*.png"):
+        path.rename(path.with_suffix(""))
+    (tmp_path / "own" / "test" / "cat" / "README").write_text("of the photographer")
+    split = load_split(CARD, tmp_path, "test")
+    assert torch.equal(split.images[5].permute(1, 2, 0), torch.from_numpy(written["test", "dog", 2]))
+    assert f"Not read in {tmp_path}/own/test: 1 without a suffix." in split.notes
+
+
+def write_deep_png(path):
+    """A PNG of 16 bits per channel, which Pillow cannot write in colour."""
+    rows = b"".join(b"\0" + random_pixels(0, (5 * 3 * 2,)).tobytes() for _ in range(6))
+    header = struct.pack(">IIBBBBB", 5, 6, 16, 2, 0, 0, 0)
+    path.write_bytes(b"\x89PNG\r\n\x1a\n")
+    with path.open("ab") as file:
+        for kind, content in ((b"IHDR", header), (b"IDAT", zlib.compress(rows)), (b"IEND", b"")):
+            file.write(struct.pack(">I", len(content)) + kind + content)
+            file.write(struct.pack(">I", zlib.crc32(kind + content)))
+
+
+@pytest.mark.parametrize("height, width", [(6, 5), (130, 130)])  # in memory, and on demand
+def test_what_is_changed_or_left_out_in_an_image_is_counted(tmp_path, height, width):
+    write_folder(tmp_path / "own", splits=("test",))
+    place = tmp_path / "own" / "test" / "cat"
+    frames = [Image.new("RGB", (5, 6), (level, 0, 0)) for level in (0, 200)]
+    frames[0].save(place / "moving.gif", save_all=True, append_images=frames[1:])
+    Image.new("RGBA", (5, 6)).save(place / "clear.png")
+    Image.new("P", (5, 6)).save(place / "clear.gif", transparency=0)
+    turned = Image.new("RGB", (5, 6)).getexif()
+    turned[0x0112] = 6
+    frames[0].save(place / "turned.jpg", exif=turned)
+    write_deep_png(place / "deep.png")
+    notes = load_split(replace(CARD, height=height, width=width), tmp_path, "test").notes
+    for count, change in (
+        (1, "read without their further frames or pages"),
+        (2, "read without their transparency"),
+        (1, "reduced from 16 to 8 bits per channel"),
+        (1, "not turned as their EXIF data ask"),
+        *([(11, "scaled and cropped to 130x130 pixels")] if height == 130 else []),
+    ):
+        assert any(re.search(f"^{count} of 11 images .* (were|are) {change}.$", note) for note in notes), change
 
 
 def test_colour_becomes_grey_for_a_grey_card(tmp_path):
@@ -225,6 +311,17 @@ def test_tiny_imagenet_in_its_original_layout(tmp_path):
     assert test.labels.tolist() == [0, 0, 1, 1] and test.images[:, 0, 0, 0].tolist() == [1, 3, 0, 2]
 
 
+def test_a_test_folder_without_classes_leaves_the_test_to_val(tmp_path):
+    """As in Tiny-ImageNet with its validation images sorted by class, and in sets whose test has no labels."""
+    root = tmp_path / "tiny-imagenet-200"
+    for k, name in enumerate(("n01", "n02")):
+        write_image(root / "val" / name / "images" / "0.png", np.full((64, 64, 3), k, np.uint8))
+    write_image(root / "test" / "images" / "0.png", random_pixels(0, (64, 64, 3)))
+    split = load_split(DatasetCard("tiny_imagenet", 3, 64, 64, 2, (0.5,) * 3, (0.25,) * 3), tmp_path, "test")
+    assert split.images[:, 0, 0, 0].tolist() == split.labels.tolist() == [0, 1]
+    assert f"The test images are those of {root}/val; {root}/test is not read." in split.notes
+
+
 def test_broken_image_is_named(tmp_path):
     write_folder(tmp_path / "own")
     path = tmp_path / "own" / "test" / "dog" / "1.png"
@@ -246,6 +343,33 @@ def test_too_few_classes(tmp_path, classes):
     (tmp_path / "own" / "test").mkdir(parents=True)
     write_folder(tmp_path / "own", classes=classes, splits=("test",))
     with pytest.raises(InputError, match=f"holds {len(classes)} class folders but at least 2.*--eval none"):
+        load_split(CARD, tmp_path, "test")
+
+
+@pytest.mark.parametrize("found", ["Train, Val", "training, validation", "cat, dog", "own"])
+def test_another_layout_is_named(tmp_path, found):
+    for name in found.split(", "):
+        write_image(tmp_path / "own" / name / "0.png", random_pixels(0, (6, 5, 3)))
+    with pytest.raises(InputError, match=f"there is no folder .*own/train .found in .*own: {found}.; arrange the"):
+        derive_card("own", tmp_path / "own")
+    (tmp_path / "own").rename(tmp_path / "train")
+    if found == "own":
+        with pytest.raises(InputError, match="train holds 1 class folders but at least 2 .* .found in .*train: own.;"):
+            derive_card("own", tmp_path)
+
+
+def test_images_of_one_value_have_no_card(tmp_path):
+    for name in ("cat", "dog"):
+        write_image(tmp_path / "own" / "train" / name / "0.png", np.full((6, 5, 3), 7, np.uint8))
+    with pytest.raises(InputError, match="all pixels of a channel have the same value in the 2 images sampled from"):
+        resolve_card("own", tmp_path, may_derive=True)
+    assert not (tmp_path / "own" / "card.yaml").exists()
+
+
+def test_a_huge_image_is_refused(tmp_path, monkeypatch):
+    write_folder(tmp_path / "own", splits=("test",), shape=(30, 30, 3))
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 400)
+    with pytest.raises(InputError, match="cat.0.png .more than 800 pixels.; replace or remove it"):
         load_split(CARD, tmp_path, "test")
 
 
@@ -371,6 +495,21 @@ def test_names_are_compared_in_one_unicode_form(tmp_path, card_form, folder_form
     assert derived.classes == ("café", "zoë") == DatasetCard.from_yaml(tmp_path / "own" / "card.yaml").classes
 
 
+def test_folders_that_differ_in_their_unicode_form_are_one_class(tmp_path):
+    write_classes(tmp_path / "own", [unicodedata.normalize(form, "café") for form in ("NFC", "NFD")] + ["x"])
+    split = load_split(CARD, tmp_path, "test")
+    assert split.labels.tolist() == [0, 0, 1]
+    place = tmp_path / "own" / "test"
+    assert f"Folders of {place} that differ in the Unicode form of their names are one class: café." in split.notes
+
+
+def test_a_name_in_another_encoding_is_refused(tmp_path):
+    write_classes(tmp_path / "own", "xy")
+    os.mkdir(os.fsencode(tmp_path / "own" / "test") + b"/caf\xe9")
+    with pytest.raises(InputError, match=r"'.*test/caf\\udce9' is not in UTF-8; rename it"):
+        load_split(CARD, tmp_path, "test")
+
+
 def test_words_of_a_card_stay_words(tmp_path):
     path = tmp_path / "card.yaml"
     names = ["no", "yes", "On", "010", "1_0", "0x1F", "1e3", "1:30", "~", "null", "2024-01-01", "3.0"]
@@ -391,6 +530,7 @@ def test_words_of_a_card_stay_words(tmp_path):
         ("{0: cat, 1: dog}", "classes must be a list of names"),
         ("cat dog", "classes must be a list of names"),
         ("[[cat], dog]", "classes must be a list of names"),
+        ("['', dog]", "classes must be a list of names"),
         ("[cat, cat]", "names the class cat more than once"),
         ("[cat]", "names 1 classes but num_classes is 2"),
     ],
@@ -413,14 +553,18 @@ def test_images_in_folders_below_the_class_are_read_and_other_files_counted(tmp_
     (root / "cat" / "loop").symlink_to(root / "cat")
     write_image(root / "cat" / ".ipynb_checkpoints" / "0.png", random_pixels(9, (6, 5, 3)))
     write_image(root / "stray.png", random_pixels(9, (6, 5, 3)))
+    (root / "emu").symlink_to(tmp_path / "nowhere")
     for name in ("a.heic", "b.heic", "c.npy", "README"):
         (root / "dog" / name).write_bytes(b"x")
     split = load_split(CARD, tmp_path, "test")
     assert split.labels.tolist() == [0, 0, 0, 1, 1] and len(written) == 4
     assert torch.equal(split.images[2].permute(1, 2, 0), torch.from_numpy(random_pixels(9, (6, 5, 3))))
-    (note,) = (note for note in split.notes if "not read" in note)
-    assert note.startswith(f"6 files in {root} are not read: 2 .heic, ")
-    assert all(kind in note for kind in ("1 .npy", "1 without a suffix", "1 hidden", "1 outside the class folders"))
+    (note,) = (note for note in split.notes if "Not read" in note)
+    assert note.startswith(f"Not read in {root}: 2 .heic, ")
+    assert all(
+        kind in note
+        for kind in ("1 .npy", "1 without a suffix", "1 hidden", "1 outside the class folders", "1 broken links")
+    )
 
 
 def test_images_that_tiny_imagenets_annotations_lack_are_counted(tmp_path):
@@ -430,7 +574,7 @@ def test_images_that_tiny_imagenets_annotations_lack_are_counted(tmp_path):
     (root / "val_annotations.txt").write_text("0.png\tn1\n1.png\tn2\n")
     card = DatasetCard("tiny_imagenet", 3, 64, 64, 2, (0.5,) * 3, (0.25,) * 3)
     notes = " ".join(load_split(card, tmp_path, "test").notes)
-    assert f"1 files in {root} are not read: 1 without an annotation." in notes
+    assert f"Not read in {root}: 1 without an annotation." in notes
 
 
 def test_a_class_of_files_that_are_not_read(tmp_path):
@@ -745,6 +889,23 @@ def test_a_card_may_name_the_function_that_loads_its_images(tmp_path):
         load_split(replace(CARD, loader=f"{tmp_path / 'mine.py'}:wrong"), tmp_path, "test")
     with pytest.raises(InputError, match="states"):
         load_split(replace(card, height=7), tmp_path, "test")
+
+
+def test_a_loader_comes_before_folders_and_may_return_any_view(tmp_path):
+    (tmp_path / "mine.py").write_text(
+        "import numpy as np\n\ndef load(data_root, split):\n"
+        "    return np.load(data_root / 'images.npy', mmap_mode='r')[..., ::-1].transpose(0, 3, 1, 2), (1, 0)\n"
+    )
+    write_folder(tmp_path / "own", splits=("test",))
+    pixels = random_pixels(0, (2, 6, 5, 3))
+    np.save(tmp_path / "images.npy", pixels)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        split = load_split(replace(CARD, loader=f"{tmp_path / 'mine.py'}:load"), tmp_path, "test")
+    assert np.array_equal(split.images.permute(0, 2, 3, 1).numpy(), pixels[..., ::-1]) and split.labels.tolist() == [
+        1,
+        0,
+    ]
 
 
 @pytest.mark.parametrize("given", [[0, 0, 2], [0, 3, 1], [-1, 0, 1]])

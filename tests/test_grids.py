@@ -68,6 +68,9 @@ def test_a_grid_reads_by_class(targets, captions, columns):
     shown, names, width = grid_rows(images, targets)
     assert names == captions and width == columns
     if targets is not None:
+        named = grid_rows(images, targets, ["tabby cat", "crème brûlée", "Ж"] + ["x"] * 5)[1]
+        expected = ["0: tabby cat", "1: creme brulee", "2: "]  # the font has no other letters than these
+        assert named == [expected[k] if k < 3 else f"{k}: x" for k in targets.unique().tolist()]
         assert (shown[:, 0, 0, 0].view(-1, width) * 10).round().tolist() == [
             [float(name.split()[1])] * width for name in captions
         ]

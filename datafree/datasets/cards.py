@@ -1,6 +1,7 @@
 """Data cards: all that distillation needs to know about a data set in place of its training images."""
 
 import unicodedata
+from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
 from pathlib import Path
@@ -9,6 +10,8 @@ from typing import Any
 import yaml
 
 from datafree.errors import InputError
+
+SMALLEST_STD = 1e-6
 
 
 @dataclass(frozen=True)
@@ -35,8 +38,8 @@ class DatasetCard:
     loader: str = ""
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise InputError(f"a data card needs a name (text), not {self.name!r}")
+        if not isinstance(self.name, str) or not is_name(self.name):
+            raise InputError(f"a data card needs a name (text without slashes), not {self.name!r}")
         for key, low in (("channels", 1), ("height", 1), ("width", 1), ("num_classes", 2)):
             value = getattr(self, key)
             if type(value) is not int or value < low:
@@ -50,9 +53,11 @@ class DatasetCard:
                     f"{key} of the data card {self.name} has {len(values)} numbers but the card has "
                     f"{self.channels} channels; give one number per channel"
                 )
-            if not all(isinstance(v, (int, float)) and 0 <= v <= 1 for v in values) or (key == "std" and 0 in values):
+            least = SMALLEST_STD if key == "std" else 0
+            if not all(isinstance(v, (int, float)) and least <= v <= 1 for v in values):
                 raise InputError(
-                    f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], with std above 0"
+                    f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], with std above 0 "
+                    f"(at least {SMALLEST_STD})"
                 )
         if not isinstance(self.loader, str):
             raise InputError(f"loader of the data card {self.name} is the name of a function, not {self.loader!r}")
@@ -100,7 +105,7 @@ class DatasetCard:
         for key in ("mean", "std"):
             values[key] = _numbers(path, key, values[key])
         classes = values.get("classes") or ()
-        if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) for name in classes):
+        if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) and name for name in classes):
             raise InputError(f"{path}: classes must be a list of names in the order of the labels, not {classes!r}")
         values["classes"] = tuple(map(composed, classes))
         beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
@@ -110,6 +115,11 @@ class DatasetCard:
             return cls(**values)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
+
+
+def is_name(text: str) -> bool:
+    """Whether ``text`` can be a data set's name, of which the names of files and folders are made."""
+    return text not in ("", ".", "..") and not set(text) & {"/", "\\"}
 
 
 def composed(name: str) -> str:
@@ -131,10 +141,14 @@ def _read_mapping(path: str | Path) -> dict[Any, Any]:
 
 
 class _CardLoader(yaml.SafeLoader):
-    """Leaves names as they are written: to YAML, `no` is false, `010` is 8 and `1_0` is 10."""
+    """Leaves names as they are written (to YAML, `no` is false, `010` is 8 and `1_0` is 10) and refuses a key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        known: list[Any] = []
         for key, value in node.value:
+            if key.value in known:
+                raise yaml.MarkedYAMLError(problem=f"it states {key.value} more than once", problem_mark=key.start_mark)
+            known.append(key.value)
             if key.value == "name":
                 _as_text(value)
             elif key.value == "classes" and isinstance(value, yaml.SequenceNode):
@@ -150,10 +164,10 @@ def _as_text(node: Any) -> None:
 
 def _numbers(path: str | Path, key: str, values: Any) -> tuple[float, ...]:
     # PyYAML reads 1e-3 as a string, hence float() instead of a type check.
-    try:
-        return tuple(float(value) for value in values)
-    except (TypeError, ValueError):
-        raise InputError(f"{path}: {key} must be a list of one number per channel, not {values!r}") from None
+    if isinstance(values, (list, tuple)) and not any(isinstance(value, bool) for value in values):
+        with suppress(TypeError, ValueError):
+            return tuple(float(value) for value in values)
+    raise InputError(f"{path}: {key} must be a list of one number per channel, not {values!r}")
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -2,6 +2,7 @@
 
 import os
 import re
+import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -24,12 +25,14 @@ SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 WITHOUT = {"train": "", "test": ", or run without a test set: --eval none"}  # remedy to append to a message
 # Of the formats that Pillow knows, those that it cannot decode by itself.
 UNSUITABLE = {"EPS", "WMF", "BUFR", "GRIB", "HDF5", "MPEG"}
+ORIENTATION = 0x0112  # tag of EXIF
 MODES = {1: "L", 3: "RGB"}  # by number of channels
 CONVERTED = {1: "converted to grey", 3: "converted from grey to colour"}
 GREY_MODES = {"1", "L", "LA", "La"}
 SMALL_FILE, LARGE_FILE = 10_000, 1_000_000  # bytes
 CHUNK = 256  # files per task of a thread
-SHOWN = 12  # classes that a message lists
+SHOWN = 12  # names that a message lists
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of large photographs, which are welcome
 
 Groups = dict[str, list[str]]  # name of a class, composed -> paths of its images
 
@@ -50,7 +53,7 @@ class Listing:
 @cache
 def readable() -> dict[str, str]:
     """Suffix of a file, such as ``.png`` -> its format, for all that Pillow decodes by itself."""
-    formats = Image.registered_extensions()
+    formats = {**Image.registered_extensions(), ".mpo": "JPEG"}  # MPO has no decoder but that of JPEG
     return {suffix: name for suffix, name in formats.items() if name in Image.OPEN and name not in UNSUITABLE}
 
 
@@ -64,7 +67,8 @@ def class_folders(folder: Path) -> list[Path]:
 def list_images(root: Path, split: str, card: DatasetCard | None = None) -> Listing:
     """The images of ``root`` for ``split`` ("train" or "test").
 
-    Layouts: ``{train,test}/<class>/**``, where ``val`` may stand for test, and that of Tiny-ImageNet
+    Layouts: ``{train,test}/<class>/**``, where ``val`` stands for a test with fewer than two folders, such as one of
+    images without labels, and that of Tiny-ImageNet
     (``train/<class>/images/*``, ``val/val_annotations.txt``). The label of an image is the position of its class among
     the card's classes, or else among the sorted class names. Raises InputError if the classes are not the card's.
     """
@@ -76,7 +80,12 @@ def list_images(root: Path, split: str, card: DatasetCard | None = None) -> List
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in left_out.most_common())
     classes, notes = _ordered_classes(groups, place, split, card, kinds)
     if kinds:
-        notes.append(f"{left_out.total():,} files in {place} are not read: {kinds}.")
+        notes.append(f"Not read in {place}: {kinds}.")
+    folders = Counter(composed(path.name) for path in class_folders(place))
+    if alike := [name for name, count in folders.items() if count > 1]:
+        notes.append(
+            f"Folders of {place} that differ in the Unicode form of their names are one class: {listed(alike)}."
+        )
     for other in (root / name for name in SPLIT_FOLDERS[split]):
         if other != place and class_folders(other):
             notes.append(f"The {split} images are those of {place}; {other} is not read.")
@@ -88,17 +97,28 @@ def list_images(root: Path, split: str, card: DatasetCard | None = None) -> List
 def _grouped_images(root: Path, split: str) -> tuple[Path, Groups, Counter[str]]:
     """The folder of a split, the images of its class folders, and how many files of each kind are left out."""
     candidates = [root / name for name in SPLIT_FOLDERS[split]]
-    folder = next((path for path in candidates if class_folders(path)), candidates[0])
+    folder = next((path for path in candidates if len(class_folders(path)) > 1), None)
+    folder = folder or next((path for path in candidates if path.is_dir()), candidates[0])
     groups: Groups = {}
     left_out: Counter[str] = Counter()
     for path in class_folders(folder):
+        _check_encoding(path)
         images, others = _images_in(path)
         groups.setdefault(composed(path.name), []).extend(images)
         left_out += others
     for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.startswith(".") or not path.is_dir():
-            left_out["hidden" if path.name.startswith(".") else "outside the class folders"] += 1
+        if path.name.startswith("."):
+            left_out["hidden"] += 1
+        elif not path.is_dir():
+            left_out["outside the class folders" if path.exists() else "broken links"] += 1
     return folder, groups, left_out
+
+
+def _check_encoding(folder: Path) -> None:
+    try:
+        folder.name.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"the name of the folder {ascii(str(folder))} is not in UTF-8; rename it") from None
 
 
 def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -115,11 +135,21 @@ def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(names):
             kind = "hidden" if name.startswith(".") else os.path.splitext(name)[1].lower()
-            if kind in readable():
-                images.append(f"{place}{os.sep}{name}")
+            path = f"{place}{os.sep}{name}"
+            if kind in readable() or (not kind and _is_image(path)):
+                images.append(path)
             else:
                 others[kind or "without a suffix"] += 1
     return images, +others
+
+
+def _is_image(path: str) -> bool:
+    """Whether the contents of a file, whose name does not tell, begin as those of an image."""
+    try:
+        with open_image(path):
+            return True
+    except InputError:
+        return False
 
 
 def _cannot_list(error: OSError) -> None:
@@ -150,8 +180,9 @@ def _ordered_classes(
     stated = card.classes if card else ()
     expected = card.num_classes if card else len(groups)
     if len(groups) < (1 if stated else 2):
+        found = f"{place} holds {len(groups)} class folders but at least 2 are needed" if place.is_dir() else ""
         raise InputError(
-            f"{place} holds {len(groups)} class folders but at least 2 are needed; "
+            f"{found or f'there is no folder {place}'} ({_contents(place if found else place.parent)}); "
             f"arrange the images as {place}/<class>/*.png{WITHOUT[split]}"
         )
     if unknown := sorted(set(filled) - set(stated or filled)):
@@ -171,6 +202,12 @@ def _ordered_classes(
             "the card (--card), or list `classes` in the card, so that those without images are known"
         )
     return classes, [*_order_notes(classes, place, bool(stated)), *_empty_notes(classes, groups, place)]
+
+
+def _contents(folder: Path) -> str:
+    """What is in a folder, to tell other layouts by."""
+    names = sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")) if folder.is_dir() else []
+    return f"found in {folder}: {listed(names) or 'nothing'}"
 
 
 def _order_notes(classes: tuple[str, ...], place: Path, stated: bool) -> list[str]:
@@ -228,7 +265,11 @@ def _formats(suffix: str) -> list[str]:
 
 
 def _unreadable(path: str, error: Exception) -> InputError:
-    reason = "unknown format" if isinstance(error, Image.UnidentifiedImageError) else error
+    reason: object = error.strerror if isinstance(error, OSError) and error.strerror else error
+    if isinstance(error, Image.UnidentifiedImageError):
+        reason = "unknown format"
+    elif isinstance(error, Image.DecompressionBombError):
+        reason = f"more than {2 * (Image.MAX_IMAGE_PIXELS or 0):,} pixels"
     return InputError(f"cannot read the image {path} ({reason}); replace or remove it")
 
 
@@ -237,24 +278,52 @@ def channels_of(image: Image.Image) -> int:
     return 1 if image.mode in GREY_MODES else 3
 
 
+def changes_of(image: Image.Image, path: str, channels: int) -> Counter[str]:
+    """What is changed or left out where an image that is not decoded yet is read as ``channels`` channels.
+
+    Raises InputError, naming the file, for more than 8 bits of grey.
+    """
+    if image.mode[0] in "IF":  # convert() would clip these to white
+        raise InputError(f"the image {path} has more than 8 bits per channel; save it with 8 bits")
+    # The second image of a MPO file is a preview or another eye's view.
+    several = image.format != "MPO" and getattr(image, "is_animated", False)
+    # Pillow turns TIFF by itself, and would decode other formats to look for EXIF data at their end.
+    turned = image.format != "TIFF" and "exif" in image.info and image.getexif().get(ORIENTATION, 1) != 1
+    found = {
+        CONVERTED[channels]: channels_of(image) != channels,
+        "read without their further frames or pages": several,
+        "read without their transparency": image.mode[-1] in "Aa" or "transparency" in image.info,
+        "reduced from 16 to 8 bits per channel": ";16" in str(getattr(image, "tile", "")),
+        "not turned as their EXIF data ask": turned,
+    }
+    return Counter(change for change, applies in found.items() if applies)
+
+
 def read_image(path: str, channels: int) -> tuple[Image.Image, Counter[str]]:
     """The decoded image, converted to 1 (grey) or 3 (RGB) channels, and what was changed or left out.
 
-    Raises InputError, naming the file, if it cannot be read or has more than 8 bits per channel.
+    Raises InputError, naming the file, if it cannot be read.
     """
     with open_image(path) as image:
-        if image.mode[0] in "IF":  # convert() would clip these to white
-            raise InputError(f"the image {path} has more than 8 bits per channel; save it with 8 bits")
-        changes = Counter[str]()
-        if channels_of(image) != channels:
-            changes[CONVERTED[channels]] += 1
         try:
-            # The second image of a MPO file is a preview or another eye's view.
-            if image.format != "MPO" and getattr(image, "is_animated", False):
-                changes["read without their further frames or pages"] += 1
+            changes = changes_of(image, path, channels)
             return image.convert(MODES[channels]), changes
+        except InputError:
+            raise
         except Exception as error:
             raise _unreadable(path, error) from error
+
+
+def changes_in(paths: Sequence[str], shape: tuple[int, int, int]) -> Counter[str]:
+    """How the images are changed where they are read on demand as crops of ``shape`` (C, H, W); by their headers."""
+    channels, height, width = shape
+    changes = Counter[str]()
+    for path in paths:
+        with open_image(path) as image:
+            changes += changes_of(image, path, channels)
+            if image.size != (width, height):
+                changes[f"scaled and cropped to {width}x{height} pixels"] += 1
+    return changes
 
 
 def survey(paths: Sequence[str]) -> tuple[Counter[int], Counter[tuple[int, int]]]:

@@ -3,17 +3,19 @@
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from datafree.datasets.cards import CARDS, DatasetCard, composed
+from datafree.datasets.cards import CARDS, SMALLEST_STD, DatasetCard, composed, is_name
 from datafree.datasets.digits import read_digits
 from datafree.datasets.folders import (
-    CONVERTED,
     MODES,
     SPLIT_FOLDERS,
     WITHOUT,
+    changes_in,
     class_folders,
     decode,
     evenly_spaced,
@@ -45,15 +47,15 @@ def load_split(
 ) -> TensorSplit | LazySplit:
     """The images of ``split`` ("train" or "test") of the data set that ``card`` names.
 
-    Folders ``data_root/<name>/{train,test}/<class>/*`` take precedence, then the card's loader, the digits that ship
-    here, and torchvision's files in ``data_root`` or ``data_root/<name>``; missing ones are downloaded into the latter
-    if ``download``. Returns a TensorSplit on ``device``, or, for folders with images of at least 128x128
-    pixels or more than 4 GiB of pixels, a LazySplit with ``workers`` processes. Raises InputError for data that
-    is missing, corrupt or inconsistent with the card.
+    They come from the card's loader, or else from the first of these that is there: folders
+    ``data_root/<name>/{train,test}/<class>/*``, the digits that ship here, torchvision's files in ``data_root`` or
+    ``data_root/<name>``; missing ones are downloaded into the latter if ``download``. Returns a TensorSplit on
+    ``device``, or, for folders with images of at least 128x128 pixels or more than 4 GiB of pixels, a LazySplit with
+    ``workers`` processes. Raises InputError for data that is missing, corrupt or inconsistent with the card.
     """
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FOLDERS)}, not {split!r}")
-    root = _folder_of(card.name, data_root)
+    root = None if card.loader else _folder_of(card.name, data_root)
     if root:
         return _folder_split(card, root, split, device, workers)
     if card.loader:
@@ -61,18 +63,21 @@ def load_split(
     elif card.name == "digits":
         images, labels, source = *read_digits(split), "the shipped digits"
     elif card.name in TORCHVISION:
-        source = "torchvision's files"
+        source = f"torchvision's files {split_files(card.name, split)}"
         try:
             images, labels = read_torchvision(card.name, Path(data_root), split, download)
         except Missing as error:
-            raise _missing(card.name, data_root, split, f" ({error})") from error
+            reasons = [str(error), "" if download else "--download false and a dry run download nothing"]
+            raise _missing(card.name, data_root, split, f" ({'; '.join(filter(None, reasons))})") from error
     else:
         raise _missing(card.name, data_root, split)
+    if len(images) != len(labels):
+        raise InputError(f"{source} hold {len(images)} images but {len(labels)} labels; they do not belong together")
     if images.shape[1:] != card.shape:
+        culprit = "the loader or the card" if card.loader else "the card, or give it another name"
         raise InputError(
-            f"{source} hold images of shape {tuple(images.shape[1:])} but the data card "
-            f"{card.name} states {card.shape}; correct the card or give it another name, and give --image_size for "
-            "folders of images only"
+            f"{source} hold images of shape {tuple(images.shape[1:])} but the data card {card.name} states "
+            f"{card.shape}, channels first; correct {culprit}, and give --image_size for folders of images only"
         )
     return TensorSplit(images, labels, card.num_classes, _check_labels(card, labels, source)).to(device)
 
@@ -81,7 +86,7 @@ def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) and int64 labels (N,) of the function that a card names as its loader."""
     loader = load_object(name)
     try:
-        images, labels = (torch.as_tensor(part) for part in loader(data_root, split))
+        images, labels = map(_as_tensor, loader(data_root, split))
     except Exception as error:
         raise InputError(f"the loader {name} failed for the split {split}: {first_line(error)}") from error
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
@@ -97,6 +102,11 @@ def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
     return images, labels.long()
 
 
+def _as_tensor(array: Any) -> Tensor:
+    # A copy of what torch cannot take as it is, or warns of: reversed axes, a file that is mapped for reading.
+    return array if torch.is_tensor(array) else torch.as_tensor(np.require(array, requirements=["C", "W"]))
+
+
 def resolve_card(
     name: str,
     data_root: str | Path,
@@ -110,8 +120,10 @@ def resolve_card(
     A card given as ``card_path`` keeps its own name; ``image_size``, in pixels, replaces height and width. If there is
     no card and ``may_derive``, it is derived from the training images and, if ``write``, saved as
     ``data_root/<name>/card.yaml``, so that they are not needed again. Raises InputError if there is no card, and
-    OptionError if ``name`` is neither registered nor a folder.
+    OptionError if ``name`` is neither registered nor a folder, or is a path.
     """
+    if Path(data_root).exists() and not Path(data_root).is_dir():
+        raise OptionError(f"--data_root {data_root} is no folder; give the one that contains the data sets")
     card = _stated_card(name, Path(data_root), card_path)
     if card:
         return replace(card, height=image_size, width=image_size) if image_size else card
@@ -125,7 +137,10 @@ def resolve_card(
     print("\n".join(notes))
     if write:
         card.to_yaml(root / CARD_FILE)
-        print(f"data card derived from the training images and written to {root / CARD_FILE}: {card}")
+        print(
+            f"data card derived from the training images and written to {root / CARD_FILE}: "
+            f"{'x'.join(map(str, card.shape))}, {card.num_classes} classes, mean {card.mean}, std {card.std}"
+        )
     return card
 
 
@@ -135,6 +150,12 @@ def _stated_card(name: str, data_root: Path, card_path: str | Path) -> DatasetCa
         return DatasetCard.from_yaml(card_path)
     if name in CARDS:
         return CARDS[name]
+    if not is_name(name):
+        place = Path(name) if Path(name).is_dir() else data_root / name
+        place = place if place.name else place.resolve()
+        raise OptionError(
+            f"--dataset {name} is a path, not a name; write --data_root {place.parent} --dataset {place.name}"
+        )
     root = _folder(data_root, name)
     if not root.is_dir():
         raise _unknown(name, data_root)
@@ -168,6 +189,11 @@ def derive_card(name: str, root: Path, image_size: int | None = None) -> tuple[D
     shape = (max(channels), height, width)
     counts, notes = histograms(sample, shape)
     mean, std = zip(*map(_mean_and_std, counts.double()))
+    if min(std) < SMALLEST_STD:
+        raise InputError(
+            f"all pixels of a channel have the same value in the {len(sample):,} images sampled from {root / 'train'} "
+            f"(mean {mean}, std {std}), which cannot be normalised; check the images"
+        )
     card = DatasetCard(name, *shape, len(listing.classes), mean, std, classes=listing.classes)
     return card, [*listing.notes, *notes]
 
@@ -189,8 +215,12 @@ def _folder(data_root: Path, name: str) -> Path:
 def _folder_of(name: str, data_root: str | Path) -> Path | None:
     """The folder of data set ``name`` that contains the folder of a split, or None."""
     roots = [_folder(Path(data_root), folder) for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
-    splits = {folder for folders in SPLIT_FOLDERS.values() for folder in folders}
-    return next((root for root in roots if any((root / split).is_dir() for split in splits)), None)
+    return next((root for root in roots if _splits_in(root)), None)
+
+
+def _splits_in(root: Path) -> bool:
+    """Whether ``root`` contains the folder of a split."""
+    return any((root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names)
 
 
 def _folder_split(
@@ -202,9 +232,9 @@ def _folder_split(
     paths, labels, notes = listing.paths, listing.labels, listing.notes
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
-        found, _ = survey(evenly_spaced(paths, SURVEY))
-        if others := found.total() - found[channels]:
-            notes.append(f"{others} of {found.total()} images sampled from {root} are {CONVERTED[channels]}.")
+        sample = evenly_spaced(paths, SURVEY)
+        changes = changes_in(sample, card.shape).items()
+        notes += [f"{count} of {len(sample)} images sampled from {root} are {change}." for change, count in changes]
         return LazySplit(paths, labels, card.shape, card.num_classes, device, workers, notes)
     images, converted = decode(paths, card.shape)
     return TensorSplit(images, labels, card.num_classes, [*notes, *converted]).to(device)
@@ -226,16 +256,24 @@ def _missing(name: str, data_root: str | Path, split: str, reason: str = "") -> 
     root = Path(data_root) / name
     public = name in TORCHVISION
     files = f" and for torchvision's files {split_files(name, split)} in {data_root} and {root}" if public else ""
-    layout = f"{root}/{SPLIT_FOLDERS[split][0]}/<class>/*.png (or another image format)"
+    folders = [Path(data_root) / folder for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
+    layouts = " or ".join(f"{folder / part}/<class>/*.png" for folder in folders for part in SPLIT_FOLDERS[split])
     return InputError(
-        f"no {split} images of {name}: looked for {layout}{files}{reason}; "
+        f"no {split} images of {name}: looked for {layouts} (or another image format){files}{reason}; "
         f"give their folder with --data_root{WITHOUT[split]}"
     )
 
 
 def _unknown(name: str, data_root: Path) -> OptionError:
-    known = sorted({*CARDS, *(path.name for path in class_folders(data_root))})
-    near = get_close_matches(name, known, n=3) or known
+    names = sorted({*CARDS, *(path.name for path in class_folders(data_root))})
+    known = {each.casefold(): each for each in names}
+    near = [known[key] for key in get_close_matches(name.casefold(), known, n=3) or known]
+    if _splits_in(data_root):
+        place = data_root if data_root.name else data_root.resolve()
+        return OptionError(
+            f"--data_root {data_root} is a data set itself; give the folder that contains it: "
+            f"--data_root {place.parent} --dataset {place.name}"
+        )
     return OptionError(
         f"--dataset {name} is neither a registered data set nor a folder {data_root / name}; "
         f"nearest: {', '.join(near)} (data without files needs --card)"

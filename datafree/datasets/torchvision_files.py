@@ -23,6 +23,7 @@ TORCHVISION = {
     "cifar10": "CIFAR10",
     "cifar100": "CIFAR100",
 }
+ABSENT, ADVICE = ("", "Dataset not found"), ". You can use download=True to download it"  # in torchvision's words
 IN_PICKLES = {  # all that a pickled array needs; what else a pickle names is refused
     ("numpy", "ndarray"): np.ndarray,
     ("numpy", "dtype"): np.dtype,
@@ -31,7 +32,7 @@ IN_PICKLES = {  # all that a pickled array needs; what else a pickle names is re
 
 
 class Missing(Exception):
-    """The files of a split are in none of the places, or not intact; the message says why."""
+    """The files of a split are in none of the places, or not intact; the message says why, if there is more to say."""
 
 
 def read_torchvision(name: str, data_root: Path, split: str, download: bool) -> tuple[Tensor, Tensor]:
@@ -47,8 +48,9 @@ def read_torchvision(name: str, data_root: Path, split: str, download: bool) -> 
         except ImportError as error:
             raise InputError(f"{name} needs the package {error.name}; run `pip install {error.name}`") from error
         except Exception as error:  # missing, corrupt and unreachable files raise different types
-            reasons.append(" ".join(str(error).split()))
-    raise Missing(f"download failed: {reasons[-1]}" if download else "; ".join(dict.fromkeys(reasons)))
+            reasons.append(" ".join(str(error).split()).removesuffix(ADVICE))
+    more = dict.fromkeys(reason for reason in reasons if reason not in ABSENT)
+    raise Missing(f"download failed: {reasons[-1]}" if download else "; ".join(more))
 
 
 def split_files(name: str, split: str) -> str:
@@ -93,7 +95,7 @@ def _read_cifar(published: Any, place: Path, split: str) -> tuple[Tensor, Tensor
 def _unpickle(path: Path, md5: str) -> Any:
     """Contents of a published file, after a check that it is intact; none of its code is run."""
     if not path.is_file():
-        raise Missing(f"there is no {path}")
+        raise Missing
     with path.open("rb") as file:
         found = hashlib.md5(file.read(), usedforsecurity=False).hexdigest()
         if found != md5:

@@ -70,6 +70,13 @@ def find_model(name: str) -> Factory:
     )
 
 
+def check_model(name: str) -> None:
+    """Raise OptionError or InputError for a name that is none of a model, before anything is computed."""
+    find_model(name)
+    if is_custom(name) and not is_from_library(name):
+        load_object(name)
+
+
 def is_from_library(name: str) -> bool:
     """Whether ``name`` is that of a network of torchvision or timm, so that no code of the user's makes it."""
     return name.partition(":")[0] in ("torchvision", "timm")
