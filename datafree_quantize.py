@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 EXAMPLES = """
 python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 4 --a_bits 4
 python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 8 --a_bits 8 --epochs 0
-python datafree_quantize.py --config configs/digits/quantize_w2a2_resnet20.yaml --method gdfq
+python datafree_quantize.py --config configs/digits/quantize_resnet8.yaml --method gdfq
 """
 
 

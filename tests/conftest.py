@@ -15,6 +15,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 import nets  # noqa: E402
 
 import datafree_kd  # noqa: E402
+import datafree_quantize  # noqa: E402
 import registry  # noqa: E402
 import train_scratch  # noqa: E402
 from datafree import cli  # noqa: E402
@@ -89,6 +90,34 @@ def distil(teacher, tmp_path, monkeypatch):
         )
         call(datafree_kd, *given, *tiny_run(*given, *words), *words)
         return next((tmp_path / save_dir).glob(f"*/{tag}"), None)
+
+    return run
+
+
+TINY_QUANTIZATION = (
+    *("--threads", 1, "--dataset", "digits", "--teacher", nets.name("tiny"), "--w_bits", 3, "--a_bits", 3),
+    *("--ep_steps", 6, "--kd_steps", 3, "--batch_size", 16, "--calibration", 2),
+)
+QUANTIZATION_LENGTH = ("--epochs", 2, "--warmup", 2)
+QUANTIZATION_SYNTHESIS = ("--g_steps", 3, "--synthesis_batch_size", 16)
+QUANTIZATION_BUDGETS = {
+    "rgal": (*QUANTIZATION_SYNTHESIS, "--nz", 8, "--ngf", 4),
+    "gdfq": (*QUANTIZATION_SYNTHESIS, "--nz", 8, "--ngf", 4),
+    "pixels": (*QUANTIZATION_SYNTHESIS, "--synthesis_rounds", 6),
+    "noise": (),
+    "real": (),
+}
+
+
+@pytest.fixture
+def quantised(teacher, tmp_path, monkeypatch):
+    """Call datafree_quantize.py on a tiny budget from ``tmp_path`` -> the folder of the run, called ``tag``."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*words, method="rgal", tag="run", length=QUANTIZATION_LENGTH):
+        given = ("--method", method, "--teacher_weights", teacher, "--log_tag", tag)
+        call(datafree_quantize, *TINY_QUANTIZATION, *QUANTIZATION_BUDGETS[method], *length, *given, *words)
+        return next((tmp_path / "runs").glob(f"*/{tag}"), None)
 
     return run
 

@@ -16,10 +16,11 @@ import yaml
 from conftest import ROOT, call
 
 import datafree_kd
+import datafree_quantize
 import registry
 import train_scratch
 from datafree import cli, config
-from datafree.config import DistillConfig, ScratchConfig
+from datafree.config import DistillConfig, QuantizeConfig, ScratchConfig
 from datafree.models.factory import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -27,14 +28,16 @@ SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
 CONFIGS = sorted(
     path
     for path in ROOT.glob("configs/*/*.yaml")
-    if path.parent.name != "methods" and path.stem not in ("base", "students")
+    if path.parent.name not in ("methods", "quantization") and path.stem not in ("base", "students")
 )
 PROGRAMS = {
     "datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
+    "datafree_quantize.py": (datafree_quantize, QuantizeConfig, registry.QUANTIZATION_METHODS),
     "train_scratch.py": (train_scratch, ScratchConfig, None),
 }
 TINY = {
     "datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
+    "datafree_quantize.py": "--epochs 1 --warmup 1 --ep_steps 2 --kd_steps 2 --calibration 1".split(),
     "train_scratch.py": "--epochs 1 --batch_size 512".split(),
 }
 
@@ -148,7 +151,7 @@ def on_digits():
 def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkeypatch, tmp_path):
     monkeypatch.chdir(checkout)
     own = ["--threads", 1, "--save_dir", tmp_path]
-    if program == "datafree_kd.py":
+    if program != "train_scratch.py":
         weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
         if not weights.exists():
             call(
@@ -156,7 +159,7 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
             )
         own += ["--teacher_weights", weights]
         own += ["--g_steps", 1] if config.synthesis.source in ("inversion", "pixels") else []
-        own += ["--warmup", 0] if config.schedule.warmup else []
+        own += ["--warmup", 0] if config.schedule.warmup and program == "datafree_kd.py" else []
     call(PROGRAMS[program][0], *words, *TINY[program], *own)
     assert list(tmp_path.rglob("summary.json"))
 
@@ -167,6 +170,7 @@ def script(checkout, tmp_path):
     cases = "".join(f'{name}) set -- "$@" {" ".join(flags)};;\n' for name, flags in TINY.items())
     cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
     cases += '"datafree_kd.py "*fast_*) set -- "$@" --warmup 0;;\n'
+    cases += '"datafree_quantize.py "*"--epochs 0"*) set -- "$@" --epochs 0;;\n'
     (tmp_path / "python").write_text(f'#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
@@ -274,6 +278,24 @@ def test_the_comparison_on_cifar10_needs_no_more_than_the_teacher(script, tmp_pa
     assert "cifar10_dafl_cifar_resnet20_wrn16_1" in printed[printed.index("Equal steps:") :]
 
 
+@pytest.mark.slow
+def test_the_digits_are_quantised_from_their_own_network(script, checkout):
+    printed = script("quantize_digits.sh", "--seed", "3")
+    rows = [line.split() for line in printed.splitlines() if line.startswith("digits_")]
+    names = [row[0].removeprefix("digits_").split("_resnet8") for row in rows[-7:]]
+    expected = [("noise", 2), ("gdfq", 2), ("gdfq", 2), ("rgal", 2), ("real", 2), ("gdfq", 8)]
+    assert names[0] == ["scratch", ""] and names[1:] == [[name, f"_w{bits}a{bits}"] for name, bits in expected]
+
+
+@pytest.mark.slow
+def test_the_study_of_quantization_pairs_its_cells(script, checkout):
+    options = {"SEEDS": "0", "BITS": "2", "CELLS": "host|rgal|ranges-noise", "STUDY": "runs/quantization"}
+    printed = script("study_quantization.sh", **options)
+    table = [line for line in printed.split("\nrun ")[-2].splitlines() if line.startswith("digits_gdfq")]
+    assert len(table) == 2 and " triplet=0 " in table[0] and " triplet=0.1 " in table[1]
+    assert "Plan" not in script("study_quantization.sh", **options)
+
+
 @pytest.fixture
 def shown_class(tmp_path):
     """Write the code of a class that a page shows to a file -> how to name it."""
@@ -318,15 +340,18 @@ def test_the_quickstart_refuses_options_that_it_would_ignore(word, checkout):
     assert done.returncode == 2 and word in done.stderr and len(done.stderr.splitlines()) == 1
 
 
-@pytest.mark.parametrize("name", registry.METHODS)
-def test_a_method_file_parses(name):
-    assert read("datafree_kd.py", ["--method", name]).method == name
+@pytest.mark.parametrize(
+    "program, name", [(program, name) for program in PROGRAMS for name in PROGRAMS[program][2] or ()]
+)
+def test_a_method_file_parses(program, name):
+    assert read(program, ["--method", name]).method == name
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_config_parses_and_states_only_differences(path):
     stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
     program = "train_scratch.py" if "training" in stated else "datafree_kd.py"
+    program = "datafree_quantize.py" if path.stem.startswith("quantize") else program
     assert program == "train_scratch.py" or "method" in stated, "name the method, even the default one"
     words = ["--method", stated["method"]] if "method" in stated else []
     words += ["--config", str(path.parent / stated["base"])] if "base" in stated else []

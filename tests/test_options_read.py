@@ -12,10 +12,10 @@ from conftest import ROOT, scratch
 import datafree_kd
 import train_scratch
 from datafree import cli, config, options, plan
-from datafree.config import DistillConfig, ScratchConfig, option, sections
+from datafree.config import DistillConfig, QuantizeConfig, ScratchConfig, option, sections
 from datafree.options import list_options
 
-PROGRAMS = {ROOT / "datafree_kd.py", ROOT / "train_scratch.py"}
+PROGRAMS = {ROOT / "datafree_kd.py", ROOT / "datafree_quantize.py", ROOT / "train_scratch.py"}
 # Code that handles all options alike, or states them in words, so that its reading of one makes no difference.
 NO_READERS = {Path(module.__file__).resolve() for module in (cli, config, options, plan)}
 
@@ -86,6 +86,26 @@ def trainings():
     words = ("--model", nets.name("tiny"), "--epochs", 2)
     scratch(*words, "--batch_size", 512)
     scratch(*words, "--batch_size", 512, "--weights", "checkpoints/pretrained/digits_nets-tiny.pth", "--evaluate_only")
+
+
+def test_every_option_of_datafree_quantize_is_read(quantised):
+    def run():
+        short = ("--epochs", 1, "--warmup", 1, "--ep_steps", 2, "--kd_steps", 1)
+
+        def one(tag, *words, method="rgal"):
+            quantised(*short, *words, method=method, tag=tag)
+
+        quantised()
+        one("terms", "--act", 1, "--balance", 1, "--cr", 1, "--tv", 1, "--l2", 1, "--bn_momentum", 0.5, "--adv", 1)
+        one("stages", "--striplet_feature", "features", "--triplet_target", "teacher", "--feature", 1)
+        one("ranges", "--ranges", "learned", "--first_last_bits", 8, "--w_per", "tensor", "--fold_bn", "--w_symmetric")
+        one("pool", "--view_cache", 1, "--pool_size", 16, "--balanced_sampling", method="pixels")
+        rounds = ("--source", "inversion", "--class_embedding", "false", "--nz", 8, "--ngf", 4, "--lr_z", 0.01)
+        one("reptile", *rounds, "--generator_init", "reptile", "--reset_epoch", 1, "--class_noise", 1, method="pixels")
+        one("noise", "--teacher_mean", 0.5, "--teacher_std", 0.5, method="noise")
+        quantised("--student_weights", "runs/digits_rgal_nets-tiny_w3a3/run", "--evaluate_only", tag="file")
+
+    assert unread(QuantizeConfig, run) == set()
 
 
 def test_every_option_of_datafree_kd_is_read(distillations):

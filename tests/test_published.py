@@ -57,8 +57,43 @@ CHOICES = {
 }
 
 
-def options_of(method):
-    given = cli.parse(config.DistillConfig, ["--method", method], description="", method_files=registry.METHODS)[0]
+QUANTIZATION = {
+    "gdfq": (
+        "Xu et al., ECCV 2020, settings for CIFAR (the project's notes of its repository)",
+        "synthesis_batch_size 200, batch_size 200, ep_steps 200, g_steps 1, kd_steps 1, warmup 4, oh 1, bn 0.1, T 20,"
+        " ce 1, lr 0.0001, momentum 0.9, weight_decay 0.0001, lr_g 0.001, range_momentum 0.9, triplet 0, striplet 0,"
+        " adv 0",
+    ),
+    "rgal": (
+        "RGAL's released code: 0.1 beside oh 1 and, in training, beside a divergence of weight 1, which is 0.1 here",
+        "triplet 0.1, striplet 0.01, oh 1, bn 0.1, T 20, ce 1, adv 0",
+    ),
+}
+QUANTIZATION_CHOICES = {
+    "gdfq": "source generator, bn_reduction mse, ranges ema, w_per channel",
+    "rgal": "relation paper, sampling focal, sampling_space embedding, triplet_target student, striplet_feature global",
+    "pixels": "source pixels",
+}
+
+
+@pytest.mark.parametrize("method", QUANTIZATION)
+def test_the_numbers_of_a_quantization_are_those_of_its_source(method):
+    source, text = QUANTIZATION[method]
+    found = options_of(method, config.QuantizeConfig, registry.QUANTIZATION_METHODS)
+    stated = {name: float(value) for name, value in pairs(text)}
+    assert {name: float(found[name]) for name in stated} == stated, source
+    assert found["kd"] is None and found["nesterov"] and not found["w_symmetric"] and not found["fold_bn"]
+
+
+@pytest.mark.parametrize("method", QUANTIZATION_CHOICES)
+def test_the_choices_of_a_quantization_are_those_of_its_source(method):
+    found = options_of(method, config.QuantizeConfig, registry.QUANTIZATION_METHODS)
+    stated = dict(pairs(QUANTIZATION_CHOICES[method]))
+    assert {name: found[name] for name in stated} == stated
+
+
+def options_of(method, config_class=config.DistillConfig, method_files=registry.METHODS):
+    given = cli.parse(config_class, ["--method", method], description="", method_files=method_files)[0]
     return {
         name: value for part in vars(given).values() if hasattr(part, "__dict__") for name, value in vars(part).items()
     }

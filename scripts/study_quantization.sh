@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# What the images, and RGAL's triplets, are worth to a quantised network: ranges from noise, from generated and from real
+# images; GDFQ alone, with triplets in synthesis, in training, in both; training on the real images.
+#     SEEDS="0 1" BITS="2 3" bash scripts/study_quantization.sh                                  on the digits
+#     WEIGHTS=resnet20.th BITS="3 4" bash scripts/study_quantization.sh                          on CIFAR-10
+# A finished run is not repeated. SEEDS, BITS, STUDY (the folder) and CELLS (a regular expression that must match a part
+# of a cell's name) may be set, and options are passed on to every quantization.
+set -euo pipefail
+. "$(dirname "$0")/env.sh"
+
+weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
+config=$([ "$weights" ] && echo cifar10/quantize_cifar_resnet20_cpu || echo digits/quantize_resnet8)
+study=${STUDY:-runs/study_quantization_${config%%/*}}
+
+quantize() {
+    python datafree_quantize.py "$@"
+}
+cells() {  # a name, a method and its options per line
+    echo "ranges-noise noise --epochs 0"
+    echo "ranges-generated gdfq --epochs 0"
+    echo "ranges-real real --epochs 0"
+    echo "host gdfq"
+    echo "confuse gdfq --triplet 0.1 --start_layer -1"
+    echo "separate gdfq --striplet 0.01"
+    echo "rgal gdfq --triplet 0.1 --striplet 0.01 --start_layer -1"
+    echo "real real"
+}
+
+for seed in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do
+    teacher=${weights:-$study/digits_scratch_resnet8/seed$seed}
+    [ "$weights" ] || [ -f "$teacher/summary.json" ] ||
+        python train_scratch.py --config configs/digits/teacher_resnet20.yaml --model resnet8 --seed "$seed" \
+            --save_dir "$study" --resume auto
+    for bits in ${BITS:-2 3}; do
+        cells | while read -r name method options; do
+            [[ $name =~ ${CELLS:-} ]] || continue
+            found=$(compgen -G "$study/*_${method}_*_w${bits}a$bits*/$name-seed$seed/summary.json" || true)
+            [ "$found" ] ||
+                quantize --config "configs/$config.yaml" --method "$method" --w_bits "$bits" --a_bits "$bits" "$@" \
+                    $options --seed "$seed" --teacher_weights "$teacher" --save_dir "$study" \
+                    --log_tag "$name-seed$seed" --resume auto </dev/null
+        done
+    done
+done
+
+for runs in "$study"/*_gdfq_*; do
+    python -m datafree.report "$runs" --against triplet=0 striplet=0
+done
+python -m datafree.report "$study"
