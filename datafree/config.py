@@ -590,9 +590,7 @@ class QuantizeSchedule(ScheduleOptions):
 class Finetune:
     """How the quantised network is trained: it matches the teacher's outputs on the images."""
 
-    batch_size: int = option(
-        200, "Images of a step, and of a batch on which ranges are observed.", low=1, unused_when=()
-    )
+    batch_size: int = option(200, "Images of a step, and of a batch on which ranges are observed.", low=1)
     kd: float | None = option(
         None,
         "Weight of the KL divergence to the teacher at temperature T, times T^2, averaged over the batch. Empty: 1 / "
