@@ -47,6 +47,7 @@ def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summ
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; give folders of runs, or folders that contain them")
         summaries = {path.resolve(): _read(path, of) for path in sorted(folder.rglob("summary.json"))}
+        summaries = {path: summary for path, summary in summaries.items() if "task" not in summary}  # parts of a run
         if not summaries:
             raise InputError(f"{folder} holds no finished run (no summary.json); give another folder")
         started = {path: s.get("environment", {}).get("time", "") for path, s in summaries.items()}

@@ -50,10 +50,13 @@ class Session:
         self.notes: list[str] = []
         self.test = self.split("test") if self.data.eval == "test" else None
 
-    def split(self, name: str) -> Split:
-        """The ``train`` or ``test`` split of the data set, on the device."""
+    def split(self, name: str, classes: Sequence[int] | None = None) -> Split:
+        """The ``train`` or ``test`` split of the data set, on the device; if ``classes`` are given, of these alone.
+
+        Labels are then positions among these classes.
+        """
         download = self.data.download and self.write
-        split = load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers)
+        split = load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers, classes)
         self.notes += split.notes
         return split
 
@@ -113,24 +116,28 @@ class Session:
         network = self.network("teacher", options.teacher, weights, mean, std, key=key, stages=stages)
         return network.freeze()
 
+    @property
+    def evaluation_batch(self) -> int:
+        """Images of a batch of an evaluation."""
+        return max(1, min(500, PIXELS_AT_ONCE // (self.card.height * self.card.width)))
+
     @torch.no_grad()
-    def score(self, network: Network) -> dict[str, float] | None:
-        """acc1, acc5 (%) and loss on the test split; without one, None after a check that logits are finite.
+    def score(self, network: Network, test: Split | None = None) -> dict[str, float] | None:
+        """acc1, acc5 (%) and loss on ``test``, or else the test split; without, None after a check of the logits.
 
         The random states are the same afterwards, so that a run trains the same weights with and without a test set.
         """
         network.eval()
         gpus = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=gpus):
-            if self.test:
-                batch_size = max(1, min(500, PIXELS_AT_ONCE // (self.card.height * self.card.width)))
-                return evaluate(network, self.test, batch_size, network.name)
+            if test := test or self.test:
+                return evaluate(network, test, self.evaluation_batch, network.name)
             if not network(torch.rand(8, *self.card.shape, device=self.device)).isfinite().all():
                 raise InputError(f"the {network.name} gives non-finite logits; check its weights")
         return None
 
-    def evaluate_only(self, network: Network, option: str, weights: str) -> None:
-        """Print the test accuracy of ``network``, whose ``weights`` were given by ``option``."""
+    def evaluate_only(self, network: Network, option: str, weights: str, test: Split | None = None) -> None:
+        """Print the accuracy of ``network``, whose ``weights`` ``option`` gave, on ``test`` or else the test split."""
         if self.test is None:
             raise InputError("--evaluate_only needs a test set; leave --eval test and give its folder by --data_root")
         if not weights:
@@ -139,7 +146,7 @@ class Session:
                 "train_scratch.py --evaluate_only, with --model, --weights, --mean and --std)"
             )
         print("\n".join([*self.notes, *describe_notes(network), describe_normalisation(network)]))
-        print(f"[Eval] {network.name} on {self.card.name}: {scores_line(self.score(network) or {})}")
+        print(f"[Eval] {network.name} on {self.card.name}: {scores_line(self.score(network, test) or {})}")
 
 
 def published_weights(dataset: str, model: str) -> Path:

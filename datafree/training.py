@@ -1,12 +1,13 @@
 """One run of the engine, from its plan to its summary."""
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from datafree import checkpoint, plan
 from datafree.cli import to_yaml
+from datafree.datasets.splits import Split
 from datafree.engine import Engine, Monitor
 from datafree.evaluators import scores_line
 from datafree.learners.base import Learner
@@ -26,7 +27,9 @@ class Training:
 
     model: name of the trained network, as given to its option. name: parts of the run folder's name.
     plan: lines for the log. teacher: evaluated before the training, if there is one.
-    monitor: of the latest images, called after each epoch.
+    monitor: of the latest images, called after each epoch. test: in place of the session's test split.
+    task: of a run that consists of several, the name of its folder below the run's. stored: further plain values, which
+    are saved beside the weights and in the summary.
     finish: called with the run's folder after the last epoch.
     """
 
@@ -38,6 +41,9 @@ class Training:
     plan: Sequence[str]
     teacher: Network | None = None
     monitor: Monitor | None = None
+    test: Split | None = None
+    task: str = ""
+    stored: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[RunFolder], None] | None = None
 
 
@@ -47,37 +53,37 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
     if dry_run:
         print("\n".join(plan_lines))
         return
-    with open_folder(session, training.name) as folder:
+    with open_folder(session, training.name, training.task) as folder:
         for line in plan_lines:
             folder.log(line)
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
-        network, here = training.learner.network, environment(session.device)
+        network, here, test = training.learner.network, environment(session.device), training.test or session.test
         engine = Engine(
             training.learner,
             training.source,
             training.schedule,
             folder,
             session.run,
-            evaluate=(lambda: session.score(network) or {}) if session.test else None,
+            evaluate=(lambda: session.score(network, test) or {}) if test else None,
             monitor=training.monitor,
-            metadata=weights_metadata(session, network, training.model, here["commit"]),
+            metadata=weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored),
         )
         resume(session, engine)
         folder.record(to_yaml(session.config), here)
         result = engine.train()
-        summarise(session, engine, result, columns)
+        summarise(session, engine, result, {**training.stored, **columns})
         if training.finish:
             training.finish(folder)
 
 
-def open_folder(session: Session, parts: Sequence[str]) -> RunFolder:
-    """The run's folder ``save_dir/<dataset>_<parts>/<tag>``."""
+def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFolder:
+    """The run's folder ``save_dir/<dataset>_<parts>/<tag>``, or that of its ``task`` below it."""
     run = session.run
     name = "_".join([session.card.name, *map(short_name, parts)])
-    root = Path(run.save_dir) / name / (run.log_tag or f"seed{run.seed}")
+    root = Path(run.save_dir) / name / (run.log_tag or f"seed{run.seed}") / task
     # The checkpoint of another folder starts a run here, which must not overwrite one that is here.
     inside = run.resume != "none" and Path(run.resume).resolve().is_relative_to(root.resolve())
-    return RunFolder(root, name, resume=run.resume == "auto" or inside)
+    return RunFolder(root, f"{name} {task}".strip(), resume=run.resume == "auto" or inside)
 
 
 def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> dict[str, float]:
@@ -117,7 +123,7 @@ def resume(session: Session, engine: Engine) -> None:
         engine.load(last if name == "auto" else Path(name))
 
 
-def summarise(session: Session, engine: Engine, result: dict[str, Any], columns: dict[str, float]) -> None:
+def summarise(session: Session, engine: Engine, result: dict[str, Any], columns: Mapping[str, Any]) -> None:
     """Write summary.json and log the result as a table. columns: further numbers, such as the teacher's accuracy."""
     folder = engine.folder
     summary = {
