@@ -15,11 +15,12 @@ import torch
 import yaml
 from conftest import ROOT, call
 
+import datafree_incremental
 import datafree_kd
 import registry
 import train_scratch
 from datafree import cli, config
-from datafree.config import DistillConfig, ScratchConfig
+from datafree.config import DistillConfig, IncrementalConfig, ScratchConfig
 from datafree.models.factory import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -27,15 +28,17 @@ SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
 CONFIGS = sorted(
     path
     for path in ROOT.glob("configs/*/*.yaml")
-    if path.parent.name != "methods" and path.stem not in ("base", "students")
+    if path.parent.name not in ("methods", "incremental") and path.stem not in ("base", "students", "incremental")
 )
 PROGRAMS = {
     "datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
     "train_scratch.py": (train_scratch, ScratchConfig, None),
+    "datafree_incremental.py": (datafree_incremental, IncrementalConfig, registry.INCREMENTAL_METHODS),
 }
 TINY = {
     "datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
     "train_scratch.py": "--epochs 1 --batch_size 512".split(),
+    "datafree_incremental.py": "--epochs 1 --ep_steps 2 --kd_steps 2 --g_steps 1 --batch_size 16".split(),
 }
 
 

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Class-incremental learning on the digits that ship with the project, five tasks of two classes: the hosts alone and with
+# each part of RGAL, and the baselines, over several orders of the classes, paired. A finished run is not repeated, so a
+# stopped study can be continued. ORDERS (seeds of the order, and of everything else), CELLS (a regular expression that
+# must match a part of a cell's name) and STUDY (the folder) may be set; options are passed on to every run:
+#     ORDERS="0 1" CELLS="abd" bash scripts/incremental_digits.sh
+set -euo pipefail
+. "$(dirname "$0")/env.sh"
+
+study=${STUDY:-runs/incremental_digits}
+confuse=${CONFUSE:-1}    # weights of the triplets: chosen on other orders than these, see docs/incremental.md
+separate=${SEPARATE:-1}
+
+cells() {  # a name, a method and options per line; the first one also trains the first task, which all others share
+    echo "finetune finetune"
+    echo "lwf lwf"
+    echo "abd abd"
+    echo "abd-both abd --triplet $confuse --striplet $separate"
+    echo "abd-confuse abd --triplet $confuse"
+    echo "abd-separate abd --striplet $separate"
+    echo "abd-release abd --triplet $confuse --relation release"
+    echo "rdfcil rdfcil"
+    echo "rdfcil-both rdfcil --triplet $confuse --striplet $separate"
+    echo "fetril fetril"
+    echo "joint joint"
+    echo "abd-noise abd --source noise --replay_batch_size 32"
+    echo "rdfcil-confuse rdfcil --triplet $confuse"
+    echo "rdfcil-separate rdfcil --striplet $separate"
+    echo "rdfcil-release rdfcil --triplet $confuse --relation release"
+}
+
+cells | while read -r name method options; do
+    [[ $name =~ ${CELLS:-} || $name = finetune ]] || continue
+    config=configs/digits/incremental_replay.yaml
+    [[ $method =~ abd|rdfcil && $name != *-noise ]] || config=configs/digits/incremental.yaml
+    for order in ${ORDERS:-0 1 2 3 4 5 6 7 8 9}; do
+        base=$study/digits_finetune_resnet8/finetune-order$order/task_00
+        [ "$name" = finetune ] || options_of_base="--weights $base"
+        [ -f "$study/digits_${method}_resnet8/$name-order$order/summary.json" ] ||
+            python datafree_incremental.py --method "$method" --config "$config" "$@" $options ${options_of_base:-} \
+                --seed "$order" --class_seed "$order" --save_dir "$study" --log_tag "$name-order$order" \
+                --resume auto </dev/null
+    done
+done
+
+python -m datafree.report "$study" --against triplet=0 striplet=0
+python -m datafree.report "$study" --of forgetting --against triplet=0 striplet=0
