@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
 # Class-incremental learning on the digits that ship with the project, five tasks of two classes: the hosts alone and with
 # each part of RGAL, and the baselines, over several orders of the classes, paired. A finished run is not repeated, so a
-# stopped study can be continued. ORDERS (seeds of the order, and of everything else), CELLS (a regular expression that
-# must match a part of a cell's name) and STUDY (the folder) may be set; options are passed on to every run:
-#     ORDERS="0 1" CELLS="abd" bash scripts/incremental_digits.sh
+# stopped study can be continued. SEEDS (of the order and of everything else), CELLS (a regular expression that must match
+# a part of a cell's name) and STUDY (the folder) may be set; options are passed on to every run:
+#     SEEDS="0 1" CELLS="abd" bash scripts/incremental_digits.sh
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 study=${STUDY:-runs/incremental_digits}
-confuse=${CONFUSE:-1}    # weights of the triplets: chosen on other orders than these, see docs/incremental.md
+confuse=${CONFUSE:-1}  # weights of the triplets: chosen on other orders than these, see docs/incremental.md
 separate=${SEPARATE:-1}
 
 cells() {  # a name, a method and options per line; the first one also trains the first task, which all others share
@@ -33,13 +33,12 @@ cells | while read -r name method options; do
     [[ $name =~ ${CELLS:-} || $name = finetune ]] || continue
     config=configs/digits/incremental_replay.yaml
     [[ $method =~ abd|rdfcil && $name != *-noise ]] || config=configs/digits/incremental.yaml
-    for order in ${ORDERS:-0 1 2 3 4 5 6 7 8 9}; do
-        base=$study/digits_finetune_resnet8/finetune-order$order/task_00
-        [ "$name" = finetune ] || options_of_base="--weights $base"
-        [ -f "$study/digits_${method}_resnet8/$name-order$order/summary.json" ] ||
-            python datafree_incremental.py --method "$method" --config "$config" "$@" $options ${options_of_base:-} \
-                --seed "$order" --class_seed "$order" --save_dir "$study" --log_tag "$name-order$order" \
-                --resume auto </dev/null
+    for seed in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do
+        cell_options="--method $method --config $config $options"
+        [ "$name" = finetune ] || cell_options+=" --weights $study/digits_finetune_resnet8/finetune-seed$seed/task_00"
+        [ -f "$study/digits_${method}_resnet8/$name-seed$seed/summary.json" ] ||
+            python datafree_incremental.py $cell_options "$@" --seed "$seed" --class_seed "$seed" \
+                --save_dir "$study" --log_tag "$name-seed$seed" --resume auto </dev/null
     done
 done
 

@@ -320,7 +320,8 @@ def test_a_method_file_parses(name):
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_config_parses_and_states_only_differences(path):
     stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    program = "train_scratch.py" if "training" in stated else "datafree_kd.py"
+    named = {"training": "train_scratch.py", "incremental": "datafree_incremental.py"}
+    program = next((named[section] for section in named if section in stated), "datafree_kd.py")
     assert program == "train_scratch.py" or "method" in stated, "name the method, even the default one"
     words = ["--method", stated["method"]] if "method" in stated else []
     words += ["--config", str(path.parent / stated["base"])] if "base" in stated else []

@@ -61,7 +61,7 @@ CHOICES = {
 INCREMENTAL = {
     "abd": (
         "ABD's code (GT-RIPL/AlwaysBeDreaming-DFCIL), experiments/cifar100-tentask.sh: 250 epochs of batch 128,"
-        " wd 0.0002, mu 0.1, 10000 steps of the generator, deep_inv_params 1e-3 5e1 1e-3 1e3 1; weights by share of the classes",
+        " wd 0.0002, mu 0.1, 10000 steps of the generator, deep_inv_params 1e-3 5e1 1e-3 1e3 1",
         "epochs 250, batch_size 128, replay_batch_size 128, g_steps 10000, synthesis_rounds 1, lr_g 0.001, nz 1000,"
         " oh 1, oh_T 1000, balance 1, bn 50, tv 0.001, lce 1, fkd 0.1, hkd 0, rkd 0, kd 0, lr 0.1, weight_decay 0.0002,"
         " triplet 0, striplet 0",
@@ -69,8 +69,8 @@ INCREMENTAL = {
     "rdfcil": (
         "R-DFCIL's code (gqk/R-DFCIL), config/cifar100.yaml: 200 epochs, the last 40 for the head, 5000 of inversion",
         "epochs 200, head_share 0.2, batch_size 128, replay_batch_size 128, g_steps 5000, synthesis_rounds 1,"
-        " lr_g 0.001, oh 1, oh_T 1000, balance 1, bn 50, tv 0.001, lce 0.5, hce 0.5, hkd 0.15, rkd 0.5, fkd 0, kd 0, lr 0.1,"
-        " weight_decay 0.0005, triplet 0, striplet 0",
+        " lr_g 0.001, oh 1, oh_T 1000, balance 1, bn 50, tv 0.001, lce 0.5, hce 0.5, hkd 0.15, rkd 0.5, fkd 0, kd 0,"
+        " lr 0.1, weight_decay 0.0005, triplet 0, striplet 0",
     ),
 }
 INCREMENTAL_CHOICES = {
