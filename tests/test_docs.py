@@ -38,7 +38,7 @@ PROGRAMS = {
 TINY = {
     "datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
     "train_scratch.py": "--epochs 1 --batch_size 512".split(),
-    "datafree_incremental.py": "--epochs 1 --ep_steps 2 --kd_steps 2 --g_steps 1 --batch_size 16".split(),
+    "datafree_incremental.py": "--epochs 1 --ep_steps 2 --kd_steps 2 --batch_size 16".split(),
 }
 
 
@@ -151,6 +151,8 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
         own += ["--teacher_weights", weights]
         own += ["--g_steps", 1] if config.synthesis.source in ("inversion", "pixels") else []
         own += ["--warmup", 0] if config.schedule.warmup else []
+    if program == "datafree_incremental.py" and config.incremental.learner == "replay":
+        own += ["--g_steps", 1]
     call(PROGRAMS[program][0], *words, *TINY[program], *own)
     assert list(tmp_path.rglob("summary.json"))
 
@@ -161,6 +163,7 @@ def script(checkout, tmp_path):
     cases = "".join(f'{name}) set -- "$@" {" ".join(flags)};;\n' for name, flags in TINY.items())
     cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
     cases += '"datafree_kd.py "*fast_*) set -- "$@" --warmup 0;;\n'
+    cases += '"datafree_incremental.py "*_replay.yaml*) set -- "$@" --g_steps 1;;\n'
     (tmp_path / "python").write_text(f'#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
@@ -315,6 +318,20 @@ def test_the_quickstart_refuses_options_that_it_would_ignore(word, checkout):
 @pytest.mark.parametrize("name", registry.METHODS)
 def test_a_method_file_parses(name):
     assert read("datafree_kd.py", ["--method", name]).method == name
+
+
+@pytest.mark.slow
+def test_incremental_learning_on_the_digits_pairs_its_orders_and_resumes_where_it_stopped(script, checkout):
+    options = {"SEEDS": "0 1", "CELLS": "^abd$|abd-both|lwf", "STUDY": "runs/incremental"}
+    printed = script("incremental_digits.sh", **options)
+    rows = [line.split() for line in printed.splitlines() if line.startswith("digits_")][-8:-4]
+    assert [row[0].split("_")[1] for row in rows] == ["finetune", "lwf", "abd", "abd"]
+    names = {path.parent.name for path in checkout.glob("runs/incremental/*/*/summary.json")}
+    assert names == {f"{cell}-seed{seed}" for cell in ("abd", "abd-both", "finetune", "lwf") for seed in (0, 1)}
+    tasks = {path.name for path in checkout.glob("runs/incremental/*/abd-seed0/task_*")}
+    assert tasks == {"task_01", "task_02", "task_03", "task_04"}  # the first is that of the fine-tuning
+    again = script("incremental_digits.sh", **options)
+    assert "Plan" not in again
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
