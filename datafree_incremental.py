@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 EXAMPLES = """
 python datafree_incremental.py --dataset digits --model resnet8 --init_cls 2 --increment 2
-python datafree_incremental.py --config configs/digits/incremental_replay.yaml --seed 1
+python datafree_incremental.py --config configs/digits/incremental_inversion.yaml --seed 1
 python datafree_incremental.py --method rdfcil --dataset cifar100 --triplet 0.1 --striplet 0.1
 """
 

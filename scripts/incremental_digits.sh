@@ -11,30 +11,25 @@ study=${STUDY:-runs/incremental_digits}
 confuse=${CONFUSE:-1}  # weights of the triplets: chosen on other orders than these, see docs/incremental.md
 separate=${SEPARATE:-1}
 
-cells() {  # a name, a method and options per line; the first one also trains the first task, which all others share
-    echo "finetune finetune"
-    echo "lwf lwf"
-    echo "abd abd"
-    echo "abd-both abd --triplet $confuse --striplet $separate"
-    echo "abd-confuse abd --triplet $confuse"
-    echo "abd-separate abd --striplet $separate"
-    echo "abd-release abd --triplet $confuse --relation release"
-    echo "rdfcil rdfcil"
-    echo "rdfcil-both rdfcil --triplet $confuse --striplet $separate"
-    echo "fetril fetril"
-    echo "joint joint"
-    echo "abd-noise abd --source noise --replay_batch_size 32"
-    echo "rdfcil-confuse rdfcil --triplet $confuse"
-    echo "rdfcil-separate rdfcil --striplet $separate"
-    echo "rdfcil-release rdfcil --triplet $confuse --relation release"
+cells() {  # name, method, file in configs/digits/ and options; the first one also trains the first task, for all others
+    echo "finetune finetune incremental"
+    echo "lwf lwf incremental"
+    echo "fetril fetril incremental"
+    echo "joint joint incremental"
+    echo "noise abd incremental --source noise --replay_batch_size 32"
+    for host in "abd abd incremental_replay" "inversion abd_inversion incremental_inversion" "rdfcil rdfcil incremental_replay"; do
+        echo "$host"
+        echo "${host/ /-confuse } --triplet $confuse"
+        echo "${host/ /-separate } --striplet $separate"
+        echo "${host/ /-both } --triplet $confuse --striplet $separate"
+        echo "${host/ /-release } --triplet $confuse --relation release"
+    done
 }
 
-cells | while read -r name method options; do
+cells | while read -r name method config options; do
     [[ $name =~ ${CELLS:-} || $name = finetune ]] || continue
-    config=configs/digits/incremental_replay.yaml
-    [[ $method =~ abd|rdfcil && $name != *-noise ]] || config=configs/digits/incremental.yaml
     for seed in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do
-        cell_options="--method $method --config $config $options"
+        cell_options="--method $method --config configs/digits/$config.yaml $options"
         [ "$name" = finetune ] || cell_options+=" --weights $study/digits_finetune_resnet8/finetune-seed$seed/task_00"
         [ -f "$study/digits_${method}_resnet8/$name-seed$seed/summary.json" ] ||
             python datafree_incremental.py $cell_options "$@" --seed "$seed" --class_seed "$seed" \

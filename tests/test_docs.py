@@ -163,7 +163,8 @@ def script(checkout, tmp_path):
     cases = "".join(f'{name}) set -- "$@" {" ".join(flags)};;\n' for name, flags in TINY.items())
     cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
     cases += '"datafree_kd.py "*fast_*) set -- "$@" --warmup 0;;\n'
-    cases += '"datafree_incremental.py "*_replay.yaml*) set -- "$@" --g_steps 1;;\n'
+    cases += '"datafree_incremental.py "*_replay.yaml* | "datafree_incremental.py "*_inversion.yaml*)'
+    cases += ' set -- "$@" --g_steps 1;;\n'
     (tmp_path / "python").write_text(f'#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.

@@ -77,7 +77,8 @@ INCREMENTAL_CHOICES = {
     "abd": "learner replay, source generator, oh_target predicted, bn_reduction gaussian, scale share, passes together",
     "rdfcil": "learner replay, source generator, oh_target predicted, bn_reduction gaussian, scale adaptive,"
     " passes apart",
-    "rgal": "learner replay, relation paper, triplet_target teacher, sampling_space embedding, separate apart",
+    "rgal": "learner replay, source inversion, relation paper, triplet_target teacher, sampling_space embedding",
+    "abd_inversion": "learner replay, source inversion, oh_target target, bn_reduction norm, scale share",
     "lwf": "learner lwf",
     "finetune": "learner finetune",
     "joint": "learner joint",
