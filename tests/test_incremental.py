@@ -521,7 +521,7 @@ def test_a_run_with_other_options_is_refused_and_keeps_what_is_there(learn, refu
             learn()
     kept = (run_folder() / "config.yaml").read_text()
     for words, sentence in [
-        (("--resume", "auto", "--triplet", 3), "was written with --triplet 0.1, not 3.0"),
+        (("--resume", "auto", "--triplet", 3), "was written with --triplet 1.0, not 3.0"),
         (("--resume", "auto", "--class_seed", 1), "was written with --class_seed 1993, not 1"),
         ((), "already holds a run; give this one a name of its own by --log_tag NEW"),
     ]:

@@ -197,13 +197,20 @@ def candidates(count: int, classes: int, few: int) -> int:
     return count * math.ceil(classes / min(few, classes)) if few else count
 
 
+def class_counts(labels: Tensor, num_classes: int) -> Tensor:
+    """How many of the labels (N,) each class has, int64 (num_classes,); unlike bincount, without a wait for the GPU."""
+    return torch.zeros(num_classes, dtype=torch.long, device=labels.device).index_add_(
+        0, labels, torch.ones_like(labels)
+    )
+
+
 def of_few_classes(labels: Tensor, num_classes: int, few: int, count: int) -> Tensor:
     """Indices (count,) into ``labels`` (N,): count // few of each of ``few`` random classes, as far as there are.
 
     What is missing is made up by others. Fixed shapes, so that nothing waits for the device.
     """
     n, device = len(labels), labels.device
-    counts = torch.zeros(num_classes, dtype=torch.long, device=device).scatter_add_(0, labels, torch.ones_like(labels))
+    counts = class_counts(labels, num_classes)
     turn = (torch.rand(num_classes, device=device) + (counts == 0)).argsort().argsort()  # absent classes are last
     shuffled = torch.rand(n, device=device).argsort()
     by_class = shuffled[labels[shuffled].argsort(stable=True)]
@@ -240,8 +247,7 @@ class TranslatedTask(Learner):
             old, moved = self.translated(embed, batch.targets)
         logits = self.network.classify(torch.cat([embed, moved])).float()
         labels = torch.cat([batch.targets, old])
-        counts = F.one_hot(labels, self.seen).sum(0)
-        loss = F.cross_entropy(logits, labels, 1 / counts.clamp_min(1))
+        loss = F.cross_entropy(logits, labels, 1 / class_counts(labels, self.seen).clamp_min(1))
         return loss, {"ce": loss}
 
     def translated(self, embed: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
