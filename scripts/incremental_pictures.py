@@ -1,4 +1,4 @@
-"""The replayed images of a finished run beside real ones, and its accuracy matrix, for a page:
+"""The replayed images of a finished run of datafree_incremental.py beside real ones:
 
 python scripts/incremental_pictures.py RUN PICTURE.png
 
@@ -11,13 +11,13 @@ import sys
 from pathlib import Path
 
 import torch
+import yaml
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import registry  # noqa: E402, F401  makes registered data sets known
 from datafree import checkpoint  # noqa: E402
-from datafree.config import Data  # noqa: E402
 from datafree.datasets.loading import load_split, resolve_card  # noqa: E402
 from datafree.errors import InputError, exit_on_input_error, usage  # noqa: E402
 from datafree.grids import draw_grid  # noqa: E402
@@ -33,9 +33,9 @@ def main() -> None:
     if "pool" not in last["source"]:
         raise InputError(f"{run} keeps no images; name a run of a method that fills a pool")
     pool = last["source"]["pool"]
-    data = Data(dataset=results["options"]["dataset"])
-    card = resolve_card(data.dataset, data.data_root)
-    test = load_split(card, data.data_root, "test")
+    data = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["data"]
+    card = resolve_card(data["dataset"], data["data_root"], data["card"], image_size=data["image_size"])
+    test = load_split(card, data["data_root"], "test", download=False)
     images, labels = next(test.batches(len(test)))
     rows, names = [], []
     for output, (card_class, name) in enumerate(zip(results["class_order"], results["classes"])):
