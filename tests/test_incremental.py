@@ -4,9 +4,10 @@ import gc
 import itertools
 import json
 import math
+import runpy
+import sys
 from dataclasses import replace
 from functools import cache
-from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import nets
@@ -646,13 +647,17 @@ def test_fewer_images_than_a_batch_are_drawn_several_times(learn, tmp_path):
 # Pictures for a page.
 
 
-def test_replayed_images_are_drawn_beside_real_ones(learn, refused, tmp_path):
+def test_replayed_images_are_drawn_beside_real_ones(learn, refused, tmp_path, monkeypatch):
     folder, script = learn("--synthesis_batch_size", 64), ROOT / "scripts" / "incremental_pictures.py"
-    pictures = SourceFileLoader("incremental_pictures", str(script)).load_module()
-    call(pictures, folder, tmp_path / "beside.png")
+
+    def draw(run, picture):
+        monkeypatch.setattr(sys, "argv", [script.name, str(run), str(picture)])
+        runpy.run_path(str(script), run_name="__main__")
+
+    draw(folder, tmp_path / "beside.png")
     assert Image.open(tmp_path / "beside.png").size[0] == 12 * (64 + 4)
     other = learn(method="finetune", tag="other")
-    sentence = refused(lambda: call(pictures, other, tmp_path / "none.png"))
+    sentence = refused(draw, other, tmp_path / "none.png")
     assert "keeps no images; name a run of a method that fills a pool" in sentence
 
 
