@@ -423,6 +423,11 @@ def test_a_run_of_three_tasks(method, learn):
     assert not list((folder / "task_00" / "grids").iterdir())
 
 
+def test_a_user_defined_source_replays_too(learn):
+    folder = learn("--hce", 1, "--replay_batch_size", 12, method=nets.name("Stripes"))
+    assert results_of(folder)["finished"] == 3 and set(rows(folder / "task_01")[-1]) >= {"student/lce", "student/hce"}
+
+
 def test_alarms_and_metrics_of_the_replay_are_logged_for_each_task(learn):
     folder = learn()
     row = rows(folder / "task_02")[-1]
