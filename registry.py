@@ -4,7 +4,7 @@ To register another one, add a line here: ``MODELS["mynet"] = mynet`` with a fac
 ``mynet(num_classes, in_channels=3)``, or a card with a function that loads its images:
 ``DATASETS["mine"] = DatasetCard("mine", 3, 32, 32, 10, mean, std, loader="path/to/file.py:load")``.
 A method is a YAML file named after it: of distillation in ``configs/methods/``, of quantization in
-``configs/quantization/``.
+``configs/quantization/``, of incremental learning in ``configs/incremental/``.
 """
 
 from pathlib import Path
@@ -12,8 +12,9 @@ from pathlib import Path
 from datafree.datasets.cards import CARDS as DATASETS
 from datafree.models import MODELS
 
-__all__ = ["DATASETS", "METHODS", "MODELS", "QUANTIZATION_METHODS"]
+__all__ = ["DATASETS", "INCREMENTAL_METHODS", "METHODS", "MODELS", "QUANTIZATION_METHODS"]
 
 CONFIGS = Path(__file__).resolve().parent / "configs"
 METHODS = {path.stem: path for path in sorted((CONFIGS / "methods").glob("*.yaml"))}
 QUANTIZATION_METHODS = {path.stem: path for path in sorted((CONFIGS / "quantization").glob("*.yaml"))}
+INCREMENTAL_METHODS = {path.stem: path for path in sorted((CONFIGS / "incremental").glob("*.yaml"))}

@@ -62,7 +62,7 @@ def option(
 class AnyBut:
     """All values but those given, as a container."""
 
-    def __init__(self, *values: str):
+    def __init__(self, *values: Any):
         self.values = values
 
     def __contains__(self, value: object) -> bool:
@@ -340,6 +340,7 @@ class Synthesis:
         unused_when={"bn": (0,)},
     )
     oh: float = option(0.0, "Weight of the teacher's cross-entropy.", low=0)
+    oh_T: float = option(1.0, "Temperature of that cross-entropy.", low=1e-6, unused_when={"oh": (0,)})
     oh_target: Literal["target", "predicted"] = option(
         "target",
         "Class in that cross-entropy: the target class, or the teacher's own prediction (DAFL).",
@@ -823,7 +824,215 @@ class QuantizeConfig:
         return [(self.teacher.teacher, self.student.student_weights or self.teacher.teacher_weights)]
 
 
-CONFIGS = (DistillConfig, ScratchConfig, QuantizeConfig)  # of all programs: a method file may have sections of any
+# Learners of incremental learning that replay no images, and those that have no terms of their own.
+NO_REPLAY = {"learner": ("lwf", "finetune", "joint", "fetril")}
+NO_TERMS = {"learner": ("finetune", "joint", "fetril")}
+
+
+@dataclass
+class Incremental:
+    """Classes that arrive in tasks, and how the network learns each task without the images of the earlier ones."""
+
+    model: str = option(
+        "cifar_resnet32", "Registered model, torchvision:NAME, timm:NAME, path/to/file.py:factory or package:factory."
+    )
+    weights: str = option(
+        "",
+        "File of a network that knows the first task already, or the folder of that task; it is trained if empty.",
+        affects_result=False,
+    )
+    weights_key: str = option(
+        "",
+        "Key of the weights in that file, such as state_dict_ema for averaged ones, or prefix of their names; the "
+        "usual ones if empty.",
+        unused_when={"weights": ("",)},
+        affects_result=False,
+    )
+    init_cls: int = option(10, "Classes of the first task, the base.", low=2)
+    increment: int = option(10, "Classes of every later task.", low=1)
+    class_seed: int = option(
+        1993, "Seed of the order in which classes arrive.", low=0, unused_when={"class_order": AnyBut(())}
+    )
+    class_order: tuple[float, ...] = option(
+        (), "That order, as a list of all classes counted from 0; by class_seed if empty.", low=0
+    )
+    base_acc: float = option(
+        0.0,
+        "Expected top-1 (%) after the first task; a warning is logged if it is lower. 0: no check.",
+        low=0,
+        high=100,
+        unused_when={"eval": ("none",)},
+        affects_result=False,
+    )
+    learner: Literal["replay", "lwf", "finetune", "joint", "fetril"] = option(
+        "replay",
+        "How a task is learnt: on real images of its classes and synthetic ones of the old classes; on its images with "
+        "distillation (LwF); on its images alone; on the images of all classes so far, the upper bound; or with a "
+        "frozen trunk and translated features (FeTrIL).",
+    )
+    batch_size: int = option(128, "Real images of a step.", low=1)
+    replay_batch_size: int = option(128, "Synthetic images of a step.", low=1, unused_when=NO_REPLAY)
+    classes_per_batch: int = option(
+        0,
+        "Classes of each half of a batch, real and synthetic, with as many images each as there are, so that the "
+        "triplets' anchors have partners; 0: as they come.",
+        low=0,
+        unused_when=NO_REPLAY,
+    )
+    lce: float = option(
+        1.0, "Weight of the cross-entropy over the new classes alone, of real images.", low=0, unused_when=NO_TERMS
+    )
+    hce: float = option(
+        0.0,
+        "Weight of the class-balanced cross-entropy over all classes, which trains the head alone.",
+        low=0,
+        unused_when=NO_REPLAY,
+    )
+    fkd: float = option(
+        0.0,
+        "Weight of the distance of the embeddings as the old head sees them, of all images (ABD).",
+        low=0,
+        unused_when=NO_REPLAY,
+    )
+    hkd: float = option(
+        0.0, "Weight of the L1 distance of the old classes' logits, of synthetic images.", low=0, unused_when=NO_REPLAY
+    )
+    rkd: float = option(
+        0.0,
+        "Weight of the distance of the angles among embeddings of real images, through learned maps (R-DFCIL).",
+        low=0,
+        unused_when=NO_REPLAY,
+    )
+    kd: float = option(
+        0.0, "Weight of the KL divergence of the old classes' logits, of all images (LwF).", low=0, unused_when=NO_TERMS
+    )
+    T: float = option(2.0, "Temperature of that divergence.", low=1e-6, unused_when={"kd": (0,)})
+    scale: Literal["off", "share", "adaptive"] = option(
+        "off",
+        "Factors of the weights, from the numbers of old and new classes: share, lce by the new ones' share (ABD); "
+        "adaptive, lce less, hkd and rkd more, the more old ones (R-DFCIL).",
+        unused_when=NO_REPLAY,
+    )
+    passes: Literal["together", "apart"] = option(
+        "together",
+        "Whether real and synthetic images pass through the network in one batch, or in two with BatchNorm statistics "
+        "of their own.",
+        unused_when=NO_REPLAY,
+    )
+    head_share: float = option(
+        0.0,
+        "Share of a task's steps, the last ones, that train the head alone by hce and hkd; before them hce is inactive "
+        "(R-DFCIL). 0: all terms act throughout.",
+        low=0,
+        high=0.9,
+        unused_when=(NO_REPLAY, {"hce": (0,)}),
+    )
+    separate: Literal["apart", "together"] = option(
+        "apart",
+        "Images among which the student's triplets are formed: real and synthetic ones apart, or all together.",
+        unused_when=(NO_REPLAY, {"striplet": (0,)}),
+    )
+
+
+@dataclass
+class IncrementalSchedule(ScheduleOptions):
+    """Steps of a task, and how the source of replay is trained at its beginning."""
+
+    warmup_is_extra: ClassVar[bool] = True
+
+    epochs: int = option(
+        250, "Epochs of a task; the learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1
+    )
+    warmup: int = option(
+        0,
+        "Epochs before these that only synthesise images, without the terms that use the student.",
+        low=0,
+        unused_when=CONTROL,
+    )
+    synthesis_rounds: int | None = option(
+        None,
+        "First rounds of a task that synthesise, by the old network; then the source is frozen. Empty: all.",
+        low=1,
+        unused_when=CONTROL,
+    )
+    base_epochs: int | None = option(
+        None, "Epochs of the first task; as many as of the others if empty.", low=1, unused_when={"weights": AnyBut("")}
+    )
+
+
+@dataclass
+class Replay(Synthesis):
+    """The source of the old classes' images: synthesised by inverting the old network, the teacher."""
+
+    source: Literal["inversion", "pixels", "generator", "noise"] = option(
+        "generator",
+        "Source of images: a generator optimised in each round, pixels optimised directly, one generator whose images "
+        "are not kept, noise, or a user-defined class.",
+        unused_when=NO_REPLAY,
+        custom=True,
+    )
+
+
+@dataclass
+class IncrementalRelation(Relation):
+    __doc__ = Relation.__doc__
+
+    triplet_target: Literal["student", "teacher"] = option(
+        "teacher", "Network whose features it uses.", unused_when={"triplet": (0,)}
+    )
+    start_layer: int = option(
+        -1,
+        "First stage that the triplet losses use, counted from 0 among the last four (negative: from the end of all).",
+        unused_when=NO_STAGES,
+    )
+    striplet: float = option(0.0, "Weight of the triplet loss in student training.", low=0, unused_when=NO_REPLAY)
+
+
+@dataclass
+class IncrementalOptim(Optim):
+    __doc__ = Optim.__doc__
+
+    weight_decay: float = option(5e-4, "Weight decay.", flags=("--wd",), low=0)
+
+
+@dataclass
+class IncrementalConfig:
+    """Options of datafree_incremental.py."""
+
+    run: Run = field(default_factory=Run)
+    data: Data = field(default_factory=Data)
+    incremental: Incremental = field(default_factory=Incremental)
+    schedule: IncrementalSchedule = field(default_factory=IncrementalSchedule)
+    synthesis: Replay = field(default_factory=Replay)
+    relation: IncrementalRelation = field(default_factory=IncrementalRelation)
+    optim: IncrementalOptim = field(default_factory=IncrementalOptim)
+    method: str = option(
+        "rgal",
+        "Name of a file in configs/incremental/, whose settings your own override, or a user-defined source of images.",
+        custom=True,
+    )
+
+    def validate(self) -> None:
+        """Raise an InputError for options that do not go together."""
+        _check_student_terms(self, Schedule.of(self.schedule, self.incremental.batch_size))
+        self.relation.validate()
+        _validate_evaluation(self.run, self.data, "--weights", self.incremental.weights)
+        if self.run.resume not in ("none", "auto"):
+            raise OptionError(
+                f"--resume {self.run.resume}: a run of several tasks has a checkpoint for each; give --resume auto"
+            )
+
+    def networks(self) -> list[tuple[str, str]]:
+        """(model, weights) of the network, as they were given."""
+        return [(self.incremental.model, self.incremental.weights)]
+
+
+CONFIGS = (
+    DistillConfig,
+    ScratchConfig,
+    QuantizeConfig,
+    IncrementalConfig,
+)  # of all programs: a method file may have sections of any
 
 
 def sections(config_class: type) -> dict[str, type]:

@@ -76,9 +76,9 @@ def bn_distance(statistics: Sequence[LayerStatistics], reduction: str) -> Tensor
     return total if reduction == "norm" else total / len(layers)
 
 
-def one_hot(teacher_logits: Tensor, targets: Tensor) -> Tensor:
-    """L_oh: cross-entropy of the teacher with the target classes."""
-    return F.cross_entropy(teacher_logits.float(), targets)
+def one_hot(teacher_logits: Tensor, targets: Tensor, T: float = 1.0) -> Tensor:
+    """L_oh: cross-entropy of the teacher, at temperature T, with the target classes."""
+    return F.cross_entropy(teacher_logits.float() / T, targets)
 
 
 def activation(embed: Tensor) -> Tensor:
@@ -219,3 +219,18 @@ def info_nce(local: Tensor, anchor: Tensor, bank: Tensor, T: float) -> Tensor:
     with autocast(local.device, "none"):
         similarity = local @ torch.cat([anchor, bank]).T / T
     return F.cross_entropy(similarity, torch.arange(len(local), device=local.device))
+
+
+def angle_distance(embed: Tensor, target_embed: Tensor) -> Tensor:
+    """L_rkd: mean absolute difference of the cosines of all angles among three rows, (N, D) and (N, E).
+
+    The angle at row j between the directions to rows i and k (Park et al. 2019, with L1 as in R-DFCIL).
+    """
+    with autocast(embed.device, "none"):
+        return (_cosines(embed.float()) - _cosines(target_embed.float())).abs().mean()
+
+
+def _cosines(rows: Tensor) -> Tensor:
+    """(N, N, N): at [j, i, k] the cosine of the angle at row j between rows i and k; 0 where i or k is j."""
+    directions = F.normalize(rows[None] - rows[:, None], dim=2)
+    return directions @ directions.transpose(1, 2)

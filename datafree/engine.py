@@ -181,6 +181,8 @@ class Engine:
 
     def _draw(self, epoch: int) -> None:
         images, targets = self.source.latest()
+        if not len(images):
+            return
         try:
             self.folder.grid(epoch, draw_grid(*grid_rows(images, targets, self.classes)))
         except Exception as error:  # a picture is not worth the epoch, which is not saved yet
@@ -257,24 +259,31 @@ class Engine:
 
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
-        for name in theirs | ours:
-            then, now = theirs.get(name), ours.get(name)
-            if name == "epochs" or then == now:
-                continue
-            if is_same_code(then, now):
-                raise InputError(
-                    f"{path}: the code of {now.rpartition(':')[0]} has changed since it was written; restore it, or "
-                    "start a new run by --log_tag NEW"
-                )
-            raise InputError(
-                f"{path} was written with --{name} {then}, not {now}; resume with the same options, or start a new run "
-                "by --log_tag NEW"
-            )
+        require_same_options(theirs, ours, path, but=("epochs",))
         if state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
                 f"{self.schedule.epochs} to continue from it"
             )
+
+
+def require_same_options(
+    theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, but: Sequence[str] = ()
+) -> None:
+    """Raise InputError if ``path`` was written with other options than ours, but for those that may change."""
+    for name in {**theirs, **ours}:
+        then, now = theirs.get(name), ours.get(name)
+        if name in but or then == now:
+            continue
+        if is_same_code(then, now):
+            raise InputError(
+                f"{path}: the code of {str(now).rpartition(':')[0]} has changed since it was written; restore it, or "
+                "start a new run by --log_tag NEW"
+            )
+        raise InputError(
+            f"{path} was written with --{name} {then}, not {now}; resume with the same options, or start a new run "
+            "by --log_tag NEW"
+        )
 
 
 class Means:

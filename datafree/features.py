@@ -131,7 +131,7 @@ class FeatureTap:
         # Bound methods and no closures, which copy.deepcopy would leave with the first tap.
         for index, (module, stage_of) in enumerate(_by_module(self.stages).items()):
             module.register_forward_hook(partial(self._take_stage, index, stage_of))
-        self.has_head = head is not None
+        self.head = head.module if head else None
         if head:
             head.module.register_forward_pre_hook(self._take_embed, with_kwargs=True)
         self.embed_dim = head.input[1] if head else self.stage_channels[-1]
@@ -146,14 +146,14 @@ class FeatureTap:
         finally:
             self._taken = None
         missing = [self.stage_names[i] for i in range(len(self.stages)) if i not in taken]
-        if missing or (self.has_head and "embed" not in taken):
+        if missing or (self.head is not None and "embed" not in taken):
             raise InputError(
                 f"the network {type(self.model).__name__} did not compute {', '.join(missing) or 'its head'} in this "
                 "pass, as a network does that drops layers at random or has other layers in training; make it compute "
                 "all of its stages and its head in every pass, or name stages by --teacher_stages"
             )
         stages = [taken[i] for i in range(len(self.stages))]
-        return Features(logits, taken["embed"] if self.has_head else pooled(stages[-1]), stages)
+        return Features(logits, pooled(stages[-1]) if self.head is None else taken["embed"], stages)
 
     def _take_stage(self, index: int, stage_of: dict[int, int], module: nn.Module, args: Any, output: Any) -> None:
         """Hook of the ``index``-th module with stages; stage_of: which stage each of its calls gives."""

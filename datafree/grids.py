@@ -11,6 +11,7 @@ from torch.nn.functional import interpolate, pad
 from torchvision.utils import make_grid
 
 GAP, CAPTION = 2, 15  # pixels around an image of a grid, and below one with a caption
+CELL, MARGIN = 44, 16  # pixels of a cell of a matrix, and of a line of text beside it
 
 
 def draw_grid(images: Tensor, labels: Sequence[str] | None = None, columns: int = 8) -> Image.Image:
@@ -35,6 +36,26 @@ def draw_grid(images: Tensor, labels: Sequence[str] | None = None, columns: int 
         row, column = divmod(i * step, columns)
         corner = column * tiles.shape[-1] + GAP, row * tiles.shape[-2] + GAP + height
         ImageDraw.Draw(picture).text(corner, label, fill="black", font=font)
+    return picture
+
+
+def draw_matrix(rows: Sequence[Sequence[float]], row_name: str, column_name: str) -> Image.Image:
+    """PIL image of a lower triangle of percentages, a cell each, the darker the higher; counted from 1."""
+    size, font = len(rows), ImageFont.load_default()
+    picture = Image.new("RGB", (CELL * (size + 1) + MARGIN, CELL * size + 2 * MARGIN), "white")
+    pen = ImageDraw.Draw(picture)
+    pen.text((CELL + MARGIN, 2), column_name, fill="black", font=font)
+    for number in range(size):
+        pen.text((CELL * (number + 1) + MARGIN, MARGIN), str(number + 1), fill="black", font=font)
+        pen.text(
+            (2, 2 * MARGIN + CELL * number), f"{row_name if number == 0 else ''} {number + 1}", fill="black", font=font
+        )
+    for r, row in enumerate(rows):
+        for c, value in enumerate(row):
+            left, top = CELL * (c + 1) + MARGIN, 2 * MARGIN + CELL * r
+            shade = round(255 - 2 * value)
+            pen.rectangle((left, top, left + CELL - 2, top + CELL - 2), fill=(shade, shade, 255))
+            pen.text((left + 4, top + CELL // 3), f"{value:.1f}", fill="white" if value > 60 else "black", font=font)
     return picture
 
 

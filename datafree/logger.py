@@ -50,9 +50,13 @@ class RunFolder(AbstractContextManager):
             raise
 
     def _holds_results(self) -> bool:
-        """Whether an epoch was finished or a checkpoint written here; a run that failed earlier may be repeated."""
+        """Whether an epoch was finished or a checkpoint written here, or in the folder of a task below.
+
+        A run that failed earlier may be repeated.
+        """
         metrics = self.root / "metrics.jsonl"
-        return (self.checkpoints / "last.pth").exists() or (metrics.exists() and metrics.stat().st_size > 0)
+        checkpoints = [*self.checkpoints.glob("last.pth"), *self.root.glob("*/checkpoints/last.pth")]
+        return bool(checkpoints) or (metrics.exists() and metrics.stat().st_size > 0)
 
     def record(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
         """Write config.yaml and env.json (see :func:`datafree.runtime.environment`)."""
@@ -68,7 +72,7 @@ class RunFolder(AbstractContextManager):
 
     def metrics(self, epoch: int, mapping: Mapping[str, Any]) -> None:
         """Add a row {"epoch": epoch, **mapping} to metrics.jsonl, and its finite numbers to TensorBoard."""
-        row = _plain({"epoch": epoch, **mapping})
+        row = plain({"epoch": epoch, **mapping})
         self._append("metrics.jsonl", json.dumps(row))
         with self._tensorboard() as writer:
             for key, value in row.items():
@@ -93,7 +97,16 @@ class RunFolder(AbstractContextManager):
 
     def summary(self, mapping: Mapping[str, Any]) -> None:
         """Write summary.json; numbers that are not finite become null."""
-        self._replace("summary.json", json.dumps(_plain(mapping), indent=2) + "\n")
+        self.write_json("summary.json", mapping)
+
+    def write_json(self, file: str, mapping: Mapping[str, Any]) -> None:
+        """Write a file of that name; numbers that are not finite become null."""
+        self._replace(file, json.dumps(plain(mapping), indent=2) + "\n")
+
+    def picture(self, file: str, picture: "Image") -> None:
+        """Save a picture under that name."""
+        with _writing(self.root / file):
+            picture.save(self.root / file)
 
     def close(self) -> None:
         """Finish TensorBoard's file and release the folder; a second call does nothing."""
@@ -160,7 +173,7 @@ def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
     return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
 
 
-def _plain(value: Any) -> Any:
+def plain(value: Any) -> Any:
     """JSON types alone: tensors as numbers, floats to six digits, None for one that is not finite."""
     text = json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
     return json.loads(text, parse_float=lambda t: float(f"{float(t):.6g}"), parse_constant=lambda _: None)

@@ -289,6 +289,16 @@ class Network(nn.Module):
             stages, embed = [stage.float() for stage in stages], embed.float()
         return Features(self._logits(features.logits), embed, stages)
 
+    def classify(self, embed: Tensor) -> Tensor:
+        """Embeddings (N, D) -> logits (N, classes), by the head. Raises InputError if that is not one linear layer."""
+        head = self.tap.head
+        if not isinstance(head, nn.Linear) or head.out_features != self.tap.num_classes:
+            raise InputError(
+                f"the {self.name} has no linear layer as its head, which would be trained or applied alone here; use "
+                "another network, or a loss without hce and fkd"
+            )
+        return self._logits(head(embed))
+
     def _logits(self, raw: Tensor) -> Tensor:
         """What the model returned as logits of the chosen classes."""
         logits = self.outputs[self.training].logits(raw)

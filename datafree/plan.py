@@ -1,6 +1,8 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
-from datafree.config import DistillConfig, QuantizeConfig
+from typing import TYPE_CHECKING
+
+from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig
 from datafree.datasets.cards import DatasetCard, composed
 from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network, shown_numbers
@@ -13,6 +15,9 @@ from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.objective import SynthesisObjective
 from datafree.synthesis.optimised import OptimisedSynthesis
 from datafree.view_cache import ViewCache
+
+if TYPE_CHECKING:
+    from datafree.incremental import Tasks
 
 
 def describe_distillation(
@@ -118,6 +123,37 @@ def describe_training(
     ]
 
 
+def describe_task(
+    task: int,
+    tasks: "Tasks",
+    config: IncrementalConfig,
+    card: DatasetCard,
+    images: int,
+    schedule: Schedule,
+    network: Network,
+    source: BaseSynthesis,
+    views: int,
+) -> list[str]:
+    """The plan of a task of incremental learning. images: real ones that it is trained on. views: of a step."""
+    options, count = config.incremental, len(tasks.outputs(task))
+    old, joint = tasks.outputs(task).start, options.learner == "joint"
+    lines = [
+        f"Plan: task {task + 1} of {len(tasks)} on {describe_images(card)}, on {network.device}: {count} classes "
+        f"({tasks.named(task)}) from {images:,} images" + f", beside {old} old ones" * (old > 0) + ".",
+        *(describe_network(network) if task == 0 else []),
+    ]
+    if old:
+        kept = (
+            "images of all classes so far, as an upper bound"
+            if joint
+            else "no image of an earlier task is opened or kept"
+        )
+        lines.append(f"Learner: {options.learner}; {kept}.")
+    if isinstance(source, OptimisedSynthesis):
+        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
+    return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
+
+
 def describe_images(card: DatasetCard) -> str:
     """Name, shape and classes of the images."""
     return f"{card.name}, {'x'.join(map(str, card.shape))}, {card.num_classes} classes"
@@ -218,15 +254,20 @@ def check_teacher(accuracy: float, expected: float, num_classes: int) -> list[st
 
     Near is less than a tenth of the way from chance to 100 %.
     """
-    chance = 100 / num_classes
-    if accuracy >= max(expected - 1, chance + 0.1 * (100 - chance)):
+    if accuracy >= max(expected - 1, least_useful(num_classes)):
         return []
-    wanted = f"{expected:g} % was expected" if accuracy < expected - 1 else f"chance is {chance:.2f} %"
+    wanted = f"{expected:g} % was expected" if accuracy < expected - 1 else f"chance is {100 / num_classes:.2f} %"
     return [
         f"[Alarm] the teacher reaches only {accuracy:.2f} % ({wanted}); check --teacher_weights, --teacher_mean, "
         "--teacher_std and the order of the classes (`classes` in the data card), because a student is no better than "
         "its teacher"
     ]
+
+
+def least_useful(num_classes: int) -> float:
+    """An accuracy (%) below which a network is near chance: a tenth of the way from there to 100 %."""
+    chance = 100 / num_classes
+    return chance + 0.1 * (100 - chance)
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,7 +1,8 @@
 """The skeleton of a program: read the options, then plan and run its trainings."""
 
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 from datafree import cli
@@ -17,7 +18,7 @@ if TYPE_CHECKING:
 
 def run(
     config_class: type,
-    trainings: "Callable[[Session], Iterable[Training]]",
+    trainings: "Callable[[Session], Iterator[Training]]",
     *,
     description: str,
     method_files: Mapping[str, Any] | None = None,
@@ -47,5 +48,6 @@ def run(
     from datafree.training import run_training
 
     session = Session(config, derive_card=derive_card, write=not call.dry_run)
-    for training in trainings(session):
-        run_training(session, training, dry_run=call.dry_run)
+    with closing(trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
+        for training in in_turn:
+            run_training(session, training, dry_run=call.dry_run)

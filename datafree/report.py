@@ -25,10 +25,12 @@ from datafree.logger import table, whole_lines
 
 Summary = dict[str, Any]  # of one run: its summary.json, with "options" and "value"
 Options = tuple[tuple[str, str], ...]  # sorted (option, value as text) pairs
-Seeds = dict[int | None, Summary]  # the runs of a row
+Seed = int | tuple[int, int] | None  # of a run, with that of its order of the classes if it has one
+Seeds = dict[Seed, Summary]  # the runs of a row
 Rows = dict[tuple[str, Options], Seeds]
 
 WEIGHTS = ("teacher_weights", "student_weights", "weights")
+SEEDS = ("seed", "class_seed")
 HEADER = (
     "last, std: {} after the last epoch; best: highest top-1 of all epochs, chosen on the test set; "
     "s: mean seconds per run"
@@ -47,6 +49,7 @@ def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summ
         if not folder.is_dir():
             raise InputError(f"there is no folder {folder}; give folders of runs, or folders that contain them")
         summaries = {path.resolve(): _read(path, of) for path in sorted(folder.rglob("summary.json"))}
+        summaries = {path: summary for path, summary in summaries.items() if "task" not in summary}  # parts of a run
         if not summaries:
             raise InputError(f"{folder} holds no finished run (no summary.json); give another folder")
         started = {path: s.get("environment", {}).get("time", "") for path, s in summaries.items()}
@@ -79,15 +82,20 @@ def group(summaries: Iterable[Summary]) -> Rows:
     """(name, options) -> {seed: summary}, one entry per row. Of runs that do not differ, the last one counts."""
     rows: Rows = {}
     for summary in summaries:
-        _row_of(summary, rows)[summary.get("seed")] = summary
+        _row_of(summary, rows)[_seed(summary)] = summary
     return rows
+
+
+def _seed(summary: Summary) -> Seed:
+    order = summary["options"].get("class_seed")
+    return summary.get("seed") if order is None else (summary["seed"], order)
 
 
 def _row_of(summary: Summary, rows: Rows) -> Seeds:
     """The row of ``summary``. Weights separate rows only if a seed has several: each seed may have its own teacher."""
-    for ignored in (("seed", *WEIGHTS), ("seed",)):
+    for ignored in ((*SEEDS, *WEIGHTS), SEEDS):
         row = rows.setdefault((summary["run"], _options(summary, ignored)), {})
-        same = row.get(summary.get("seed"), summary)
+        same = row.get(_seed(summary), summary)
         if all(same["options"].get(key) == summary["options"].get(key) for key in WEIGHTS):
             break
     return row
@@ -157,7 +165,7 @@ def effects(rows: Rows, option: str) -> list[dict[str, Any]]:
 
     Pairs with the same seed share its teacher and more, so each seed counts once, with the mean of its pairs.
     """
-    gains: dict[tuple[str, str], dict[int | None, list[float]]] = {}
+    gains: dict[tuple[str, str], dict[Seed, list[float]]] = {}
     runs = [
         (name, seed, dict(_options(run)), run["value"])
         for (name, _), seeds in rows.items()

@@ -68,14 +68,15 @@ class Session:
         """The test split, which is read when it is first asked for; None with --eval none."""
         return self.split("test") if self.data.eval == "test" else None
 
-    def split(self, name: str) -> Split:
-        """The ``train`` or ``test`` split of the data set, on the device.
+    def split(self, name: str, classes: Sequence[int] | None = None) -> Split:
+        """The ``train`` or ``test`` split of the data set, on the device; if ``classes`` are given, of these alone.
 
-        The random states are the same afterwards, whatever a user-defined loader draws.
+        Labels are then positions among these classes. The random states are the same afterwards, whatever a
+        user-defined loader draws.
         """
-        download = self.data.download and self.write
+        download, workers = self.data.download and self.write, self.run.workers
         with same_rng():
-            split = load_split(self.card, self.data.data_root, name, download, self.device, self.run.workers)
+            split = load_split(self.card, self.data.data_root, name, download, self.device, workers, classes)
         self.notes += split.notes
         return split
 
@@ -137,22 +138,30 @@ class Session:
         network.freeze().require_moderate_values()
         return network
 
-    @torch.no_grad()
-    def score(self, network: Network, remedy: str = OF_BROKEN_WEIGHTS) -> dict[str, float] | None:
-        """acc1, acc5 (%) and loss on the test split; None without one. remedy: for logits that are not finite.
+    @property
+    def evaluation_batch(self) -> int:
+        """Images of a batch of an evaluation."""
+        return max(1, min(500, PIXELS_AT_ONCE // (self.card.height * self.card.width)))
 
-        The random states are the same afterwards, so that a run trains the same weights with and without a test set.
+    @torch.no_grad()
+    def score(
+        self, network: Network, remedy: str = OF_BROKEN_WEIGHTS, test: Split | None = None
+    ) -> dict[str, float] | None:
+        """acc1, acc5 (%) and loss on ``test``, or else the test split; None without one.
+
+        remedy: for logits that are not finite. The random states are the same afterwards, so that a run trains the same
+        weights with and without a test set.
         """
-        if self.test is None:
+        test = test or self.test
+        if test is None:
             return None
         network.eval()
         with same_rng():
-            batch_size = max(1, min(500, PIXELS_AT_ONCE // (self.card.height * self.card.width)))
-            return evaluate(network, self.test, batch_size, network.name, remedy)
+            return evaluate(network, test, self.evaluation_batch, network.name, remedy)
 
-    def evaluate_only(self, network: Network) -> None:
-        """Print the test accuracy of ``network``."""
-        scores = self.score(network) or {}
+    def evaluate_only(self, network: Network, test: Split | None = None) -> None:
+        """Print the accuracy of ``network`` on ``test``, or else on the test split."""
+        scores = self.score(network, test=test) or {}
         print("\n".join([*self.notes, *describe_notes(network), describe_normalisation(network)]))
         print(f"[Eval] {network.name} on {self.card.name}: {scores_line(scores)}")
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from datafree import checkpoint, plan, quantizer
 from datafree.cli import to_yaml
+from datafree.datasets.splits import Split
 from datafree.engine import Engine, Monitor
 from datafree.evaluators import scores_line
 from datafree.learners.base import Learner
@@ -30,7 +31,9 @@ class Training:
 
     model: name of the trained network, as given to its option. name: parts of the run folder's name.
     plan: lines for the log. teacher: evaluated before the training, if there is one.
-    monitor: of the latest images, called after each epoch. facts: further entries of the summary, in words.
+    monitor: of the latest images, called after each epoch. facts: further entries of the summary, in words, which are
+    logged at the end. test: in place of the session's test split. task: of a run that consists of several, the name of
+    its folder below the run's. stored: further plain values, which are saved beside the weights and in the summary.
     finish: called with the run's folder after the last epoch.
     """
 
@@ -42,6 +45,9 @@ class Training:
     plan: Sequence[str]
     teacher: Network | None = None
     monitor: Monitor | None = None
+    test: Split | None = None
+    task: str = ""
+    stored: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[RunFolder], None] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
 
@@ -52,38 +58,38 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
     if dry_run:
         print("\n".join(plan_lines))
         return
-    with open_folder(session, training.name) as folder:
+    with open_folder(session, training.name, training.task) as folder:
         for line in plan_lines:
             folder.log(line)
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
-        network, here = training.learner.network, environment(session.device)
+        network, here, test = training.learner.network, environment(session.device), training.test or session.test
         engine = Engine(
             training.learner,
             training.source,
             training.schedule,
             folder,
             session.run,
-            evaluate=(lambda: session.score(network, OF_DIVERGENCE) or {}) if session.test else None,
+            evaluate=(lambda: session.score(network, OF_DIVERGENCE, test) or {}) if test else None,
             monitor=training.monitor,
             classes=session.card.classes,
-            metadata=weights_metadata(session, network, training.model, here["commit"]),
+            metadata=weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored),
         )
         resume(session, engine)
         folder.record(to_yaml(session.config), here)
         result = engine.train()
-        summarise(session, engine, result, columns, training.facts)
+        summarise(session, engine, result, {**training.stored, **columns}, training.facts)
         if training.finish:
             training.finish(folder)
 
 
-def open_folder(session: Session, parts: Sequence[str]) -> RunFolder:
-    """The run's folder ``save_dir/<dataset>_<parts>/<tag>``."""
+def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFolder:
+    """The run's folder ``save_dir/<dataset>_<parts>/<tag>``, or that of its ``task`` below it."""
     run = session.run
     name = "_".join([session.card.name, *map(short_name, parts)])
-    root = Path(run.save_dir) / name / (run.log_tag or f"seed{run.seed}")
+    root = Path(run.save_dir) / name / (run.log_tag or f"seed{run.seed}") / task
     # The checkpoint of another folder starts a run here, which must not overwrite one that is here.
     inside = run.resume != "none" and Path(run.resume).resolve().is_relative_to(root.resolve())
-    return RunFolder(root, name, resume=run.resume == "auto" or inside)
+    return RunFolder(root, f"{name} {task}".strip(), resume=run.resume == "auto" or inside)
 
 
 def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> dict[str, float]:
@@ -126,7 +132,7 @@ def resume(session: Session, engine: Engine) -> None:
 
 
 def summarise(
-    session: Session, engine: Engine, result: dict[str, Any], columns: dict[str, float], facts: Mapping[str, str]
+    session: Session, engine: Engine, result: dict[str, Any], columns: Mapping[str, Any], facts: Mapping[str, str]
 ) -> None:
     """Write summary.json and log the result as a table.
 

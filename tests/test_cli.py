@@ -216,7 +216,7 @@ def test_options_that_do_not_affect_the_result_do_not_count():
     surroundings = {
         *("save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq"),
         *("eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights"),
-        *("student_weights", "weights", "teacher_acc", "view_cache", "compile"),
+        *("student_weights", "weights", "teacher_acc", "base_acc", "view_cache", "compile"),
         *("teacher_weights_key", "student_weights_key", "weights_key", "onnx"),
     }
     for cls in CONFIGS:

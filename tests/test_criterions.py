@@ -101,6 +101,8 @@ def test_one_hot_equals_minus_the_log_of_the_softmax():
     logits, targets = torch.randn(6, 4), torch.tensor([0, 3, 1, 1, 2, 0])
     oracle = -np.log(softmax(logits.double().numpy())[np.arange(6), targets.numpy()]).mean()
     assert criterions.one_hot(logits, targets).item() == pytest.approx(oracle, rel=1e-5)
+    cooler = -(logits / 5).softmax(1).log()[range(len(targets)), targets].mean().item()
+    assert criterions.one_hot(logits, targets, T=5.0).item() == pytest.approx(cooler, rel=1e-5)
 
 
 def test_balance_is_the_negative_entropy_of_the_mean_prediction():

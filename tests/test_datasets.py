@@ -415,6 +415,18 @@ def test_the_order_of_the_card_is_the_order_of_the_labels(tmp_path):
     assert backwards.labels.tolist() == list(range(12)) and backwards.images[:, 0, 0, 0].tolist() == [*range(12)][::-1]
 
 
+@pytest.mark.parametrize("size", [(6, 5), (128, 128)])  # in memory, and decoded on demand
+def test_chosen_classes_are_loaded_alone_and_labelled_by_their_places(tmp_path, size):
+    card = replace(write_classes(tmp_path / "own", NUMBERS[:5]), height=size[0], width=size[1])
+    split = load_split(card, tmp_path, "test", workers=0, classes=(3, 0))
+    levels = [round(image[0, 0, 0].item() * 255) for image, _ in split.batches(1) for image in image]
+    assert dict(zip(split.labels.tolist(), levels)) == {0: 3, 1: 0} and split.num_classes == 2 and len(split) == 2
+    again = split.of_classes([1], [7], 8)
+    [(images, labels)] = again.batches(4)
+    assert labels.tolist() == [7] and images.amax() == 0 and again.num_classes == 8
+    assert len(split.of_classes([5], [0], 1)) == 0  # a class that no image has
+
+
 @pytest.mark.parametrize(
     "names, alarm",
     [

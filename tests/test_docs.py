@@ -15,12 +15,13 @@ import torch
 import yaml
 from conftest import ROOT, call
 
+import datafree_incremental
 import datafree_kd
 import datafree_quantize
 import registry
 import train_scratch
 from datafree import cli, config
-from datafree.config import DistillConfig, QuantizeConfig, ScratchConfig
+from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
 from datafree.models.factory import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -28,17 +29,20 @@ SCRIPTS = sorted(ROOT.glob("scripts/*.sh"))
 CONFIGS = sorted(
     path
     for path in ROOT.glob("configs/*/*.yaml")
-    if path.parent.name not in ("methods", "quantization") and path.stem not in ("base", "students")
+    if path.parent.name not in ("methods", "quantization", "incremental")
+    and path.stem not in ("base", "students", "incremental")
 )
 PROGRAMS = {
     "datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
     "datafree_quantize.py": (datafree_quantize, QuantizeConfig, registry.QUANTIZATION_METHODS),
     "train_scratch.py": (train_scratch, ScratchConfig, None),
+    "datafree_incremental.py": (datafree_incremental, IncrementalConfig, registry.INCREMENTAL_METHODS),
 }
 TINY = {
     "datafree_kd.py": "--epochs 1 --ep_steps 2 --kd_steps 2".split(),
     "datafree_quantize.py": "--epochs 1 --warmup 1 --ep_steps 2 --kd_steps 2 --calibration 1".split(),
     "train_scratch.py": "--epochs 1 --batch_size 512".split(),
+    "datafree_incremental.py": "--epochs 1 --ep_steps 2 --kd_steps 2 --batch_size 16".split(),
 }
 
 
@@ -160,6 +164,8 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
         own += ["--teacher_weights", weights]
         own += ["--g_steps", 1] if config.synthesis.source in ("inversion", "pixels") else []
         own += ["--warmup", 0] if config.schedule.warmup and program == "datafree_kd.py" else []
+    if program == "datafree_incremental.py" and config.incremental.learner == "replay":
+        own += ["--g_steps", 1]
     call(PROGRAMS[program][0], *words, *TINY[program], *own)
     assert list(tmp_path.rglob("summary.json"))
 
@@ -171,6 +177,8 @@ def script(checkout, tmp_path):
     cases += 'esac\ncase "$*" in "datafree_kd.py "*rgal_resnet*) set -- "$@" --g_steps 1;;\n'
     cases += '"datafree_kd.py "*fast_*) set -- "$@" --warmup 0;;\n'
     cases += '"datafree_quantize.py "*"--epochs 0"*) set -- "$@" --epochs 0;;\n'
+    cases += '"datafree_incremental.py "*_replay.yaml* | "datafree_incremental.py "*_inversion.yaml*)'
+    cases += ' set -- "$@" --g_steps 1;;\n'
     (tmp_path / "python").write_text(f'#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} "$@"\n')
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
@@ -347,10 +355,24 @@ def test_a_method_file_parses(program, name):
     assert read(program, ["--method", name]).method == name
 
 
+@pytest.mark.slow
+def test_incremental_learning_on_the_digits_shares_its_first_task_and_resumes_where_it_stopped(script, checkout):
+    options = {"SEEDS": "0", "CELLS": "^inversion$|inversion-both", "STUDY": "runs/incremental"}
+    printed = script("incremental_digits.sh", **options)
+    table = printed.split("\nrun ")[-2]
+    rows = [line.split() for line in table.splitlines() if line.startswith("digits_")]
+    assert [row[0].split("_")[1] for row in rows] == ["finetune", "abd", "abd"]
+    assert rows[1][1:3] == ["striplet=0", "triplet=0"] and rows[2][1:3] == ["striplet=1", "triplet=1"]
+    tasks = {path.name for path in checkout.glob("runs/incremental/*/inversion-seed0/task_*")}
+    assert tasks == {"task_01", "task_02", "task_03", "task_04"}  # the first is that of the fine-tuning
+    assert "Plan" not in script("incremental_digits.sh", **options)
+
+
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_config_parses_and_states_only_differences(path):
     stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    program = "train_scratch.py" if "training" in stated else "datafree_kd.py"
+    named = {"training": "train_scratch.py", "incremental": "datafree_incremental.py"}
+    program = next((named[section] for section in named if section in stated), "datafree_kd.py")
     program = "datafree_quantize.py" if path.stem.startswith("quantize") else program
     assert program == "train_scratch.py" or "method" in stated, "name the method, even the default one"
     words = ["--method", stated["method"]] if "method" in stated else []

@@ -819,7 +819,7 @@ def test_the_head_is_the_layer_whose_output_is_the_logits(factory):
     if not isinstance(net.model, Gate):
         torch.testing.assert_close(features.embed, features.stages[-1].mean((2, 3)))
     else:
-        assert not net.tap.has_head
+        assert net.tap.head is None
 
 
 # ---------------------------------------------------------------- the stages

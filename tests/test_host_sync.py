@@ -11,7 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from datafree import config
 from datafree.augment import CropFlip
+from datafree.datasets.splits import TensorSplit
 from datafree.engine import Means
+from datafree.learners.incremental import ReplayedTask, TranslatedTask
+from datafree.pool import Batch
 from datafree.view_cache import ViewCache
 
 ALL = dict(bn=1.0, oh=1.0, adv=1.0, act=1.0, balance=1.0, cr=1.0, tv=1.0, l2=1.0)
@@ -81,6 +84,27 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
         means.add("synthesis", source.round(1, with_student=True))
         for _ in range(2):
             means.add("student", learner.step(source.batch(8)))
+    assert waits.found == []
+
+
+@pytest.mark.parametrize("progress", [0.0, 0.9])
+def test_a_step_of_incremental_learning_does_not_wait_for_the_host(progress):
+    torch.manual_seed(0)
+    given = config.IncrementalConfig()
+    given.incremental = config.Incremental(
+        **dict(batch_size=6, replay_batch_size=4, classes_per_batch=2, head_share=0.5, passes="apart"),
+        **dict(hce=1, fkd=1, hkd=1, rkd=1, kd=1),
+    )
+    given.relation = config.IncrementalRelation(striplet=1)
+    teacher = parts.network(nets.tiny, classes=8).freeze().restricted_to(range(3))
+    student = parts.network(nets.tiny, classes=8).restricted_to(range(6))
+    real = TensorSplit(torch.zeros(40, *parts.SHAPE, dtype=torch.uint8), 3 + torch.arange(40) % 3, 6)
+    learner = ReplayedTask(student, teacher, CropFlip(), given, 10, real)
+    translated = TranslatedTask(student, torch.rand(6, 16), 3, given, 10)
+    real.sample(1)  # draws the seed of the order
+    with Waits() as waits:
+        learner.step(Batch(torch.rand(8, *parts.SHAPE)), progress)
+        translated.step(Batch(*real.sample(6)), progress)
     assert waits.found == []
 
 

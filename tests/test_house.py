@@ -8,7 +8,7 @@ from graphlib import TopologicalSorter
 import pytest
 from conftest import ROOT
 
-PROGRAMS = {"datafree_kd", "train_scratch", "registry"}
+PROGRAMS = {"datafree_incremental", "datafree_kd", "train_scratch", "registry"}
 
 
 def module_name(path):
@@ -45,7 +45,9 @@ def test_there_is_no_circle_of_imports_and_the_library_imports_no_program():
     assert not any(graph[name] & PROGRAMS for name in graph if name.startswith("datafree."))
 
 
-@pytest.mark.parametrize("module", ["datafree_kd", "train_scratch", "datafree.report", "datafree.curves"])
+@pytest.mark.parametrize(
+    "module", ["datafree_incremental", "datafree_kd", "train_scratch", "datafree.report", "datafree.curves"]
+)
 def test_a_program_is_imported_without_torch(module):
     code = f"import sys, {module}; print([m for m in ('torch', 'tensorboard', 'numpy') if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

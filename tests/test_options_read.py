@@ -7,15 +7,18 @@ from pathlib import Path
 
 import nets
 import pytest
-from conftest import ROOT, scratch
+from conftest import ROOT, call, scratch
 
+import datafree_incremental
 import datafree_kd
 import train_scratch
 from datafree import cli, config, options, plan
-from datafree.config import DistillConfig, QuantizeConfig, ScratchConfig, option, sections
+from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig, option, sections
 from datafree.options import list_options
 
-PROGRAMS = {ROOT / "datafree_kd.py", ROOT / "datafree_quantize.py", ROOT / "train_scratch.py"}
+PROGRAMS = {
+    ROOT / f"{name}.py" for name in ("datafree_kd", "datafree_quantize", "datafree_incremental", "train_scratch")
+}
 # Code that handles all options alike, or states them in words, so that its reading of one makes no difference.
 NO_READERS = {Path(module.__file__).resolve() for module in (cli, config, options, plan)}
 
@@ -106,6 +109,33 @@ def test_every_option_of_datafree_quantize_is_read(quantised):
         quantised("--student_weights", "runs/digits_rgal_nets-tiny_w3a3/run", "--evaluate_only", tag="file")
 
     assert unread(QuantizeConfig, run) == set()
+
+
+def increments():
+    """Tiny runs of datafree_incremental.py, some of which need what others do not."""
+    short = (
+        *("--threads", 1, "--dataset", "digits", "--crop_padding", 1, "--model", nets.name("tiny"), "--init_cls", 5),
+        *("--increment", 5, "--epochs", 2, "--ep_steps", 2, "--kd_steps", 1, "--batch_size", 16),
+    )
+    replay = ("--replay_batch_size", 8, "--g_steps", 1, "--synthesis_batch_size", 16, "--ngf", 4, "--nz", 8)
+
+    def one(method, tag, *words):
+        call(datafree_incremental, "--method", method, "--log_tag", tag, *short, *words)
+
+    one("rgal", "terms", *replay, *"--act 1 --adv 1 --cr 1 --l2 1 --bn_momentum 0.5 --base_epochs 1".split())
+    one("rdfcil", "maps", *replay, "--kd", 1, "--striplet", 1, "--striplet_feature", "features", "--class_order", order)
+    inverted = "--source inversion --pool_size 16 --balanced_sampling --lr_z 0.01 --meta_rate 0.5 --reset_epoch 1"
+    one("abd", "pool", *replay, *inverted.split(), "--generator_init", "maml", "--classes_per_batch", 2)
+    one("lwf", "lwf", "--weights", "runs/digits_rgal_nets-tiny/terms/task_00")
+    one("fetril", "fetril", "--weights", "runs/digits_rgal_nets-tiny/terms/task_00", "--evaluate_only")
+
+
+order = "0,1,2,3,4,5,6,7,8,9"
+
+
+def test_every_option_of_datafree_incremental_is_read(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert unread(IncrementalConfig, increments) == set()
 
 
 def test_every_option_of_datafree_kd_is_read(distillations):

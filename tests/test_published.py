@@ -92,6 +92,35 @@ def test_the_choices_of_a_quantization_are_those_of_its_source(method):
     assert {name: found[name] for name in stated} == stated
 
 
+# Hosts of incremental learning, CIFAR-100 in ten tasks.
+INCREMENTAL = {
+    "abd": (
+        "ABD's code (GT-RIPL/AlwaysBeDreaming-DFCIL), experiments/cifar100-tentask.sh: 250 epochs of batch 128,"
+        " wd 0.0002, mu 0.1, 10000 steps of the generator, deep_inv_params 1e-3 5e1 1e-3 1e3 1",
+        "epochs 250, batch_size 128, replay_batch_size 128, g_steps 10000, synthesis_rounds 1, lr_g 0.001, nz 1000,"
+        " oh 1, oh_T 1000, balance 1, bn 50, tv 0.001, lce 1, fkd 0.1, hkd 0, rkd 0, kd 0, lr 0.1, weight_decay 0.0002,"
+        " triplet 0, striplet 0",
+    ),
+    "rdfcil": (
+        "R-DFCIL's code (gqk/R-DFCIL), config/cifar100.yaml: 200 epochs, the last 40 for the head, 5000 of inversion",
+        "epochs 200, head_share 0.2, batch_size 128, replay_batch_size 128, g_steps 5000, synthesis_rounds 1,"
+        " lr_g 0.001, oh 1, oh_T 1000, balance 1, bn 50, tv 0.001, lce 0.5, hce 0.5, hkd 0.15, rkd 0.5, fkd 0, kd 0,"
+        " lr 0.1, weight_decay 0.0005, triplet 0, striplet 0",
+    ),
+}
+INCREMENTAL_CHOICES = {
+    "abd": "learner replay, source generator, oh_target predicted, bn_reduction gaussian, scale share, passes together",
+    "rdfcil": "learner replay, source generator, oh_target predicted, bn_reduction gaussian, scale adaptive,"
+    " passes apart",
+    "rgal": "learner replay, source inversion, relation paper, triplet_target teacher, sampling_space embedding",
+    "abd_inversion": "learner replay, source inversion, oh_target target, bn_reduction norm, scale share",
+    "lwf": "learner lwf",
+    "finetune": "learner finetune",
+    "joint": "learner joint",
+    "fetril": "learner fetril",
+}
+
+
 def options_of(method, config_class=config.DistillConfig, method_files=registry.METHODS):
     given = cli.parse(config_class, ["--method", method], description="", method_files=method_files)[0]
     return {
@@ -113,6 +142,21 @@ def test_the_numbers_of_a_method_are_those_of_its_source(method):
 @pytest.mark.parametrize("method", CHOICES)
 def test_the_choices_of_a_method_are_those_of_its_source(method):
     found, stated = options_of(method), dict(pairs(CHOICES[method]))
+    assert {name: found[name] for name in stated} == stated
+
+
+@pytest.mark.parametrize("method", INCREMENTAL)
+def test_the_numbers_of_an_incremental_host_are_those_of_its_source(method):
+    source, text = INCREMENTAL[method]
+    found = options_of(method, config.IncrementalConfig, registry.INCREMENTAL_METHODS)
+    stated = {name: float(value) for name, value in pairs(text)}
+    assert {name: float(found[name]) for name in stated} == stated, source
+
+
+@pytest.mark.parametrize("method", registry.INCREMENTAL_METHODS)
+def test_the_choices_of_an_incremental_method_are_those_of_its_source(method):
+    found = options_of(method, config.IncrementalConfig, registry.INCREMENTAL_METHODS)
+    stated = dict(pairs(INCREMENTAL_CHOICES[method]))
     assert {name: found[name] for name in stated} == stated
 
 

@@ -278,3 +278,34 @@ ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "
 def test_the_quantile_of_students_t(freedom, quantile):
     """Values of the usual printed table."""
     assert report.t_quantile(freedom) == pytest.approx(quantile, abs=3e-4)
+
+
+# Class-incremental learning.
+
+
+def write_incremental(root, seed, class_seed, last, **options):
+    folder = write_run(root, "digits_abd_resnet8", f"{seed}-{class_seed}-{last}", last)
+    summary = json.loads((folder / "summary.json").read_text())
+    summary |= {"seed": seed, "options": {"class_seed": class_seed, "init_cls": 2, **options}}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    (folder / "task_00").mkdir()
+    (folder / "task_00" / "summary.json").write_text(json.dumps(summary | {"task": 0, "last_acc1": 100.0}))
+
+
+def test_the_tasks_of_a_run_are_no_runs_of_their_own(tmp_path):
+    write_incremental(tmp_path, 0, 1993, 60.0)
+    [row] = table_of(report.read_summaries([tmp_path]))
+    assert row["n"] == 1 and row["last"] == 60
+
+
+def test_orders_of_the_classes_count_like_seeds_and_pair_the_runs(tmp_path):
+    for order, (alone, both) in enumerate([(60.0, 65.0), (50.0, 51.0), (70.0, 73.0)]):
+        write_incremental(tmp_path, 0, order, alone, triplet=0.0)
+        write_incremental(tmp_path, 0, order, both, triplet=1.0)
+    rows = {row["options"]: row for row in table_of(report.read_summaries([tmp_path]), ["triplet=0"])}
+    assert [row["n"] for row in rows.values()] == [3, 3]
+    assert rows["triplet=1"]["gain"] == pytest.approx(3) and rows["triplet=1"]["ci95"] == pytest.approx(
+        2 / 3**0.5 * 4.3027
+    )
+    [effect] = report.effects(report.group(report.read_summaries([tmp_path])), "triplet")
+    assert effect["pairs"] == effect["seeds"] == 3 and effect["gain"] == pytest.approx(3)

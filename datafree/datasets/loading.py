@@ -1,5 +1,6 @@
 """Finds a data set's card and images: class folders, torchvision's files, the digits that ship here."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -24,7 +25,7 @@ from datafree.datasets.folders import (
     listed,
     survey,
 )
-from datafree.datasets.splits import LazySplit, TensorSplit
+from datafree.datasets.splits import LazySplit, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
 from datafree.errors import InputError, OptionError
 from datafree.plugins import first_line, load_object
@@ -44,20 +45,22 @@ def load_split(
     download: bool = True,
     device: torch.device | str = "cpu",
     workers: int = 2,
+    classes: Sequence[int] | None = None,
 ) -> TensorSplit | LazySplit:
-    """The images of ``split`` ("train" or "test") of the data set that ``card`` names.
+    """The images of ``split`` ("train" or "test") of the data set that ``card`` names; of ``classes`` alone, if given.
 
     They come from the card's loader, or else from the first of these that is there: folders
     ``data_root/<name>/{train,test}/<class>/*``, the digits that ship here, torchvision's files in ``data_root`` or
     ``data_root/<name>``; missing ones are downloaded into the latter if ``download``. Returns a TensorSplit on
     ``device``, or, for folders with images of at least 128x128 pixels or more than 4 GiB of pixels, a LazySplit with
     ``workers`` processes. Raises InputError for data that is missing, corrupt or inconsistent with the card.
+    With ``classes``, labels are positions among them, and files in the folders of other classes are not opened.
     """
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FOLDERS)}, not {split!r}")
     root = None if card.loader else _folder_of(card.name, data_root)
     if root:
-        return _folder_split(card, root, split, device, workers)
+        return _folder_split(card, root, split, device, workers, classes)
     if card.loader:
         images, labels, source = *_load_with(card.loader, Path(data_root), split), card.loader
     elif card.name == "digits":
@@ -79,7 +82,8 @@ def load_split(
             f"{source} hold images of shape {tuple(images.shape[1:])} but the data card {card.name} states "
             f"{card.shape}, channels first; correct {culprit}, and give --image_size for folders of images only"
         )
-    return TensorSplit(images, labels, card.num_classes, _check_labels(card, labels, source)).to(device)
+    whole = TensorSplit(images, labels, card.num_classes, _check_labels(card, labels, source))
+    return (whole if classes is None else whole.of_classes(classes, range(len(classes)), len(classes))).to(device)
 
 
 def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -224,20 +228,28 @@ def _splits_in(root: Path) -> bool:
 
 
 def _folder_split(
-    card: DatasetCard, root: Path, split: str, device: torch.device | str, workers: int
+    card: DatasetCard,
+    root: Path,
+    split: str,
+    device: torch.device | str,
+    workers: int,
+    classes: Sequence[int] | None = None,
 ) -> TensorSplit | LazySplit:
     if card.channels not in MODES:
         raise InputError(f"image files have 1 or 3 channels but the data card {card.name} states {card.channels}")
     listing = list_images(root, split, card)
-    paths, labels, notes = listing.paths, listing.labels, listing.notes
+    paths, labels, notes, num_classes = listing.paths, listing.labels, listing.notes, card.num_classes
+    if classes is not None:
+        places, labels = chosen_images(labels, classes)
+        paths, num_classes = [paths[place] for place in places.tolist()], len(classes)
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
         sample = evenly_spaced(paths, SURVEY)
         changes = changes_in(sample, card.shape).items()
         notes += [f"{count} of {len(sample)} images sampled from {root} are {change}." for change, count in changes]
-        return LazySplit(paths, labels, card.shape, card.num_classes, device, workers, notes)
+        return LazySplit(paths, labels, card.shape, num_classes, device, workers, notes)
     images, converted = decode(paths, card.shape)
-    return TensorSplit(images, labels, card.num_classes, [*notes, *converted]).to(device)
+    return TensorSplit(images, labels, num_classes, [*notes, *converted]).to(device)
 
 
 def _check_labels(card: DatasetCard, labels: Tensor, source: str) -> list[str]:

@@ -73,6 +73,15 @@ class Shuffle:
         self.seed, self.drawn, self._pass = state["seed"], state["drawn"], None
 
 
+def chosen_images(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:
+    """Places (M,) of the images of ``classes`` among ``labels`` (N,), and the positions (M,) of their classes there."""
+    position = torch.full((int(labels.max()) + 1,), -1, device=labels.device)
+    for number, chosen in enumerate(classes):
+        position[chosen : chosen + 1] = number  # of a class beyond the largest label, nothing
+    places = (position[labels] >= 0).nonzero().flatten()
+    return places, position[labels[places]]
+
+
 class Split(Protocol):
     """Images and labels of a split of a data set, on ``device``. notes: sentences about it for the log."""
 
@@ -83,6 +92,12 @@ class Split(Protocol):
     def device(self) -> torch.device: ...
 
     def __len__(self) -> int: ...
+
+    labels: Tensor
+
+    def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "Split":
+        """The images of ``classes`` alone, relabelled: those of the k-th have the k-th of the new ``labels``."""
+        ...
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
@@ -125,6 +140,12 @@ class TensorSplit:
         self.images, self.labels = self.images.to(device), self.labels.to(device)
         self._shuffle.to(self.images.device)
         return self
+
+    def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "TensorSplit":
+        """The images of ``classes`` alone, relabelled: those of the k-th have the k-th of the new ``labels``."""
+        places, positions = chosen_images(self.labels, classes)
+        relabelled = torch.tensor(labels, device=self.device)[positions]
+        return TensorSplit(self.images[places], relabelled, num_classes, self.notes)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
@@ -172,6 +193,12 @@ class LazySplit:
 
     def __len__(self) -> int:
         return len(self.paths)
+
+    def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "LazySplit":
+        """The images of ``classes`` alone, relabelled: those of the k-th have the k-th of the new ``labels``."""
+        places, positions = chosen_images(self.labels, classes)
+        paths, relabelled = [self.paths[place] for place in places.tolist()], torch.tensor(labels)[positions]
+        return LazySplit(paths, relabelled, self.shape, num_classes, self.device, self.workers, self.notes)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""

@@ -66,12 +66,19 @@ class TransferLearner(Learner):
         return views, self.cache.features(views, keys)
 
     def _striplet(self, teacher: Features, student: Features, *more: Any) -> Tensor:
+        return self._separate(self._triplet_layers(student), teacher.logits.argmax(1), self._space(teacher, student))
+
+    def _space(self, teacher: Features, student: Features) -> Tensor:
+        """(N, D), whose distances weight the sampling of negatives."""
+        return (teacher.embed if self.triplets.sampling_space == "embedding" else student.logits).detach()
+
+    def _separate(self, layers: Sequence[Tensor], labels: Tensor, space: Tensor) -> Tensor:
+        """The triplet loss that pulls each class together. layers: [(N, ...)]; labels: (N,); space: (N, D)."""
         r = self.triplets
-        space = teacher.embed if r.sampling_space == "embedding" else student.logits
         return relation.relation_loss(
-            self._triplet_layers(student),
-            teacher.logits.argmax(1),
-            space.detach(),
+            layers,
+            labels,
+            space,
             r.margin,
             r.striplet_sampling,
             relation.SEPARATE,

@@ -134,8 +134,9 @@ class SynthesisObjective:
         return criterions.bn_distance(self._averaged(teacher.batch_norm), self.settings.bn_reduction)
 
     def _oh(self, teacher: Features, student: Features, batch: Synthesised) -> Tensor:
-        predicted = self.settings.oh_target == "predicted"
-        return criterions.one_hot(teacher.logits, teacher.logits.argmax(1) if predicted else batch.targets)
+        s = self.settings
+        targets = teacher.logits.argmax(1) if s.oh_target == "predicted" else batch.targets
+        return criterions.one_hot(teacher.logits, targets, s.oh_T)
 
     def _adv(self, teacher: Features, student: Features, batch: Synthesised) -> Tensor:
         s = self.settings
