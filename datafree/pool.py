@@ -69,7 +69,7 @@ class ImagePool:
             order = self._class_order(size)[:n]
         else:
             order = torch.randperm(size, device=self.device)[:n]
-        if n > size:
+        if n > len(order):
             order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
         newest = self.added - 1
         return Batch(*self._at(order), newest - (newest - order) % self.capacity)
