@@ -381,6 +381,10 @@ class Network(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
+        for module in self.modules():
+            for value in vars(module).values():
+                if torch.is_tensor(value) and not value.is_leaf:  # torch copies none, such as weight_norm's weight
+                    memo[id(value)] = value.detach()
         state = {key: value for key, value in self.__dict__.items() if key not in ("features", "_compiled_call_impl")}
         other.__dict__.update(copy.deepcopy(state, memo))
         return other._recompiled()
