@@ -259,7 +259,7 @@ class Engine:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
         for name in theirs | ours:
             then, now = theirs.get(name), ours.get(name)
-            if name == "epochs" or then == now:
+            if then == now or name == "epochs" and then and now:  # without any, other options are unused
                 continue
             if is_same_code(then, now):
                 raise InputError(

@@ -301,11 +301,8 @@ class Network(nn.Module):
 
         training: whether it is also trained. Weights, buffers, modes and random states stay as they are.
         """
-        if training and input_dtype(self.model) in HALF:
-            raise InputError(
-                f"the {self.name} has weights in {str(input_dtype(self.model))[6:]}, whose rounding loses the small "
-                "steps of training; build it in float32 (.float()), and use --precision for speed"
-            )
+        if training:
+            self.require_full_precision()
         self._try_mode(precision, training=False)
         if not training:
             return
@@ -318,6 +315,14 @@ class Network(nn.Module):
             self.model.to(memory_format=torch.contiguous_format)
             self._try_mode(precision, training=True)
             self.trial.notes.append("it runs in the plain memory layout, because in channels_last its training fails")
+
+    def require_full_precision(self) -> None:
+        """Raise InputError for a network that cannot be trained because its weights are in half precision."""
+        if input_dtype(self.model) in HALF:
+            raise InputError(
+                f"the {self.name} has weights in {str(input_dtype(self.model))[6:]}, whose rounding loses the small "
+                "steps of training; build it in float32 (.float())"
+            )
 
     def _try_mode(self, precision: str, training: bool) -> None:
         with unchanged(self), torch.enable_grad():

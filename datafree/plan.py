@@ -73,9 +73,8 @@ def describe_quantization(
         *lines,
         *describe_cache(cache),
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
-        f"each of {_count(schedule.warmup, 'epoch')} of warm-up."
-        + " Nothing is trained."
-        * (schedule.epochs == schedule.warmup),
+        f"each of {_count(schedule.warmup, 'epoch')} of warm-up.",
+        *(["Nothing is trained."] if schedule.epochs == schedule.warmup else []),
         describe_cost(schedule, source, schedule.batch_size, config.synthesis.synthesis_batch_size),
     ]
 
@@ -107,8 +106,8 @@ def describe_grids(model: QuantizedModel) -> list[str]:
     if sites.in_float:
         first, more = sites.in_float[:SHOWN], len(sites.in_float) - SHOWN
         lines.append(
-            f"In float remain {', '.join(first)}{f' and {more} more' * (more > 0)}, because no convolution or linear "
-            "layer has them as its weight."
+            f"In float remain {', '.join(first)}{f' and {more} more' * (more > 0)}, which no call of a convolution or "
+            "linear layer has as its weight."
         )
     return lines
 

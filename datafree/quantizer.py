@@ -19,8 +19,9 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from datafree.config import Quantizer
-from datafree.errors import InputError
+from datafree.config import QuantizeConfig, Quantizer
+from datafree.errors import InputError, OptionError
+from datafree.options import list_options
 from datafree.outputs import graph_of, raw_logits
 from datafree.trial import trial_images, unchanged
 
@@ -189,6 +190,13 @@ class Grid(nn.Module):
         with torch.no_grad():
             self.scale.copy_(scale)
             self.zero.copy_(zero)
+
+    def is_sound(self) -> bool:
+        """Whether its tensors have values that :meth:`set_range` or training gives them."""
+        low, high = grid(self.bits, self.symmetric)
+        are_finite = all(bool(tensor.isfinite().all()) for tensor in self.state_dict().values())
+        is_inside = bool(((low <= self.zero) & (self.zero <= high)).all())
+        return are_finite and is_inside and (self.learned or bool((self.scale > 0).all()))
 
     def rounded(self, x: Tensor) -> Tensor:
         if self.learned:
@@ -624,7 +632,7 @@ class QuantizedModel(nn.Module):
         for layer, grid in zip(self.sites.layers, self.weights):
             is_other = grid.learned or (layer.norm and self.protocol.fold_bn)  # than in an earlier call
             if is_other or not layer.is_again:
-                bits += layer.numbers * grid.bits + grid.scale.numel() * (32 + grid.bits)
+                bits += layer.numbers * grid.bits + grid.scale.numel() * (32 + grid.bits) * (grid.bits < FLOAT)
         return bits // 8 + 4 * (self.sites.of - self.sites.numbers)
 
     def load_grids(self, state: dict[str, Tensor]) -> None:
@@ -634,6 +642,8 @@ class QuantizedModel(nn.Module):
         except (KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"its ranges are those of another network or protocol ({reason})") from error
+        if not all(grid.is_sound() for grid in (*self.weights, *self.activations)):
+            raise InputError("its ranges have values that no grid has: the file is spoiled; write or copy it again")
 
 
 class _Quantized(_Calls):
@@ -735,6 +745,9 @@ def of_file(metadata: dict[str, Any], path: Any) -> Quantizer | None:
         return None
     try:
         protocol = Quantizer(**json.loads(metadata["quantization"]))
+        for opt in list_options(QuantizeConfig):
+            if opt.section == "quantizer" and not opt.accepts(value := getattr(protocol, opt.name)):
+                raise OptionError(f"{opt.name} cannot be {value!r}; it takes {opt.allowed}")
         protocol.validate()
     except Exception as error:  # of whatever stands there
         raise InputError(f"{path} states a quantization that this version does not know ({error})") from error

@@ -350,7 +350,9 @@ def test_first_and_last_layers_may_have_their_own_bits():
 
 def test_32_bits_leave_the_network_as_it_is():
     teacher, images = network(nets.tiny(5)), torch.rand(4, *SHAPE)
-    assert torch.equal(observed(quantise(teacher, Quantizer(w_bits=32, a_bits=32)))(images), teacher(images))
+    quantised = observed(quantise(teacher, Quantizer(w_bits=32, a_bits=32)))
+    assert torch.equal(quantised(images), teacher(images))
+    assert quantised.model.packed_bytes == 4 * quantised.model.sites.of
 
 
 @pytest.mark.parametrize("per, same", [("channel", True), ("tensor", False)])
@@ -674,6 +676,21 @@ def test_ranges_of_another_network_or_protocol_are_refused(tmp_path):
         ({"quantization": '{"w_bits": 33}'}, "does not know"),
         ({"quantization": "no json"}, "does not know"),
         ({"quantization": 3}, "does not know"),
+        ({"quantization": '{"ranges": "foo"}'}, "ranges cannot be 'foo'; it takes one of ema, mse, learned"),
+        ({"quantization": '{"w_bits": 4.0}'}, "w_bits cannot be 4.0"),
+        ({"quantization": '{"a_bits": null}'}, "a_bits cannot be None"),
+        ({"quantization": '{"range_momentum": 5}'}, "range_momentum cannot be 5"),
+        ({"quantization": '{"w_symmetric": "no"}'}, "w_symmetric cannot be 'no'"),
+        *(
+            ({"state_dict": {**state["state_dict"], f"grids.{name}": torch.full_like(value, number)}}, "spoiled")
+            for name, number in [
+                ("activations.0.scale", float("nan")),
+                ("activations.0.scale", 0),
+                ("activations.0.zero", 999),
+                ("weights.0.fraction", float("inf")),
+            ]
+            for value in [state["state_dict"][f"grids.{name}"]]
+        ),
         ({"quantization": '{"ranges": "learned", "w_per": "tensor"}'}, "another network or protocol"),
     ]:
         checkpoint.save(tmp_path / "student.pth", {**state, **change})
@@ -687,4 +704,8 @@ def test_bits_are_named_in_one_line():
     assert protocol.short == "w3a5-fl8-per-tensor-symmetric-w-mse"
     for part in ("W3A5", "per tensor symmetric", "8 bits", "least squared error", "32 batches", "not folded"):
         assert part in protocol.sentence
+    in_float = Quantizer(w_bits=32, first_last_bits=8).sentence
+    assert "last activations 8 bits" in in_float and "layer" not in in_float
+    assert "observed" not in Quantizer(a_bits=32).sentence
+    assert "first and last layer in float" in Quantizer(first_last_bits=32).sentence
     assert "\n" not in protocol.sentence and math.isfinite(protocol.range_momentum)
