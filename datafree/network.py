@@ -402,6 +402,11 @@ class Network(nn.Module):
 
     def compiled(self, mode: str) -> "Network":
         """Run by torch.compile from now on: ``default`` fuses, ``reduce-overhead`` replays CUDA graphs too."""
+        if isinstance(self.model, quantizer.QuantizedModel):
+            raise InputError(
+                f"the {self.name} is quantised, which compiled code would not be, because its calls are not seen; give "
+                "--compile off"
+            )
         torch._dynamo.config.cache_size_limit = 32  # both roles, modes and phases of all networks share one code
         self.compile_mode = mode
         self.compile(mode=mode)

@@ -200,7 +200,7 @@ class Grid(nn.Module):
 
     def rounded(self, x: Tensor) -> Tensor:
         if self.learned:
-            scale = self.scale.clamp_min(TINY)
+            scale = self.scale.abs().clamp_min(TINY)  # a step of training may take it below 0
             return round_by_learned_step(x, scale, self.zero, grid(self.bits, self.symmetric), self.axis)
         return round_to_grid(x, self.scale, self.zero, grid(self.bits, self.symmetric), self.axis)
 

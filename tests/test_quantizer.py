@@ -168,6 +168,17 @@ def test_the_moving_average_of_ranges_against_its_sum():
     assert grid.range[1].item() == pytest.approx((weights * highs).sum() / weights.sum(), rel=1e-5)
 
 
+def test_a_learned_step_that_overshoots_below_zero_still_learns():
+    grid, weight = WeightGrid(4, Quantizer(ranges="learned"), 0, 3), torch.randn(3, 5)
+    grid.fit(weight)
+    with torch.no_grad():
+        grid.scale[1] *= -1
+    rounded = grid(weight)
+    assert (rounded[1] - weight[1]).abs().max() <= grid.scale[1].abs()
+    rounded.square().sum().backward()
+    assert grid.scale.grad[1] != 0
+
+
 def test_nothing_is_rounded_before_a_range_is_observed_and_observing_starts_anew():
     grid, x = ActivationGrid(2, Quantizer(a_bits=2)), torch.randn(100)
     assert grid(x) is x
@@ -666,6 +677,12 @@ def test_a_file_gives_equal_outputs_in_another_process(ranges, tmp_path):
     assert done.returncode == 0, done.stderr
     assert "W3A5 simulated" in done.stdout
     assert torch.equal(torch.load(tmp_path / "logits.pth"), quantised(images))
+
+
+def test_compiled_code_is_refused_because_its_calls_are_not_seen():
+    quantised = observed(quantise(network(nets.plain(5)), Quantizer()))
+    with pytest.raises(InputError, match="student net .w4a4. is quantised, .* --compile off"):
+        quantised.compiled("default")
 
 
 def test_ranges_of_another_network_or_protocol_are_refused(tmp_path):
