@@ -442,8 +442,9 @@ class _Search(_Calls):
         self.weights.add(parameters)
         self.last_layer = len(self.sites.activations)
         output = self._counted(func(*args, **kwargs), args, kwargs)
-        self.outputs.append((self.sites.layers[-1], output))
-        self.used[id(output)] = 0
+        if func is not F.linear or output.dim() == 2:  # otherwise its channels are not those of a BatchNorm
+            self.outputs.append((self.sites.layers[-1], output))
+            self.used[id(output)] = 0
         return output
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor, in_place: bool) -> Tensor:

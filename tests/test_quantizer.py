@@ -425,6 +425,24 @@ class Again(Written):
         return self.head(x.mean((2, 3)))
 
 
+class Rows(Written):
+    """Normalises the rows of what a linear layer gives, which are as many as its channels."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+        self.linear, self.rows = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.rows.running_mean.normal_()
+
+    def forward(self, x):
+        return self.head(F.relu(self.rows(self.linear(x[:, 0])))[:, :8].mean(2))
+
+
+def test_a_normalisation_of_another_axis_is_not_folded():
+    teacher, images = network(Rows()), torch.rand(4, *SHAPE)
+    quantised = quantise(teacher, Quantizer(w_bits=16, a_bits=32, fold_bn=True))
+    assert torch.allclose(quantised(images), teacher(images), atol=1e-3)
+
+
 def own_parts(model):
     """Names and numbers of what is rounded, and the size if it is packed."""
     found = quantise(network(model), Quantizer(w_bits=8, a_bits=8)).model
