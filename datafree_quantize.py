@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 import registry
 from datafree import program
 from datafree.config import QuantizeConfig
+from datafree.errors import InputError
 
 if TYPE_CHECKING:
     from datafree.logger import RunFolder
@@ -25,7 +26,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
     from datafree.export import require_packages, write_integer_network
     from datafree.learners.quantize import QuantizeLearner
     from datafree.plan import describe_quantization, describe_quantized
-    from datafree.quantizer import quantise
+    from datafree.quantizer import QuantizedModel, quantise
     from datafree.schedule import Schedule
     from datafree.synthesis.build import build_source
     from datafree.training import Training
@@ -33,12 +34,20 @@ def quantization(session: "Session") -> "Iterator[Training]":
 
     config, model, weights = session.config, session.config.teacher.teacher, session.config.student.student_weights
     if config.run.evaluate_only:
-        session.evaluate_only(session.network("student", model, weights))
+        network = session.network("student", model, weights)
+        if not isinstance(network.model, QuantizedModel):
+            raise InputError(
+                f"--student_weights {weights}: the network is in float; evaluate it by train_scratch.py --evaluate_only"
+            )
+        session.evaluate_only(network)
         return
     if config.quantizer.onnx:
         require_packages()
     teacher = session.load_teacher()
     student = quantise(teacher, config.quantizer)
+    student.try_run()
+    if config.schedule.epochs:
+        student.require_full_precision()
     source = build_source(session, teacher, student)
     schedule = Schedule.of(config.schedule, config.finetune.batch_size, source.g_steps)
     learner = QuantizeLearner(student, teacher, session.augment, config, schedule.total_student_steps)

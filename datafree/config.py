@@ -641,6 +641,7 @@ class Quantizer:
     first_last_bits: int | None = option(
         None,
         "Bits of the weights of the first and the last layer, and of the last activations. Empty: like the others.",
+        unused_when=RANGES_BY_BITS,
     )
     w_per: Literal["channel", "tensor"] = option(
         "channel", "A range of weights for each output channel, or for each layer.", unused_when={"w_bits": (32,)}
@@ -688,12 +689,13 @@ class Quantizer:
         activations = f"activations {self.a_bits} bits per tensor {symmetric[self.a_symmetric]}"
         weights = weights if self.w_bits < 32 else "weights in float"
         activations = activations if self.a_bits < 32 else "activations in float"
-        observed = f"observed on {self.calibration} batches (momentum {self.range_momentum:g})"
-        outer = "the same" if self.first_last_bits is None else f"{self.first_last_bits} bits"
+        observed = f", observed on {self.calibration} batches (momentum {self.range_momentum:g})" * (self.a_bits < 32)
+        outer = {None: "the same", 32: "in float"}.get(self.first_last_bits, f"{self.first_last_bits} bits")
+        where = "first and last layer" if self.w_bits < 32 else "last activations"
         folded = "folded" if self.fold_bn else "not folded"
         return (
-            f"W{self.w_bits}A{self.a_bits} simulated: {weights}, {activations}; ranges by {rule}, {observed}; "
-            f"first and last layer {outer}; BatchNorm {folded}"
+            f"W{self.w_bits}A{self.a_bits} simulated: {weights}, {activations}; ranges by {rule}{observed}; "
+            f"{where} {outer}; BatchNorm {folded}"
         )
 
     @property

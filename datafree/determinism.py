@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from datafree.errors import InputError
+from datafree.outputs import graph_of
 
 # Node of the graph -> the operation, of those that torch.use_deterministic_algorithms lists as raising an exception
 # in the backward pass; what raises one in the forward pass fails in the trial of a network. Bilinear interpolation and
@@ -27,13 +28,7 @@ OPERATIONS = {
 
 def nondeterministic_operations(output: Tensor) -> list[str]:
     """The OPERATIONS, in words, through which the gradient of ``output`` flows back; its graph may be used up."""
-    seen, nodes = set(), [output.grad_fn]
-    while nodes:
-        node = nodes.pop()
-        if node is not None and node not in seen:
-            seen.add(node)
-            nodes += [parent for parent, _ in node.next_functions]
-    names = {node.name().partition("Backward")[0] for node in seen}
+    names = {node.name().partition("Backward")[0] for node in graph_of(output)}
     return sorted({OPERATIONS[name] for name in names & OPERATIONS.keys()})
 
 

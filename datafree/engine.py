@@ -259,7 +259,9 @@ class Engine:
 
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
-        require_same_options(theirs, ours, path, but=("epochs",))
+        # Without any epochs other options are unused, so that a run of none is another run.
+        but = ("epochs",) if theirs.get("epochs") and ours.get("epochs") else ()
+        require_same_options(theirs, ours, path, but=but)
         if state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "

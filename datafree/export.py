@@ -236,8 +236,10 @@ def write_integer_network(
     images, place = list(batches), folder.root / "onnx"
     place.mkdir(exist_ok=True)
     fp32, int8 = place / "fp32.onnx", place / "int8.onnx"
-    export_onnx(student, int8)
-    protocol = quantize_onnx(int8, int8, images)
+    in_float = place / "student_fp32.onnx"
+    export_onnx(student, in_float)
+    protocol = quantize_onnx(in_float, int8, images)
+    in_float.unlink()
     export_onnx(teacher, fp32)
     rows = compare(student, fp32, int8, torch.cat(images[:4]), split)
     names = {"torch": "simulated, torch", "fp32": "teacher, fp32.onnx", "int8": "student, int8.onnx"}

@@ -311,11 +311,8 @@ class Network(nn.Module):
 
         training: whether it is also trained. Weights, buffers, modes and random states stay as they are.
         """
-        if training and input_dtype(self.model) in HALF:
-            raise InputError(
-                f"the {self.name} has weights in {str(input_dtype(self.model))[6:]}, whose rounding loses the small "
-                "steps of training; build it in float32 (.float()), and use --precision for speed"
-            )
+        if training:
+            self.require_full_precision()
         self._try_mode(precision, training=False)
         if not training:
             return
@@ -328,6 +325,14 @@ class Network(nn.Module):
             self.model.to(memory_format=torch.contiguous_format)
             self._try_mode(precision, training=True)
             self.trial.notes.append("it runs in the plain memory layout, because in channels_last its training fails")
+
+    def require_full_precision(self) -> None:
+        """Raise InputError for a network that cannot be trained because its weights are in half precision."""
+        if input_dtype(self.model) in HALF:
+            raise InputError(
+                f"the {self.name} has weights in {str(input_dtype(self.model))[6:]}, whose rounding loses the small "
+                "steps of training; build it in float32 (.float())"
+            )
 
     def _try_mode(self, precision: str, training: bool) -> None:
         with unchanged(self), torch.enable_grad():
@@ -391,6 +396,10 @@ class Network(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
+        for module in self.modules():
+            for value in vars(module).values():
+                if torch.is_tensor(value) and not value.is_leaf:  # torch copies none, such as weight_norm's weight
+                    memo[id(value)] = value.detach()
         state = {key: value for key, value in self.__dict__.items() if key not in ("features", "_compiled_call_impl")}
         other.__dict__.update(copy.deepcopy(state, memo))
         return other._recompiled()
@@ -403,6 +412,11 @@ class Network(nn.Module):
 
     def compiled(self, mode: str) -> "Network":
         """Run by torch.compile from now on: ``default`` fuses, ``reduce-overhead`` replays CUDA graphs too."""
+        if isinstance(self.model, quantizer.QuantizedModel):
+            raise InputError(
+                f"the {self.name} is quantised, which compiled code would not be, because its calls are not seen; give "
+                "--compile off"
+            )
         torch._dynamo.config.cache_size_limit = 32  # both roles, modes and phases of all networks share one code
         self.compile_mode = mode
         self.compile(mode=mode)

@@ -59,6 +59,16 @@ class Option:
             words += f" of at least {self.low:g}"
         return f"{words}, or nothing" if self.default is None else words
 
+    def accepts(self, value: Any) -> bool:
+        """Whether it may have ``value``, which was not read as one of its own, but from a file of weights."""
+        if value is None:
+            return self.default is None
+        if self.choices:
+            return value in self.choices
+        is_number = self.kind in (int, float)
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        return type(value) in kinds and (not is_number or self.low <= value <= self.high)
+
 
 Options = Mapping[str, Option]  # name -> option
 

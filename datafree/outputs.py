@@ -145,6 +145,17 @@ FOLLOWING = {"View", "UnsafeView", "ReshapeAlias", "Squeeze", "Unsqueeze", "ToCo
 FOLLOWING |= {"AdaptiveAvgPool2D", "AvgPool2D", "Select", "Slice", "Transpose", "Permute", "Mul", "Div", "Add", "Sub"}
 
 
+def graph_of(output: Tensor) -> set[Any]:
+    """The nodes of the graph through which the gradient of ``output`` flows back."""
+    seen, nodes = set[Any](), [output.grad_fn]
+    while nodes:
+        node = nodes.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            nodes += [parent for parent, _ in node.next_functions]
+    return seen
+
+
 def _origin(raw: Tensor) -> str:
     """The node of the graph that made the outputs, before they were at most pooled, rectified, scaled or shifted."""
     node = raw.grad_fn

@@ -8,7 +8,7 @@ from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
 from datafree.pool import ImagePool
-from datafree.quantizer import QuantizedModel
+from datafree.quantizer import FLOAT, QuantizedModel
 from datafree.relation import triplet_stages
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -18,6 +18,8 @@ from datafree.view_cache import ViewCache
 
 if TYPE_CHECKING:
     from datafree.incremental import Tasks
+
+SHOWN = 5  # names of parameters at most in a line
 
 
 def describe_distillation(
@@ -61,14 +63,11 @@ def describe_quantization(
 ) -> list[str]:
     """The plan of a quantization. tested: number of test images."""
     assert isinstance(student.model, QuantizedModel)
-    sites = student.model.sites
     lines = [
         f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, {describe_test(tested)}, "
         f"on {teacher.device}.",
         f"Protocol: {config.quantizer.sentence}.",
-        f"On the grid: the weights of {len(sites.layers)} layers ({sites.numbers / sites.of:.1%} of all parameters), "
-        f"and {_count(len(sites.activations), 'activation')}.",
-        *describe_folding(student.model),
+        *describe_grids(student.model),
         describe_normalisation(teacher),
         *describe_network(teacher),
         describe_source(config.synthesis.source, teacher),
@@ -79,9 +78,8 @@ def describe_quantization(
         *lines,
         *describe_cache(cache),
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
-        f"each of {_count(schedule.warmup, 'epoch')} of warm-up."
-        + " Nothing is trained."
-        * (schedule.epochs == schedule.warmup),
+        f"each of {_count(schedule.warmup, 'epoch')} of warm-up.",
+        *(["Nothing is trained."] if schedule.epochs == schedule.warmup else []),
         describe_cost(schedule, source, schedule.batch_size, config.synthesis.synthesis_batch_size),
     ]
 
@@ -97,10 +95,26 @@ def describe_quantized(network: Network) -> dict[str, str]:
     }
 
 
-def describe_folding(model: QuantizedModel) -> list[str]:
-    """How many layers have their BatchNorm folded in, if that is asked for."""
-    folded = sum(bool(layer.norm) for layer in model.sites.layers)
-    return [f"BatchNorm is folded into {folded} of them."] if model.protocol.fold_bn else []
+def describe_grids(model: QuantizedModel) -> list[str]:
+    """What is rounded, what is folded if that is asked for, and what stays in float."""
+    sites = model.sites
+    pairs = zip(sites.layers, model.weights)
+    numbers = [layer.numbers for layer, grid in pairs if grid.bits < FLOAT and not layer.is_again]
+    activations = sum(grid.bits < FLOAT for grid in model.activations)
+    lines = [
+        f"On the grid: the weights of {_count(len(numbers), 'layer')} ({sum(numbers) / sites.of:.1%} of all "
+        f"parameters), and {_count(activations, 'activation')}."
+    ]
+    if model.protocol.fold_bn:
+        folded = sum(bool(layer.norm) for layer in sites.layers)
+        lines.append(f"BatchNorm is folded into {folded} of {_count(len(sites.layers), 'call')} of layers.")
+    if sites.in_float:
+        first, more = sites.in_float[:SHOWN], len(sites.in_float) - SHOWN
+        lines.append(
+            f"In float remain {', '.join(first)}{f' and {more} more' * (more > 0)}, which no call of a convolution or "
+            "linear layer has as its weight."
+        )
+    return lines
 
 
 def describe_cache(cache: ViewCache | None) -> list[str]:

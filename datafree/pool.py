@@ -70,7 +70,7 @@ class ImagePool:
         else:
             order = torch.randperm(size, device=self.device)[:n]
         if n > len(order):
-            order = torch.cat([order, torch.randint(size, (n - size,), device=self.device)])
+            order = torch.cat([order, torch.randint(size, (n - len(order),), device=self.device)])
         newest = self.added - 1
         return Batch(*self._at(order), newest - (newest - order) % self.capacity)
 

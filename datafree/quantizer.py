@@ -8,17 +8,21 @@ the activation after it. The protocol is the section quantizer of the options (:
 import inspect
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from datafree.config import Quantizer
-from datafree.errors import InputError
+from datafree.config import QuantizeConfig, Quantizer
+from datafree.errors import InputError, OptionError
+from datafree.options import list_options
+from datafree.outputs import graph_of, raw_logits
 from datafree.trial import trial_images, unchanged
 
 if TYPE_CHECKING:
@@ -33,11 +37,11 @@ LAYERS: dict[Any, int] = {
 # Activation functions -> the position of their argument ``inplace``, if they have one.
 ACTIVATIONS: dict[Any, int | None] = {
     **dict.fromkeys((torch.relu, torch.Tensor.relu, torch.sigmoid, torch.Tensor.sigmoid, torch.tanh), None),
-    **dict.fromkeys((torch.Tensor.tanh, torch.prelu, F.gelu, F.softplus, F.logsigmoid), None),
+    **dict.fromkeys((torch.Tensor.tanh, torch.prelu, torch.selu, torch.celu, F.gelu, F.softplus, F.logsigmoid), None),
     **{
         function: list(inspect.signature(function).parameters).index("inplace")
         for function in (F.relu, F.relu6, F.hardtanh, F.leaky_relu, F.rrelu, F.elu, F.selu, F.celu, F.silu, F.mish)
-        + (F.hardswish, F.hardsigmoid)
+        + (F.hardswish, F.hardsigmoid, F.threshold)
     },
 }
 IN_PLACE: dict[Any, Any] = {  # functions that only work in place -> their twins that do not
@@ -47,6 +51,7 @@ IN_PLACE: dict[Any, Any] = {  # functions that only work in place -> their twins
     torch.Tensor.sigmoid_: torch.sigmoid,
     torch.tanh_: torch.tanh,
     torch.Tensor.tanh_: torch.tanh,
+    torch.threshold_: F.threshold,
     F.hardtanh_: F.hardtanh,
     F.leaky_relu_: F.leaky_relu,
     F.elu_: F.elu,
@@ -54,15 +59,18 @@ IN_PLACE: dict[Any, Any] = {  # functions that only work in place -> their twins
     F.celu_: F.celu,
 }
 # Lower bounds, which are a ReLU if the bound is 0.
-CLAMPS = (torch.clamp, torch.Tensor.clamp, torch.clamp_min, torch.Tensor.clamp_min)
+CLAMPS = (torch.clamp, torch.Tensor.clamp, torch.clamp_min, torch.Tensor.clamp_min, torch.clip, torch.Tensor.clip)
 CLAMPS_IN_PLACE = {
     torch.clamp_: torch.clamp,
     torch.Tensor.clamp_: torch.clamp,
     torch.clamp_min_: torch.clamp_min,
     torch.Tensor.clamp_min_: torch.clamp_min,
+    torch.clip_: torch.clip,
+    torch.Tensor.clip_: torch.clip,
 }
 # What multiplies by a weight without being a layer: the mode cannot see which argument is the weight.
 PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch.einsum, F.bilinear} | {
+    torch.tensordot,
     torch.Tensor.matmul,
     torch.Tensor.__matmul__,
     torch.Tensor.__rmatmul__,
@@ -134,7 +142,7 @@ class LearnedStep(torch.autograd.Function):
         steps = x / scale
         rounded = steps.round().clamp(low - zero, high - zero)
         ctx.save_for_backward(steps, rounded, scale)
-        return rounded * scale
+        return (rounded * scale).to(x.dtype)  # which may be half as long as the scale
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
@@ -183,9 +191,16 @@ class Grid(nn.Module):
             self.scale.copy_(scale)
             self.zero.copy_(zero)
 
+    def is_sound(self) -> bool:
+        """Whether its tensors have values that :meth:`set_range` or training gives them."""
+        low, high = grid(self.bits, self.symmetric)
+        are_finite = all(bool(tensor.isfinite().all()) for tensor in self.state_dict().values())
+        is_inside = bool(((low <= self.zero) & (self.zero <= high)).all())
+        return are_finite and is_inside and (self.learned or bool((self.scale > 0).all()))
+
     def rounded(self, x: Tensor) -> Tensor:
         if self.learned:
-            scale = self.scale.clamp_min(TINY)
+            scale = self.scale.abs().clamp_min(TINY)  # a step of training may take it below 0
             return round_by_learned_step(x, scale, self.zero, grid(self.bits, self.symmetric), self.axis)
         return round_to_grid(x, self.scale, self.zero, grid(self.bits, self.symmetric), self.axis)
 
@@ -196,8 +211,8 @@ class Grid(nn.Module):
         rows = x.transpose(0, self.axis).flatten(1)
         return rows.amin(1), rows.amax(1)
 
-    def best_range(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """The range around zero of least squared rounding error, out of fractions of that of the extremes."""
+    def best_fraction(self, x: Tensor) -> Tensor:
+        """The one of FRACTIONS of the range of the extremes that has the least squared rounding error."""
         low, high = (bound.float() for bound in self.extremes(x))
         least, best = torch.full_like(low, float("inf")), torch.ones_like(low)
         for fraction in FRACTIONS.tolist():
@@ -206,7 +221,7 @@ class Grid(nn.Module):
             mean = error.mean() if self.axis is None else error.transpose(0, self.axis).flatten(1).mean(1)
             best = torch.where(mean < least, fraction, best)
             least = torch.minimum(mean, least)
-        return best * low, best * high
+        return best
 
 
 class WeightGrid(Grid):
@@ -227,22 +242,19 @@ class WeightGrid(Grid):
     def fit(self, weight: Tensor) -> None:
         """Choose the range for ``weight`` as it is now, if the protocol does not take minimum and maximum."""
         if self.fits:
-            low, high = self.best_range(weight)
-            self.fraction.copy_((high - low) / sum_of(self.extremes(weight)))
-            self.set_range(low, high)
+            self.fraction.copy_(self.best_fraction(weight))
+            self._follow(weight)
+
+    def _follow(self, weight: Tensor) -> None:
+        low, high = self.extremes(weight.detach())
+        self.set_range(self.fraction * low, self.fraction * high)
 
     def forward(self, weight: Tensor) -> Tensor:
         if self.bits == FLOAT:
             return weight
         if not self.learned:
-            low, high = self.extremes(weight.detach())
-            self.set_range(self.fraction * low, self.fraction * high)
+            self._follow(weight)
         return self.rounded(weight)
-
-
-def sum_of(extremes: tuple[Tensor, Tensor]) -> Tensor:
-    """Width of ranges, not 0."""
-    return (extremes[1] - extremes[0]).clamp_min(1e-12)
 
 
 class ActivationGrid(Grid):
@@ -265,15 +277,15 @@ class ActivationGrid(Grid):
 
         So an activation that is the same in each batch has its own range, from the first batch on.
         """
-        x = x.detach().float()
+        values = x.detach().float().flatten()
         if self.fits:
-            values = x.flatten()
-            low, high = self.best_range(values[:: max(1, len(values) // SAMPLE)])
-        else:
-            low, high = self.extremes(x)
+            values = values[:: max(1, len(values) // SAMPLE)]
+        observed = torch.stack(self.extremes(values))
+        if self.fits:
+            observed *= self.best_fraction(values)
         self.batches += 1
         rate = (1 - self.momentum) / (1 - self.momentum**self.batches)
-        self.range += rate * (torch.stack([low, high]) - self.range)
+        self.range += rate * (observed - self.range)
         self.set_range(*self.range)
         self._numbers = None
 
@@ -309,14 +321,15 @@ class ActivationGrid(Grid):
 class Layer:
     """A call of a convolution or linear layer.
 
-    name: of its module. axis, channels: of the output channels in its weight. numbers: in its weight. norm: module of
-    the BatchNorm that follows it, and could be folded into it.
+    name: of its module. axis, channels: of the output channels in its weight. numbers: in its weight. is_again: whether
+    an earlier call has the same weight. norm: module of the BatchNorm that follows it, and could be folded into it.
     """
 
     name: str
     axis: int
     channels: int
     numbers: int
+    is_again: bool = False
     norm: str = ""
 
 
@@ -325,7 +338,8 @@ class Sites:
     """All such calls of one pass, and the names of the modules that call activation functions, in their order.
 
     read_again: activations in place whose argument the network reads afterwards, instead of the result.
-    numbers, of: how many of the network's parameters are weights that are rounded, out of how many.
+    numbers, of: how many numbers of the network's parameters make weights that are rounded, out of how many. in_float:
+    names of the matrices among the others.
     """
 
     layers: list[Layer] = field(default_factory=list)
@@ -333,6 +347,7 @@ class Sites:
     read_again: set[int] = field(default_factory=set)
     numbers: int = 0
     of: int = 0
+    in_float: list[str] = field(default_factory=list)
 
 
 class _Calls(TorchFunctionMode):
@@ -391,17 +406,19 @@ class _Search(_Calls):
     def __init__(self, model: nn.Module):
         super().__init__()
         self.model, self.sites, self.stack = model, Sites(), [""]
-        self.weights: dict[int, Tensor] = {}
+        self.entered = 0  # number of calls of modules
         self.outputs: list[tuple[Layer, Tensor]] = []
         self.used: dict[int, int] = {}  # output of a layer -> number of calls that it is given to
-        self.replaced: dict[int, tuple[int, Tensor]] = {}  # what an activation was to be written over
+        self.replaced: dict[int, list[tuple[int, Tensor]]] = {}  # memory -> activations that were to be written there
+        self.weights = set[frozenset[int]]()  # the parameters of each weight
+        self.parameters = {_memory(parameter) for parameter in model.parameters()}
         self.last_layer = 0  # number of activations before the last layer
 
     def __enter__(self) -> "_Search":
         self.hooks = []
         for name, module in self.model.named_modules():
-            self.hooks.append(module.register_forward_pre_hook(lambda *_, name=name: self.stack.append(name)))
-            self.hooks.append(module.register_forward_hook(lambda *_: self.stack.pop() and None))
+            self.hooks.append(module.register_forward_pre_hook(partial(self._enter, name)))
+            self.hooks.append(module.register_forward_hook(self._leave))
         super().__enter__()
         return self
 
@@ -410,36 +427,48 @@ class _Search(_Calls):
         for hook in self.hooks:
             hook.remove()
 
+    def _enter(self, name: str, *_: Any) -> None:
+        self.stack.append(name)
+        self.entered += 1
+
+    def _leave(self, *_: Any) -> None:
+        self.stack.pop()
+
     def layer(self, func: Any, args: Any, kwargs: Any) -> Tensor:
-        weight, axis = _weight(args, kwargs), LAYERS[func]
-        self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel()))
-        self.weights[id(weight)] = weight
+        weight, axis = args[1] if len(args) > 1 else kwargs["weight"], LAYERS[func]
+        parameters = frozenset(map(_memory, _parameters_of(weight)))
+        is_again = parameters in self.weights
+        self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel(), is_again))
+        self.weights.add(parameters)
         self.last_layer = len(self.sites.activations)
         output = self._counted(func(*args, **kwargs), args, kwargs)
-        self.outputs.append((self.sites.layers[-1], output))
-        self.used[id(output)] = 0
+        if func is not F.linear or output.dim() == 2:  # otherwise its channels are not those of a BatchNorm
+            self.outputs.append((self.sites.layers[-1], output))
+            self.used[id(output)] = 0
         return output
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor, in_place: bool) -> Tensor:
         self.sites.activations.append(self.stack[-1])
         result = self._counted(function(x), (x,), {})
         if in_place:
-            self.replaced[id(x)] = (len(self.sites.activations) - 1, x)
+            self.replaced.setdefault(_memory(x), []).append((len(self.sites.activations) - 1, x))
         return result
 
     def norm(self, args: Any, kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs["input"]
         module = self.model.get_submodule(self.stack[-1])
+        is_constant = isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training
         for layer, output in self.outputs:
-            if x is output and getattr(module, "running_mean", None) is not None and not module.training:
+            if x is output and is_constant and layer.channels == x.shape[1]:  # a grouped transposed one has fewer
                 layer.norm = self.stack[-1]
         return self._counted(super().norm(args, kwargs), args, kwargs)
 
     def other(self, func: Any, args: Any, kwargs: Any) -> Any:
-        if func in PRODUCTS and any(isinstance(x, nn.Parameter) and x.dim() > 1 for x in (*args, *kwargs.values())):
-            where = type(self.model.get_submodule(self.stack[-1])).__name__
+        if func in PRODUCTS and any(x.dim() > 1 and _memory(x) in self.parameters for x in _tensors(args, kwargs)):
+            kind = type(self.model.get_submodule(self.stack[-1])).__name__
+            part = f"layer '{self.stack[-1]}' ({kind})" if self.stack[-1] else f"network {kind}"
             raise InputError(
-                f"the layer '{self.stack[-1]}' ({where}) multiplies by its weight in {func.__name__}, in which it "
+                f"the {part} multiplies by its weight in {func.__name__}, in which it "
                 "cannot be quantised; use a network that calls nn.Linear, nn.Conv2d or their functions there"
             )
         return self._counted(func(*args, **kwargs), args, kwargs)
@@ -447,12 +476,10 @@ class _Search(_Calls):
     def _counted(self, result: Any, args: Any, kwargs: Any) -> Any:
         """``result`` of a call, which uses its arguments if it is of tensors (and no question, such as for a shape)."""
         if torch.is_tensor(result) or isinstance(result, (list, tuple)) and any(map(torch.is_tensor, result)):
-            for x in (*args, *kwargs.values()):
-                for tensor in x if isinstance(x, (list, tuple)) else (x,):
-                    if id(tensor) in self.used:
-                        self.used[id(tensor)] += 1
-                    if id(tensor) in self.replaced:
-                        self.sites.read_again.add(self.replaced[id(tensor)][0])
+            for tensor in _tensors(args, kwargs):
+                if id(tensor) in self.used:
+                    self.used[id(tensor)] += 1
+                self.sites.read_again.update(number for number, _ in self.replaced.get(_memory(tensor), ()))
         return result
 
     def finish(self) -> Sites:
@@ -462,14 +489,31 @@ class _Search(_Calls):
         for layer, output in self.outputs:
             if self.used[id(output)] != 1:  # folded, it would change what else reads it
                 layer.norm = ""
-        ours = {id(parameter) for parameter in self.model.parameters()}
-        sites.numbers = sum(weight.numel() for key, weight in self.weights.items() if key in ours)
-        sites.of = sum(parameter.numel() for parameter in self.model.parameters())
+        rounded = frozenset[int]().union(*self.weights)
+        for name, parameter in self.model.named_parameters():
+            sites.of += parameter.numel()
+            if _memory(parameter) in rounded:
+                sites.numbers += parameter.numel()
+            elif sum(size > 1 for size in parameter.shape) > 1:
+                sites.in_float.append(name)
         return sites
 
 
-def _weight(args: Any, kwargs: Any) -> Tensor:
-    return args[1] if len(args) > 1 else kwargs["weight"]
+def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
+    """The tensors among the arguments of a call, and in lists of them."""
+    for x in (*args, *kwargs.values()):
+        yield from filter(torch.is_tensor, x if isinstance(x, (list, tuple)) else (x,))
+
+
+def _memory(tensor: Tensor) -> int:
+    """Where its numbers are, which views share."""
+    return tensor.untyped_storage().data_ptr()
+
+
+def _parameters_of(weight: Tensor) -> list[Tensor]:
+    """What a weight is computed from; itself, if it is a parameter."""
+    leaves = [node.variable for node in graph_of(weight) if hasattr(node, "variable")]
+    return leaves or [weight]
 
 
 def find_sites(model: nn.Module, images: Tensor, name: str) -> Sites:
@@ -477,10 +521,25 @@ def find_sites(model: nn.Module, images: Tensor, name: str) -> Sites:
 
     name: of the network, for messages. Raises InputError if there is nothing, or something that cannot be.
     """
+    for part, module in model.named_modules():
+        if isinstance(module, torch.jit.ScriptModule):
+            raise InputError(
+                f"the {name} has a TorchScript module, '{part}', whose calls cannot be seen and rounded; give the "
+                "Python class that it was made from"
+            )
     search = _Search(model)
     with unchanged(model), torch.enable_grad(), search:
         model.eval()
-        search.model(images)
+        require_gradients(model)
+        raw = raw_logits(model(images.clone().requires_grad_() * 1), model)
+        entered = search.entered
+        with suppress(Exception):  # it is asked only what it calls; training is tried elsewhere
+            raw.sum().backward()
+    if search.entered > entered:
+        raise InputError(
+            f"the {name} calls modules again in its backward pass, as torch.utils.checkpoint does, where they are not "
+            "rounded; switch its gradient checkpointing off"
+        )
     sites = search.finish()
     if not sites.layers:
         raise InputError(
@@ -488,6 +547,12 @@ def find_sites(model: nn.Module, images: Tensor, name: str) -> Sites:
             "network, with layers that call torch's functions"
         )
     return sites
+
+
+def require_gradients(model: nn.Module) -> None:
+    """Train all parameters, except those that are integers."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.is_floating_point())
 
 
 class QuantizedModel(nn.Module):
@@ -564,8 +629,11 @@ class QuantizedModel(nn.Module):
     @property
     def packed_bytes(self) -> int:
         """Size of its weights if each took its bits, with scale and zero point of each range, the others in float32."""
-        layers = zip(self.sites.layers, self.weights)
-        bits = sum(layer.numbers * grid.bits + grid.scale.numel() * (32 + grid.bits) for layer, grid in layers)
+        bits = 0
+        for layer, grid in zip(self.sites.layers, self.weights):
+            is_other = grid.learned or (layer.norm and self.protocol.fold_bn)  # than in an earlier call
+            if is_other or not layer.is_again:
+                bits += layer.numbers * grid.bits + grid.scale.numel() * (32 + grid.bits) * (grid.bits < FLOAT)
         return bits // 8 + 4 * (self.sites.of - self.sites.numbers)
 
     def load_grids(self, state: dict[str, Tensor]) -> None:
@@ -575,6 +643,8 @@ class QuantizedModel(nn.Module):
         except (KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"its ranges are those of another network or protocol ({reason})") from error
+        if not all(grid.is_sound() for grid in (*self.weights, *self.activations)):
+            raise InputError("its ranges have values that no grid has: the file is spoiled; write or copy it again")
 
 
 class _Quantized(_Calls):
@@ -590,8 +660,13 @@ class _Quantized(_Calls):
         given, axis = {**dict(zip(("input", "weight", "bias"), args)), **kwargs}, LAYERS[func]
         x, weight, bias = given.pop("input"), given.pop("weight"), given.pop("bias", None)
         sites = self.model.sites.layers
-        if number >= len(sites) or (axis, weight.shape[axis]) != (sites[number].axis, sites[number].channels):
-            raise self._changed()
+        if number >= len(sites):
+            raise self._changed(f"more than {len(sites)} layers")
+        if (axis, weight.shape[axis]) != (sites[number].axis, sites[number].channels):
+            raise self._changed(
+                f"as layer {self.layers} one of {weight.shape[axis]} channels, where '{sites[number].name}' had "
+                f"{sites[number].channels}"
+            )
         norm = self._norm(number)
         if norm:
             weight, bias = _folded(weight, bias, norm, axis)
@@ -621,16 +696,17 @@ class _Quantized(_Calls):
 
     def require_all(self) -> None:
         """Raise InputError if the pass made other calls than the one that found them."""
-        sites = self.model.sites
-        if self.layers != len(sites.layers) or self.activations < len(sites.activations):
-            raise self._changed()
+        layers, activations = len(self.model.sites.layers), len(self.model.sites.activations)
+        if self.layers < layers or self.activations < activations:
+            raise self._changed(
+                f"{self.layers} layers and {self.activations} activation functions, instead of {layers} and "
+                f"{activations}"
+            )
 
-    def _changed(self) -> InputError:
-        sites = self.model.sites
+    def _changed(self, called: str) -> InputError:
         return InputError(
-            f"the network {type(self.model.model).__name__} called {self.layers} layers and {self.activations} "
-            f"activation functions in this pass, and {len(sites.layers)} and {len(sites.activations)} when it was "
-            "tried; make it call the same ones in each pass"
+            f"the network {type(self.model.model).__name__} called {called}, unlike in its trial; make it call the "
+            "same ones in each pass, whatever the number and the values of the images"
         )
 
 
@@ -646,9 +722,11 @@ def _folded(weight: Tensor, bias: Tensor | None, norm: Any, axis: int) -> tuple[
 
 def quantise(network: "Network", protocol: Quantizer, name: str = "student") -> "Network":
     """An independent copy of ``network`` on the grid of ``protocol``, to be trained; ``name`` is its role."""
+    if isinstance(network.model, QuantizedModel):
+        raise InputError(f"the {network.name} is quantised already; give its weights in float")
     other = network.copy()
     other.name = f"{name} {network.name.partition(' ')[2]} ({protocol.short})"
-    other.requires_grad_(True)
+    require_gradients(other)
     images = network.normalise(trial_images(network.shape, 2, network.device))
     other.model = other.tap.model = QuantizedModel(other.model, protocol, images, network.name)
     return other
@@ -668,6 +746,9 @@ def of_file(metadata: dict[str, Any], path: Any) -> Quantizer | None:
         return None
     try:
         protocol = Quantizer(**json.loads(metadata["quantization"]))
+        for opt in list_options(QuantizeConfig):
+            if opt.section == "quantizer" and not opt.accepts(value := getattr(protocol, opt.name)):
+                raise OptionError(f"{opt.name} cannot be {value!r}; it takes {opt.allowed}")
         protocol.validate()
     except Exception as error:  # of whatever stands there
         raise InputError(f"{path} states a quantization that this version does not know ({error})") from error

@@ -36,6 +36,13 @@ def tiny(num_classes, in_channels=3, width=8):
     )
 
 
+def halved(num_classes, in_channels=3, pretrained=True):
+    """Weights of half the length."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return tiny(num_classes, in_channels).bfloat16()
+
+
 def small(num_classes, in_channels=3):
     """Like tiny, with other widths."""
     return tiny(num_classes, in_channels, width=6)

@@ -218,7 +218,8 @@ def test_a_batch_may_span_passes():
     pool = filled(100, 7)
     ids = torch.cat([pool.sample(5, passes=True).ids for _ in range(7)])
     assert ids.bincount().tolist() == [5] * 7
-    assert pool.sample(20, passes=True).ids.bincount(minlength=7).min() >= 2
+    whole = pool.sample(20, passes=True)
+    assert len(whole.images) == len(whole.targets) == 20 and whole.ids.bincount(minlength=7).min() >= 2
 
 
 def test_images_that_are_added_start_a_new_pass():

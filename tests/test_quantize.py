@@ -12,7 +12,9 @@ from test_data_free import files_opened
 
 import datafree_quantize
 import registry
+from datafree import export
 from datafree.config import Quantizer
+from datafree.errors import InputError
 from datafree.learners.base import Learner
 from datafree.learners.quantize import QuantizeLearner
 from datafree.network import Network
@@ -176,13 +178,37 @@ def test_an_integer_network_for_onnxruntime(quantised):
         (("--student_weights", "x.pth"), ("--student_weights has no effect",)),
         (("--kd", 0, "--ce", 0, "--striplet", 0), ("no loss", "--kd")),
         (("--evaluate_only",), ("--student_weights",)),
+        (("--teacher", nets.name("halved"), "--teacher_weights", "own"), ("student nets-halved (w3a3)", ".float()")),
     ],
     ids=str,
 )
 def test_bad_input_is_one_sentence(words, parts, quantised, refused):
-    code = 1 if "no loss" in parts else 2
+    code = 1 if {"no loss", ".float()"} & set(parts) else 2
     line = refused(lambda: quantised(*words), code=code)
     assert all(part in line for part in parts), line
+
+
+def test_weights_in_float_are_not_evaluated_as_quantised_ones(quantised, teacher, refused):
+    line = refused(lambda: quantised("--evaluate_only", "--student_weights", teacher))
+    assert "the network is in float" in line and "train_scratch.py --evaluate_only" in line
+
+
+def test_a_calibration_does_not_go_on_with_training(quantised, refused):
+    quantised(length=("--epochs", 0, "--warmup", 2))
+    line = refused(lambda: quantised("--resume", "auto"), before_run=False)
+    assert "--epochs 0, not 2" in line
+
+
+def test_a_file_in_float_is_not_left_under_the_name_of_an_integer_network(quantised, monkeypatch, refused):
+    pytest.importorskip("onnxruntime")
+
+    def fail(*parts):
+        raise InputError("an operator is unknown")
+
+    monkeypatch.setattr(export, "quantize_onnx", fail)
+    words = ("--w_bits", 8, "--a_bits", 8, "--onnx")
+    refused(lambda: quantised(*words, length=("--epochs", 0, "--warmup", 1)), before_run=False)
+    assert [path.name for path in Path("runs").glob("*/run/onnx/*.onnx")] == ["student_fp32.onnx"]
 
 
 def test_another_protocol_does_not_go_on_with_a_run(quantised, refused):

@@ -13,8 +13,9 @@ import torchvision
 from conftest import ROOT
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint as checkpoint_of
 
-from datafree import checkpoint, quantizer
+from datafree import checkpoint, plan, quantizer
 from datafree.config import Quantizer
 from datafree.errors import InputError
 from datafree.models import MODELS
@@ -167,6 +168,17 @@ def test_the_moving_average_of_ranges_against_its_sum():
     assert grid.range[1].item() == pytest.approx((weights * highs).sum() / weights.sum(), rel=1e-5)
 
 
+def test_a_learned_step_that_overshoots_below_zero_still_learns():
+    grid, weight = WeightGrid(4, Quantizer(ranges="learned"), 0, 3), torch.randn(3, 5)
+    grid.fit(weight)
+    with torch.no_grad():
+        grid.scale[1] *= -1
+    rounded = grid(weight)
+    assert (rounded[1] - weight[1]).abs().max() <= grid.scale[1].abs()
+    rounded.square().sum().backward()
+    assert grid.scale.grad[1] != 0
+
+
 def test_nothing_is_rounded_before_a_range_is_observed_and_observing_starts_anew():
     grid, x = ActivationGrid(2, Quantizer(a_bits=2)), torch.randn(100)
     assert grid(x) is x
@@ -235,6 +247,9 @@ RELUS = {
     "statement in place": statement,
     "clamp": lambda x: x.clamp(min=0),
     "clamp_min in place": lambda x: x.clamp_min_(0),
+    "clip": lambda x: torch.clip(x, 0),
+    "threshold": lambda x: F.threshold(x, 0.0, 0.0),
+    "threshold in place": nn.Threshold(0.0, 0.0, inplace=True),
 }
 
 
@@ -267,6 +282,33 @@ def test_other_activation_functions_are_on_the_grid_too(write):
     observed(quantised)
     quantised(torch.rand(4, *SHAPE))
     assert len(seen[-1].unique()) <= 8
+
+
+@pytest.mark.parametrize("ranges", ["mse", "learned"])
+def test_a_channel_of_one_value_keeps_it(ranges):
+    weight, grid = torch.tensor([0.5, -2.0, 0.0]).view(3, 1, 1, 1), WeightGrid(8, Quantizer(ranges=ranges), 0, 3)
+    grid.fit(weight)
+    assert torch.allclose(grid(weight), weight, atol=0.01)
+
+
+def slices_in_place(x):
+    x[:, :4].relu_()
+    F.silu(x[:, 4:], inplace=True)
+    return x
+
+
+def beside_its_view(x):
+    rows = x.flatten(1)
+    F.relu(x, inplace=True)
+    return rows.view(x.shape)
+
+
+@pytest.mark.parametrize("write", [slices_in_place, beside_its_view])
+def test_what_is_written_into_the_memory_of_another_tensor_is_read_there(write):
+    teacher, images = network(Written(write)), torch.rand(4, *SHAPE)
+    quantised = observed(quantise(teacher, Quantizer(w_bits=16, a_bits=16)), n=64)
+    assert torch.allclose(quantised(images), teacher(images), atol=1e-2)
+    quantised(images).sum().backward()
 
 
 def test_outputs_against_a_hand_made_quantised_network():
@@ -319,7 +361,9 @@ def test_first_and_last_layers_may_have_their_own_bits():
 
 def test_32_bits_leave_the_network_as_it_is():
     teacher, images = network(nets.tiny(5)), torch.rand(4, *SHAPE)
-    assert torch.equal(observed(quantise(teacher, Quantizer(w_bits=32, a_bits=32)))(images), teacher(images))
+    quantised = observed(quantise(teacher, Quantizer(w_bits=32, a_bits=32)))
+    assert torch.equal(quantised(images), teacher(images))
+    assert quantised.model.packed_bytes == 4 * quantised.model.sites.of
 
 
 @pytest.mark.parametrize("per, same", [("channel", True), ("tensor", False)])
@@ -344,6 +388,136 @@ class Twice(Written):
 def test_what_is_read_elsewhere_too_is_not_folded():
     folded = quantise(network(Twice(None)), Quantizer(fold_bn=True))
     assert not any(layer.norm for layer in folded.model.sites.layers)
+
+
+class OwnNorm(nn.Module):
+    def __init__(self, channels):
+        super().__init__()
+        self.gain, self.shift = nn.Parameter(torch.zeros(channels)), nn.Parameter(torch.zeros(channels))
+        self.register_buffer("running_mean", torch.rand(channels))
+        self.register_buffer("running_var", torch.rand(channels) + 1)
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.gain, self.shift)
+
+
+@pytest.mark.parametrize(
+    "layer, norm",
+    [(nn.ConvTranspose2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)), (nn.Conv2d(8, 8, 1), OwnNorm(8))],
+    ids=str,
+)
+def test_a_normalisation_that_cannot_be_folded_stays(layer, norm):
+    model, images = Written(F.relu), torch.rand(4, *SHAPE)
+    model.second, model.norm = layer, norm
+    teacher = network(model)
+    quantised = quantise(teacher, Quantizer(w_bits=16, a_bits=32, fold_bn=True))
+    assert not any(layer.norm for layer in quantised.model.sites.layers)
+    assert torch.allclose(quantised(images), teacher(images), atol=1e-3)
+
+
+class Again(Written):
+    """Calls a layer three times."""
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(3):
+            x = F.relu(self.norm(self.second(x)))
+        return self.head(x.mean((2, 3)))
+
+
+class Rows(Written):
+    """Normalises the rows of what a linear layer gives, which are as many as its channels."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+        self.linear, self.rows = nn.Linear(16, 16), nn.BatchNorm1d(16)
+        self.rows.running_mean.normal_()
+
+    def forward(self, x):
+        return self.head(F.relu(self.rows(self.linear(x[:, 0])))[:, :8].mean(2))
+
+
+def test_a_normalisation_of_another_axis_is_not_folded():
+    teacher, images = network(Rows()), torch.rand(4, *SHAPE)
+    quantised = quantise(teacher, Quantizer(w_bits=16, a_bits=32, fold_bn=True))
+    assert torch.allclose(quantised(images), teacher(images), atol=1e-3)
+
+
+def own_parts(model):
+    """Names and numbers of what is rounded, and the size if it is packed."""
+    found = quantise(network(model), Quantizer(w_bits=8, a_bits=8)).model
+    return found.sites.numbers, found.sites.in_float, found.packed_bytes
+
+
+def test_weights_that_are_computed_or_called_again_are_counted_once():
+    plain = own_parts(Written(F.relu))
+    computed, again = Written(F.relu), Again(F.relu)
+    torch.nn.utils.parametrizations.spectral_norm(computed.second)
+    assert own_parts(computed) == plain
+    twice = quantise(network(again), Quantizer(w_bits=8, a_bits=8)).model
+    assert len(twice.sites.layers) == 5 and (twice.sites.numbers, twice.packed_bytes) == (plain[0], plain[2])
+    torch.nn.utils.parametrizations.weight_norm(computed.first)
+    numbers, in_float, packed = own_parts(computed)
+    assert numbers == plain[0] + 8 and not in_float and packed == plain[2]
+
+
+class Recurrent(Written):
+    def __init__(self):
+        super().__init__(None)
+        self.lstm = nn.LSTM(8, 8, batch_first=True)
+
+    def forward(self, x):
+        rows = F.relu(self.first(x)).mean(3).transpose(1, 2)
+        return self.head(self.lstm(rows)[0][:, -1])
+
+
+def test_matrices_that_stay_in_float_are_named():
+    found = quantise(network(Recurrent()), Quantizer()).model
+    named = ["second.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
+    assert found.sites.in_float == named
+    (on, rest) = plan.describe_grids(found)
+    assert "the weights of 2 layers" in on and ", ".join(named) in rest
+
+
+def test_numbers_in_float_are_not_said_to_be_on_the_grid():
+    in_float = QuantizedModel(nets.plain(5).eval(), Quantizer(w_bits=32, a_bits=32), torch.rand(2, *SHAPE))
+    assert "the weights of 0 layers (0.0% of all parameters), and 0 activations" in plan.describe_grids(in_float)[0]
+    outer = QuantizedModel(nets.plain(5).eval(), Quantizer(first_last_bits=32), torch.rand(2, *SHAPE))
+    assert "the weights of 1 layer (" in plan.describe_grids(outer)[0]
+
+
+@pytest.mark.parametrize("ranges", ["ema", "learned"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_types_of_weights_are_calibrated(dtype, ranges):
+    teacher, images = network(nets.plain(5).to(dtype)), torch.rand(4, *SHAPE)
+    quantised = observed(quantise(teacher, Quantizer(w_bits=8, a_bits=8, ranges=ranges)))
+    assert torch.allclose(quantised(images), teacher(images), atol=0.1)
+
+
+class Chosen(Written):
+    """Has a parameter of integers."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+        self.order = nn.Parameter(torch.arange(8).flip(0), requires_grad=False)
+
+    def forward(self, x):
+        return self.head(self.second(F.relu(self.first(x))[:, self.order]).relu().mean((2, 3)))
+
+
+def test_a_parameter_of_integers_is_not_trained():
+    quantised = quantise(network(Chosen()), Quantizer())
+    assert [name for name, p in quantised.model.model.named_parameters() if not p.requires_grad] == ["order"]
+
+
+class Checkpointed(Written):
+    def __init__(self, reentrant):
+        super().__init__(F.relu)
+        self.reentrant = reentrant
+
+    def forward(self, x):
+        x = checkpoint_of(lambda x: F.relu(self.second(x)), self.first(x), use_reentrant=self.reentrant)
+        return self.head(x.mean((2, 3)))
 
 
 class Product(nn.Module):
@@ -381,6 +555,11 @@ class Changing(Written):
     [
         (Product(torch.matmul), {}, ("matmul", "Product", "nn.Linear")),
         (Product(lambda x, w: x @ w), {}, ("multiplies by its weight", "nn.Linear")),
+        (Product(lambda x, w: (w.t() @ x.t()).t()), {}, ("network Product multiplies by its weight",)),
+        (Product(lambda x, w: torch.einsum("nc,co->no", [x, w])), {}, ("multiplies by its weight in einsum",)),
+        (Checkpointed(True), {}, ("torch.utils.checkpoint", "off")),
+        (Checkpointed(False), {}, ("torch.utils.checkpoint", "off")),
+        (Written(torch.jit.script(nn.ReLU())), {}, ("TorchScript module, 'write'", "Python class")),
         (Attention(), {}, ("'attention'", "MultiheadAttention", "multi_head_attention_forward")),
         (
             nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
@@ -402,9 +581,30 @@ def test_what_cannot_be_quantised_is_one_sentence(model, protocol, parts):
 
 def test_a_network_that_calls_other_layers_in_another_pass_is_called_out():
     quantised = QuantizedModel(Changing(None).eval(), Quantizer(), torch.rand(2, *SHAPE))
-    with pytest.raises(InputError, match="make it call the same ones in each pass"):
+    with pytest.raises(InputError, match="as layer 2 one of 5 channels, where 'second' had 8.*make it call the same"):
         for _ in range(2):
             quantised(torch.rand(2, *SHAPE))
+
+
+class OfTheBatch(Written):
+    """Has a convolution whose weight holds one filter for each image."""
+
+    def forward(self, x):
+        x = F.relu(self.first(x))
+        filters = self.second.weight.repeat(len(x), 1, 1, 1)
+        x = F.conv2d(x.reshape(1, -1, 16, 16), filters, padding=1, groups=4 * len(x)).reshape(x.shape)
+        return self.head(x.mean((2, 3)))
+
+
+def test_a_layer_whose_channels_follow_the_batch_is_named():
+    quantised = QuantizedModel(OfTheBatch(None).eval(), Quantizer(), torch.rand(2, *SHAPE))
+    with pytest.raises(InputError, match="called as layer 2 one of 32 channels, where '' had 16"):
+        quantised(torch.rand(4, *SHAPE))
+
+
+def test_a_quantised_network_is_not_quantised_again():
+    with pytest.raises(InputError, match="is quantised already; give its weights in float"):
+        quantise(observed(quantise(network(nets.plain(5)), Quantizer())), Quantizer(w_bits=2))
 
 
 TORCHVISION = {
@@ -453,6 +653,16 @@ def test_networks_are_quantised_and_take_a_step(name):
 # Files.
 
 
+@pytest.mark.parametrize("norm", [nn.utils.weight_norm, nn.utils.spectral_norm])
+@pytest.mark.filterwarnings("ignore")
+def test_weights_that_a_hook_computes_can_be_copied(norm):
+    model = Written(F.relu)
+    norm(model.second)
+    teacher, images = network(model), torch.rand(4, *SHAPE)
+    quantised = observed(quantise(teacher, Quantizer(w_bits=16, a_bits=16)), n=64)
+    assert torch.allclose(quantised(images), teacher(images), atol=1e-2)
+
+
 def test_a_copy_is_independent():
     quantised, images = observed(quantise(network(nets.tiny(5)), Quantizer())), torch.rand(4, *SHAPE)
     before = quantised(images)
@@ -487,6 +697,12 @@ def test_a_file_gives_equal_outputs_in_another_process(ranges, tmp_path):
     assert torch.equal(torch.load(tmp_path / "logits.pth"), quantised(images))
 
 
+def test_compiled_code_is_refused_because_its_calls_are_not_seen():
+    quantised = observed(quantise(network(nets.plain(5)), Quantizer()))
+    with pytest.raises(InputError, match="student net .w4a4. is quantised, .* --compile off"):
+        quantised.compiled("default")
+
+
 def test_ranges_of_another_network_or_protocol_are_refused(tmp_path):
     quantised = observed(quantise(network(MODELS["resnet8"](5, 3)), Quantizer()))
     facts = {"model": "resnet8", "num_classes": 5, "shape": list(SHAPE), "mean": [0.5] * 3, "std": [0.25] * 3}
@@ -495,6 +711,21 @@ def test_ranges_of_another_network_or_protocol_are_refused(tmp_path):
         ({"quantization": '{"w_bits": 33}'}, "does not know"),
         ({"quantization": "no json"}, "does not know"),
         ({"quantization": 3}, "does not know"),
+        ({"quantization": '{"ranges": "foo"}'}, "ranges cannot be 'foo'; it takes one of ema, mse, learned"),
+        ({"quantization": '{"w_bits": 4.0}'}, "w_bits cannot be 4.0"),
+        ({"quantization": '{"a_bits": null}'}, "a_bits cannot be None"),
+        ({"quantization": '{"range_momentum": 5}'}, "range_momentum cannot be 5"),
+        ({"quantization": '{"w_symmetric": "no"}'}, "w_symmetric cannot be 'no'"),
+        *(
+            ({"state_dict": {**state["state_dict"], f"grids.{name}": torch.full_like(value, number)}}, "spoiled")
+            for name, number in [
+                ("activations.0.scale", float("nan")),
+                ("activations.0.scale", 0),
+                ("activations.0.zero", 999),
+                ("weights.0.fraction", float("inf")),
+            ]
+            for value in [state["state_dict"][f"grids.{name}"]]
+        ),
         ({"quantization": '{"ranges": "learned", "w_per": "tensor"}'}, "another network or protocol"),
     ]:
         checkpoint.save(tmp_path / "student.pth", {**state, **change})
@@ -508,4 +739,8 @@ def test_bits_are_named_in_one_line():
     assert protocol.short == "w3a5-fl8-per-tensor-symmetric-w-mse"
     for part in ("W3A5", "per tensor symmetric", "8 bits", "least squared error", "32 batches", "not folded"):
         assert part in protocol.sentence
+    in_float = Quantizer(w_bits=32, first_last_bits=8).sentence
+    assert "last activations 8 bits" in in_float and "layer" not in in_float
+    assert "observed" not in Quantizer(a_bits=32).sentence
+    assert "first and last layer in float" in Quantizer(first_last_bits=32).sentence
     assert "\n" not in protocol.sentence and math.isfinite(protocol.range_momentum)
