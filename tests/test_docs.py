@@ -155,7 +155,7 @@ def on_digits():
 def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkeypatch, tmp_path):
     monkeypatch.chdir(checkout)
     own = ["--threads", 1, "--save_dir", tmp_path]
-    if program != "train_scratch.py":
+    if program in ("datafree_kd.py", "datafree_quantize.py"):
         weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
         if not weights.exists():
             call(
