@@ -18,7 +18,7 @@ from datafree.errors import InputError
 from datafree.learners.base import Learner
 from datafree.learners.quantize import QuantizeLearner
 from datafree.network import Network
-from datafree.quantizer import ActivationGrid
+from datafree.rounding import ActivationGrid
 from datafree.synthesis.objective import SynthesisObjective
 
 RGAL = ("--triplet", 0.1, "--striplet", 0.1)

@@ -15,17 +15,16 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint as checkpoint_of
 
-from datafree import checkpoint, plan, quantizer
+from datafree import checkpoint, plan, quantizer, rounding
 from datafree.config import Quantizer
 from datafree.errors import InputError
 from datafree.models import MODELS
 from datafree.network import Network
-from datafree.quantizer import (
+from datafree.quantizer import QuantizedModel, quantise
+from datafree.rounding import (
     ActivationGrid,
-    QuantizedModel,
     RoundActivation,
     WeightGrid,
-    quantise,
     round_by_learned_step,
     round_to_grid,
     step_and_zero,
@@ -61,7 +60,7 @@ def test_each_channel_has_few_levels_with_zero_among_them(bits, symmetric):
         steps = channel / scale
         assert torch.allclose(steps, steps.round(), atol=1e-3)
         assert len(steps.round().unique()) <= 2**bits
-        low, high = quantizer.grid(bits, symmetric)
+        low, high = rounding.grid(bits, symmetric)
         assert low <= zero <= high and (zero == 0 or not symmetric)
     assert torch.equal(grid(torch.zeros_like(weight)), torch.zeros_like(weight))
     assert torch.allclose(grid(rounded), rounded, atol=1e-6)  # idempotent
@@ -81,7 +80,7 @@ def test_one_range_for_a_whole_weight_and_the_other_axis_of_transposed_convoluti
 def test_rounding_of_activations_is_torchs_with_its_gradient(symmetric):
     x = torch.randn(1000) * 2
     scale, zero = step_and_zero(torch.tensor(-1.3), torch.tensor(2.1), 4, symmetric)
-    low, high = quantizer.grid(4, symmetric)
+    low, high = rounding.grid(4, symmetric)
     given, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = torch.fake_quantize_per_tensor_affine(given, scale, zero, low, high)
     found = RoundActivation.apply(ours, float(scale), low - int(zero), high - int(zero))
@@ -196,7 +195,7 @@ def test_the_range_of_least_squared_error_against_a_search(symmetric):
     grid = WeightGrid(3, Quantizer(w_bits=3, ranges="mse", w_symmetric=symmetric), 0, 3)
     plain = WeightGrid(3, Quantizer(w_bits=3, w_symmetric=symmetric), 0, 3)
     grid.fit(weight)
-    low, high = quantizer.grid(3, symmetric)
+    low, high = rounding.grid(3, symmetric)
     for channel, rounded, straight in zip(weight, grid(weight), plain(weight)):
         errors = []
         for fraction in np.linspace(0.2, 1, 17):
