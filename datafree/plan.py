@@ -40,9 +40,8 @@ def describe_distillation(
         *describe_network(teacher),
         *describe_network(student),
         describe_source(config.synthesis.source, teacher),
+        *describe_objective(source),
     ]
-    if isinstance(source, OptimisedSynthesis):
-        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
     if is_custom(config.distill.learner):
         lines.append(f"Learner: {config.distill.learner}.")
     lines += describe_cache(cache)
@@ -63,7 +62,7 @@ def describe_quantization(
 ) -> list[str]:
     """The plan of a quantization. tested: number of test images."""
     assert isinstance(student.model, QuantizedModel)
-    lines = [
+    return [
         f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, {describe_test(tested)}, "
         f"on {teacher.device}.",
         f"Protocol: {config.quantizer.sentence}.",
@@ -71,11 +70,7 @@ def describe_quantization(
         describe_normalisation(teacher),
         *describe_network(teacher),
         describe_source(config.synthesis.source, teacher),
-    ]
-    if isinstance(source, OptimisedSynthesis):
-        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
-    return [
-        *lines,
+        *describe_objective(source),
         *describe_cache(cache),
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
         f"each of {_count(schedule.warmup, 'epoch')} of warm-up.",
@@ -163,8 +158,7 @@ def describe_task(
             else "no image of an earlier task is opened or kept"
         )
         lines.append(f"Learner: {options.learner}; {kept}.")
-    if isinstance(source, OptimisedSynthesis):
-        lines += [*describe_statistics(source.objective), *describe_triplets(source.objective)]
+    lines += describe_objective(source)
     return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
 
 
@@ -220,6 +214,13 @@ def describe_network(network: Network) -> list[str]:
         start = "The" if text == note else "[Alarm] the"
         lines.append(f"{start} {network.name}: {text}" + "." * (text[-1] != "?"))
     return lines
+
+
+def describe_objective(source: BaseSynthesis) -> list[str]:
+    """The BatchNorm layers and the features that a source's objective uses; nothing if it optimises no images."""
+    if not isinstance(source, OptimisedSynthesis):
+        return []
+    return [*describe_statistics(source.objective), *describe_triplets(source.objective)]
 
 
 def describe_statistics(objective: SynthesisObjective) -> list[str]:
