@@ -80,16 +80,14 @@ QUANTIZATION_CHOICES = {
 def test_the_numbers_of_a_quantization_are_those_of_its_source(method):
     source, text = QUANTIZATION[method]
     found = options_of(method, config.QuantizeConfig, registry.QUANTIZATION_METHODS)
-    stated = {name: float(value) for name, value in pairs(text)}
-    assert {name: float(found[name]) for name in stated} == stated, source
+    assert_numbers(found, text, source)
     assert found["kd"] is None and found["nesterov"] and not found["w_symmetric"] and not found["fold_bn"]
 
 
 @pytest.mark.parametrize("method", QUANTIZATION_CHOICES)
 def test_the_choices_of_a_quantization_are_those_of_its_source(method):
     found = options_of(method, config.QuantizeConfig, registry.QUANTIZATION_METHODS)
-    stated = dict(pairs(QUANTIZATION_CHOICES[method]))
-    assert {name: found[name] for name in stated} == stated
+    assert_choices(found, QUANTIZATION_CHOICES[method])
 
 
 # Hosts of incremental learning, CIFAR-100 in ten tasks.
@@ -132,32 +130,38 @@ def pairs(text):
     return [pair.split() for pair in text.replace("\n", " ").split(",")]
 
 
+def assert_numbers(found, text, source):
+    stated = {name: float(value) for name, value in pairs(text)}
+    assert {name: float(found[name]) for name in stated} == stated, source
+
+
+def assert_choices(found, text):
+    stated = dict(pairs(text))
+    assert {name: found[name] for name in stated} == stated
+
+
 @pytest.mark.parametrize("method", PUBLISHED)
 def test_the_numbers_of_a_method_are_those_of_its_source(method):
     source, text = PUBLISHED[method]
-    found, stated = options_of(method), {name: float(value) for name, value in pairs(text)}
-    assert {name: float(found[name]) for name in stated} == stated, source
+    assert_numbers(options_of(method), text, source)
 
 
 @pytest.mark.parametrize("method", CHOICES)
 def test_the_choices_of_a_method_are_those_of_its_source(method):
-    found, stated = options_of(method), dict(pairs(CHOICES[method]))
-    assert {name: found[name] for name in stated} == stated
+    assert_choices(options_of(method), CHOICES[method])
 
 
 @pytest.mark.parametrize("method", INCREMENTAL)
 def test_the_numbers_of_an_incremental_host_are_those_of_its_source(method):
     source, text = INCREMENTAL[method]
     found = options_of(method, config.IncrementalConfig, registry.INCREMENTAL_METHODS)
-    stated = {name: float(value) for name, value in pairs(text)}
-    assert {name: float(found[name]) for name in stated} == stated, source
+    assert_numbers(found, text, source)
 
 
 @pytest.mark.parametrize("method", registry.INCREMENTAL_METHODS)
 def test_the_choices_of_an_incremental_method_are_those_of_its_source(method):
     found = options_of(method, config.IncrementalConfig, registry.INCREMENTAL_METHODS)
-    stated = dict(pairs(INCREMENTAL_CHOICES[method]))
-    assert {name: found[name] for name in stated} == stated
+    assert_choices(found, INCREMENTAL_CHOICES[method])
 
 
 def test_every_method_file_is_compared_with_its_source_or_is_ours():
