@@ -1,28 +1,32 @@
 #!/usr/bin/env bash
 # What the images, and RGAL's triplets, are worth to a quantised network: ranges from noise, from generated and from real
-# images; GDFQ alone, with triplets in synthesis, in training, in both; training on the real images.
+# images; the host alone, with triplets in synthesis, in training, in both; training on the real images. The host is GDFQ
+# on the digits, and inversion in rounds on CIFAR-10.
 #     SEEDS="0 1" BITS="2 3" bash scripts/study_quantization.sh                                  on the digits
 #     WEIGHTS=resnet20.th BITS="3 4" bash scripts/study_quantization.sh                          on CIFAR-10
-# A finished run is not repeated. SEEDS, BITS, STUDY (the folder) and CELLS (a regular expression that must match a part
-# of a cell's name) may be set, and options are passed on to every quantization.
+# A finished run is not repeated. SEEDS, BITS, STUDY (the folder), CONFUSE and SEPARATE (the weights of the triplets) and
+# CELLS (a regular expression that must match a part of a cell's name) may be set, and options are passed on to every
+# quantization.
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
 weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
-config=$([ "$weights" ] && echo cifar10/quantize_cifar_resnet20_cpu || echo digits/quantize_resnet8)
+host=$([ "$weights" ] && echo inversion || echo gdfq)
+config=$([ "$weights" ] && echo cifar10/quantize_inversion_cifar_resnet20_cpu || echo digits/quantize_resnet8)
 study=${STUDY:-runs/study_quantization_${config%%/*}}
 
 quantize() {
     python datafree_quantize.py "$@"
 }
 cells() {  # a name, a method and its options per line
+    local confuse="--triplet ${CONFUSE:-0.1} --start_layer -1" separate="--striplet ${SEPARATE:-0.01}"
     echo "ranges-noise noise --epochs 0"
-    echo "ranges-generated gdfq --epochs 0"
+    echo "ranges-generated $host --epochs 0"
     echo "ranges-real real --epochs 0"
-    echo "host gdfq"
-    echo "confuse gdfq --triplet 0.1 --start_layer -1"
-    echo "separate gdfq --striplet 0.01"
-    echo "rgal gdfq --triplet 0.1 --striplet 0.01 --start_layer -1"
+    echo "host $host"
+    echo "confuse $host $confuse"
+    echo "separate $host $separate"
+    echo "rgal $host $confuse $separate"
     echo "real real"
 }
 
@@ -43,7 +47,7 @@ for seed in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do
     done
 done
 
-for runs in "$study"/*_gdfq_*; do
+for runs in "$study"/*_"$host"_*; do
     python -m datafree.report "$runs" --against triplet=0 striplet=0
 done
 python -m datafree.report "$study"
