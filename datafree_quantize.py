@@ -1,82 +1,9 @@
 """Data-free quantization: a trained network in few bits, by images that are synthesised from the network itself."""
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
-
-import registry
-from datafree import program
-from datafree.config import QuantizeConfig
-from datafree.errors import InputError
-
-if TYPE_CHECKING:
-    from datafree.logger import RunFolder
-    from datafree.session import Session
-    from datafree.training import Training
-
-EXAMPLES = """
-python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 4 --a_bits 4
-python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 8 --a_bits 8 --epochs 0
-python datafree_quantize.py --config configs/digits/quantize_resnet8.yaml --method gdfq
-"""
-
-
-def quantization(session: "Session") -> "Iterator[Training]":
-    """The teacher on a grid: ranges observed on images of a source, then training in turns with their synthesis."""
-    from datafree.diagnostics import Watch
-    from datafree.export import require_packages, write_integer_network
-    from datafree.learners.quantize import QuantizeLearner
-    from datafree.plan import describe_quantization, describe_quantized
-    from datafree.quantizer import QuantizedModel, quantise
-    from datafree.schedule import Schedule
-    from datafree.synthesis.build import build_source
-    from datafree.training import Training
-    from datafree.view_cache import build_cache
-
-    config, model, weights = session.config, session.config.teacher.teacher, session.config.student.student_weights
-    if config.run.evaluate_only:
-        network = session.network("student", model, weights)
-        if not isinstance(network.model, QuantizedModel):
-            raise InputError(
-                f"--student_weights {weights}: the network is in float; evaluate it by train_scratch.py --evaluate_only"
-            )
-        session.evaluate_only(network)
-        return
-    if config.quantizer.onnx:
-        require_packages()
-    teacher = session.load_teacher()
-    student = quantise(teacher, config.quantizer)
-    student.try_run()
-    if config.schedule.epochs:
-        student.require_full_precision()
-    source = build_source(session, teacher, student)
-    schedule = Schedule.of(config.schedule, config.finetune.batch_size, source.g_steps)
-    learner = QuantizeLearner(student, teacher, session.augment, config, schedule.total_student_steps)
-    tested = len(session.test or ())  # as late as possible, because the images may take long to read
-    learner.cache = build_cache(session, teacher, source, learner, config.finetune.view_cache)
-
-    def finish(folder: "RunFolder") -> None:
-        batches = (source.batch(config.finetune.batch_size).images for _ in range(config.quantizer.calibration))
-        write_integer_network(folder, teacher, student, batches, session.test)
-
-    yield Training(
-        learner,
-        source,
-        schedule,
-        model=model,
-        name=(config.method, model, config.quantizer.short),
-        plan=describe_quantization(config, session.card, tested, schedule, teacher, student, source, learner.cache),
-        teacher=teacher,
-        monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
-        facts=describe_quantized(student),
-        finish=finish if config.quantizer.onnx else None,
-    )
-
-
-def main() -> None:
-    program.run(
-        QuantizeConfig, quantization, description=__doc__, method_files=registry.QUANTIZATION_METHODS, examples=EXAMPLES
-    )
-
+from datafree.program import exit_on_input_error
+from datafree.programs.quantize import main
 
 if __name__ == "__main__":
-    program.exit_on_input_error(main)
+    import registry  # noqa: F401  with the lines that you added there
+
+    exit_on_input_error(main)

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
+from datafree import __version__
 from datafree.config import sections
 from datafree.errors import OptionError
 from datafree.options import Invocation, Option, Options, list_options, why_unused, with_custom_sections
@@ -56,13 +57,16 @@ def parse(
     ``method_files`` maps the names that ``--method`` accepts to their YAML files, which may also have sections of
     ``other_configs``, the other programs' classes. If a user-defined class has ``Options``, the instance is of a
     subclass of ``config_class`` with a section for them.
-    ``--help`` prints and exits. Raises OptionError, one line, for anything unknown, malformed or out of bounds, even
-    if a later value replaces it, and InputError for a user-defined class that cannot be loaded.
+    ``--help`` and ``--version`` print and exit. Raises OptionError, one line, for anything unknown, malformed or out of
+    bounds, even if a later value replaces it, and InputError for a user-defined class that cannot be loaded.
     """
     options = {o.name: o for o in list_options(config_class, method_files)}
     named = _class_names(argv, options, method_files)
     config_class = with_custom_sections(config_class, named, _flag_table(options))
     options = {o.name: o for o in list_options(config_class, method_files)}
+    if "--version" in argv:
+        print(__version__)
+        sys.exit(0)
     if {"-h", "--help"} & set(argv):
         print(_help(options, config_class, description, method_files, examples))
         sys.exit(0)

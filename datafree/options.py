@@ -16,6 +16,7 @@ class Invocation:
     """This call of the program; not part of a configuration."""
 
     help: bool = option(False, "Show this text and exit.", flags=("-h",))
+    version: bool = option(False, "Show the version and exit.")
     config: str = option("", "YAML file with options, in sections as below; may be given several times.")
     print_config: bool = option(False, "Print all options as YAML that --config reads, and exit.")
     dry_run: bool = option(False, "Check everything, print the plan, and exit.")

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 import torchvision
 
+from datafree import __version__
 from datafree.errors import InputError, OptionError
 
 try:
@@ -180,6 +181,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
     device, cpuinfo = device or choose_device("auto"), Path("/proc/cpuinfo")
     cpu = re.search(r"model name\s*: (.*)", cpuinfo.read_text() if cpuinfo.exists() else "")
     return {
+        "version": __version__,
         "commit": _git("rev-parse", "HEAD"),
         "dirty": _git("status", "--porcelain", "-uno") not in ("", None),
         "python": platform.python_version(),

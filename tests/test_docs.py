@@ -54,7 +54,7 @@ def texts():
     for path in [*SCRIPTS, *CONFIGS]:  # a comment may end with ": command"
         yield path, re.sub(r"^# .*: (?=python |bash )", "", path.read_text(), flags=re.MULTILINE)
     for name, (program, *_) in PROGRAMS.items():
-        yield ROOT / name, program.EXAMPLES
+        yield ROOT / name, sys.modules[program.main.__module__].EXAMPLES
 
 
 def commands(text):

@@ -10,15 +10,11 @@ import pytest
 from conftest import ROOT, call, scratch
 
 import datafree_incremental
-import datafree_kd
-import train_scratch
 from datafree import cli, config, options, plan
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig, option, sections
 from datafree.options import list_options
+from datafree.programs import distill, train
 
-PROGRAMS = {
-    ROOT / f"{name}.py" for name in ("datafree_kd", "datafree_quantize", "datafree_incremental", "train_scratch")
-}
 # Code that handles all options alike, or states them in words, so that its reading of one makes no difference.
 NO_READERS = {Path(module.__file__).resolve() for module in (cli, config, options, plan)}
 
@@ -26,7 +22,7 @@ NO_READERS = {Path(module.__file__).resolve() for module in (cli, config, option
 def is_reader(file):
     """Whether code in this file reads an option to act by its value."""
     path = Path(file)
-    return path in PROGRAMS or (ROOT / "datafree" in path.parents and path not in NO_READERS)
+    return ROOT / "datafree" in path.parents and path not in NO_READERS
 
 
 @contextmanager
@@ -167,12 +163,12 @@ class SurplusScratchConfig(ScratchConfig):
     extra: str = option("", "Nothing reads it, either.")
 
 
-def test_an_option_of_datafree_kd_that_nothing_reads_is_found(distillations, monkeypatch):
-    monkeypatch.setattr(datafree_kd, "DistillConfig", SurplusDistillConfig)
+def test_an_option_of_distillation_that_nothing_reads_is_found(distillations, monkeypatch):
+    monkeypatch.setattr(distill, "DistillConfig", SurplusDistillConfig)
     assert unread(SurplusDistillConfig, distillations) == {"distill.surplus"}
 
 
-def test_an_option_of_train_scratch_that_nothing_reads_is_found(tmp_path, monkeypatch):
+def test_an_option_of_training_that_nothing_reads_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train_scratch, "ScratchConfig", SurplusScratchConfig)
+    monkeypatch.setattr(train, "ScratchConfig", SurplusScratchConfig)
     assert unread(SurplusScratchConfig, trainings) == {"extra"}

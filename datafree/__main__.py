@@ -1,0 +1,44 @@
+"""The programs of the package: python -m datafree kd --help, or datafree-kd --help where it is installed."""
+
+import importlib
+import sys
+from functools import partial
+
+from datafree import __version__
+from datafree.errors import OptionError, exit_on_input_error
+
+PROGRAMS = {
+    "kd": ("datafree.programs.distill", "a student from a trained teacher, without its data"),
+    "quantize": ("datafree.programs.quantize", "a trained network in few bits, without its data"),
+    "incremental": ("datafree.programs.incremental", "classes that arrive in tasks, without the old images"),
+    "train": ("datafree.programs.train", "a network trained on real images: a teacher, or an upper bound"),
+    "report": ("datafree.report", "a table of runs: means, deviations and paired gains over seeds"),
+    "curves": ("datafree.curves", "a picture of runs over their epochs"),
+}
+
+
+def start(name: str) -> None:
+    """Run the program called ``name`` with the rest of the command line."""
+    exit_on_input_error(lambda: importlib.import_module(PROGRAMS[name][0]).main())
+
+
+def main() -> None:
+    """``python -m datafree``: list the programs, or run the one that is named."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in PROGRAMS:
+        sys.argv[:2] = [f"datafree-{name}"]
+        start(name)
+    elif name == "--version":
+        print(__version__)
+    elif name in ("-h", "--help"):
+        print("python -m datafree PROGRAM [--option value ...], or datafree-PROGRAM; each has --help.\n")
+        print("\n".join(f"  {name:12} {text}" for name, (_, text) in PROGRAMS.items()))
+    else:
+        raise OptionError(f"there is no program {name}; the programs are {', '.join(PROGRAMS)}")
+
+
+# Entry points of the installed commands.
+kd, quantize, incremental, train, report, curves = (partial(start, name) for name in PROGRAMS)
+
+if __name__ == "__main__":
+    exit_on_input_error(main)

@@ -1,0 +1,1 @@
+"""The programs: each says what is trained on which images; datafree.program runs it."""

@@ -1,0 +1,54 @@
+"""Trains a network on real images: a teacher, or a student as the upper bound."""
+
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+from datafree import program
+from datafree.config import ScratchConfig
+
+if TYPE_CHECKING:
+    from datafree.session import Session
+    from datafree.training import Training
+
+EXAMPLES = """
+python train_scratch.py --dataset cifar10 --model wrn40_2
+python train_scratch.py --dataset digits --model resnet20 --epochs 15
+python train_scratch.py --dataset cifar10 --model wrn40_2 --weights teacher.pth --evaluate_only
+"""
+
+
+def supervised(session: "Session") -> "Iterator[Training]":
+    """Training on the labelled training images."""
+    from datafree.learners.supervised import SupervisedLearner
+    from datafree.plan import describe_training
+    from datafree.schedule import Schedule
+    from datafree.synthesis.controls import RealSource
+    from datafree.training import Training, publish_weights
+
+    config, options = session.config, session.config.training
+    network = session.network(
+        "model", options.model, options.weights, options.mean or (), options.std or (), key=options.weights_key
+    )
+    if config.run.evaluate_only:
+        session.evaluate_only(network)
+        return
+    tested = len(session.test or ())  # before the training images, so that a missing test set is reported at once
+    split = session.split("train")
+    batch_size = min(options.batch_size, len(split))
+    schedule = Schedule(options.epochs, rounds=1, kd_steps=max(len(split) // batch_size, 1), batch_size=batch_size)
+    learner = SupervisedLearner(
+        network, session.augment, config.optim, schedule.total_student_steps, config.run.precision
+    )
+    yield Training(
+        learner,
+        RealSource(split),
+        schedule,
+        model=options.model,
+        name=("scratch", options.model),
+        plan=describe_training(options.model, session.card, len(split), tested, schedule, network),
+        finish=lambda folder: publish_weights(session, folder, options.model),
+    )
+
+
+def main() -> None:
+    program.run(ScratchConfig, supervised, description=__doc__, examples=EXAMPLES, derive_card=True)
