@@ -10,6 +10,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from datafree.errors import short
+
 SAVE_STATE_DICT = "save the state_dict of the network that it was made from by torch.save(network.state_dict(), FILE)"
 ZIPPED = {  # an entry that only such an archive has -> what it is and the way
     "constants.pkl": "a TorchScript archive, whose code cannot be hooked: give the Python class of the network, and "
@@ -58,9 +60,32 @@ def other_kind(path: str | Path) -> str | None:
     return None
 
 
-def _zipped(path: str | Path) -> str | None:
+def fault_in(path: str | Path) -> str | None:
+    """What is wrong with a file of torch.save before it is read, as a clause; None if nothing is, or none is known.
+
+    torch checks no checksum, and would inflate what torch.save never deflates, however large it becomes. Files of torch
+    before 1.6 are no archives and have no checksums. What is no whole archive raises an exception of any kind.
+    """
+    with open(path, "rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return None
     with zipfile.ZipFile(path) as archive:
-        entries = archive.namelist()
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            return "is compressed, which torch.save does not do: unpack it, and save it again by torch.save"
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            return "states more bytes than it has"
+        # All are 0 if torch was told not to compute them, by set_crc32_options.
+        damaged = archive.testzip() if any(member.CRC for member in members) else None
+    return damaged and f"is damaged: the checksum of its part {short(damaged)} is not that of its bytes"
+
+
+def _zipped(path: str | Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.namelist()
+    except Exception:  # of arbitrary bytes
+        return None
     names = {entry.rpartition("/")[2] for entry in entries}
     for entry, words in ZIPPED.items():
         if entry in names:

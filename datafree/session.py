@@ -13,7 +13,7 @@ from datafree.augment import CropFlip
 from datafree.config import Data
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
-from datafree.errors import InputError, out_of_memory_in
+from datafree.errors import InputError, out_of_memory_in, printable
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
 from datafree.models.factory import check_model
 from datafree.network import Network
@@ -162,7 +162,7 @@ class Session:
     def evaluate_only(self, network: Network, test: Split | None = None) -> None:
         """Print the accuracy of ``network`` on ``test``, or else on the test split."""
         scores = self.score(network, test=test) or {}
-        print("\n".join([*self.notes, *describe_notes(network), describe_normalisation(network)]))
+        print("\n".join(map(printable, [*self.notes, *describe_notes(network), describe_normalisation(network)])))
         print(f"[Eval] {network.name} on {self.card.name}: {scores_line(scores)}")
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datafree.datasets.cards import CARDS, SMALLEST_STD, DatasetCard, composed, is_name
+from datafree.datasets.cards import CARDS, SMALLEST_STD, DatasetCard, composed
 from datafree.datasets.digits import read_digits
 from datafree.datasets.folders import (
     MODES,
@@ -27,8 +27,9 @@ from datafree.datasets.folders import (
 )
 from datafree.datasets.splits import LazySplit, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
-from datafree.errors import InputError, OptionError
-from datafree.plugins import first_line, load_object
+from datafree.errors import InputError, OptionError, printable
+from datafree.plugins import FAILURES, first_line, load_custom
+from datafree.untrusted import is_name
 
 OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
 LARGE_IMAGE = 128 * 128  # pixels
@@ -88,10 +89,10 @@ def load_split(
 
 def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) and int64 labels (N,) of the function that a card names as its loader."""
-    loader = load_object(name)
+    loader = load_custom(name)
     try:
         images, labels = map(_as_tensor, loader(data_root, split))
-    except Exception as error:
+    except FAILURES as error:
         raise InputError(f"the loader {name} failed for the split {split}: {first_line(error)}") from error
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1] or not whole:
@@ -138,7 +139,7 @@ def resolve_card(
             "it from the training images, or give one with --card"
         )
     card, notes = derive_card(name, root, image_size)
-    print("\n".join(notes))
+    print("\n".join(map(printable, notes)))
     if write:
         card.to_yaml(root / CARD_FILE)
         print(
