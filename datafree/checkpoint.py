@@ -1,6 +1,7 @@
 """Checkpoints: written whole or not at all, read without running code, weights in any usual wrapping."""
 
 import argparse
+import codecs
 import os
 import re
 import shutil
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree import fitting
-from datafree.errors import InputError, short, shown
+from datafree.errors import InputError, short
 from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
@@ -28,18 +29,9 @@ LONGEST_FACT = 100_000  # letters of a text beside the weights, or entries of a 
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
 # runs no code of the file's. numpy 1 and 2 name the same function differently.
 _NUMBER = np.float64(0).__reduce__()[0]
-
-
-def _latin1(text: str, encoding: str) -> bytes:
-    """In place of codecs.encode, by which numpy's bytes are pickled; other encodings may take hours for a long text."""
-    if encoding not in ("latin1", "latin-1"):
-        raise ValueError(f"the encoding {shown(encoding)} is none that numpy's numbers have")
-    return text.encode("latin1")
-
-
 HARMLESS: list[Any] = [
     argparse.Namespace,
-    (_latin1, "_codecs.encode"),
+    codecs.encode,
     np.dtype,
     *{type(np.dtype(code)) for code in np.typecodes["AllFloat"]},
     *{type(np.dtype(code)) for code in np.typecodes["AllInteger"]},
@@ -113,7 +105,7 @@ def weights_file(path: str | Path) -> Path:
 
     Raises InputError for a folder without one. Runs of earlier versions call the file student_last.pth.
     """
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         return Path(path)
     for name in LAST_WEIGHTS:
         for found in (Path(path) / "checkpoints" / name, Path(path) / name):
@@ -210,7 +202,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def require_file(path: str | Path) -> None:
     """Raise InputError unless ``path`` is a file that may be read."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         renamed = Path(path).with_name(Path(path).name.replace("student_", "model_"))
         hint = f"it is called {renamed} now" if renamed.is_file() else "check the path"
         raise InputError(f"there is no file {path}; {hint}")

@@ -2,8 +2,9 @@
 
 The later one wins: defaults < method file < ``--config`` files < flags, each in the
 order given. YAML is composed but not constructed: a value is the text in the file,
-as from a flag, and is converted by its declared type. So ``1e-3`` is a number,
-``off`` is a word, and nothing in a file is ever executed.
+as from a flag, and is converted by its declared type. So ``1e-3`` is a number, and
+``off`` is a word. No tag of YAML is obeyed; but a value may name code, which is run
+(``student: net.py:small``), and so is that which the card of a data set names.
 
 A user-defined class named by an option may have options of its own, the fields of a
 dataclass ``Options`` within it, which become a section named like the class.
@@ -34,7 +35,8 @@ LONGEST_TEXT = 4000  # characters of a value; a path has at most 4,096 bytes
 LONGEST_CHAIN = 20  # of files that are based on one another
 INTRO = """Precedence, lowest first: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
 --run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are equivalent. An option that
-shows no value is on or off: --dry_run, --dry_run false, --no_dry_run."""
+shows no value is on or off: --dry_run, --dry_run false, --no_dry_run. A name with a colon, such as net.py:small, is
+code, which is executed, even by --dry_run; read a YAML file or data card of somebody else before you use it."""
 
 
 class Setting(NamedTuple):
@@ -315,7 +317,7 @@ def _read_base(
     path: Any, node: Any, place: str, options: Options, foreign: Mapping[str, Options], above: tuple[Path, ...]
 ) -> list[Setting]:
     base, above = Path(path).parent / str(node.value), (*above, Path(os.path.realpath(path)))
-    if node.id == "scalar" and not base.is_file():
+    if node.id == "scalar" and not os.path.isfile(base):
         raise _error(f"{place}: there is no file {base} to be based on")
     if node.id != "scalar" or Path(os.path.realpath(base)) in above:
         raise _error(f"{place}: base names one other YAML file, which is not based on this one")

@@ -5,6 +5,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -57,7 +58,7 @@ def load_object(name: str) -> Callable[..., Any]:
 def load_custom(name: str) -> Callable[..., Any]:
     """:func:`load_object` of a name that an option, a file of options or a data card gives.
 
-    What the command line itself does not name was named in a file, perhaps by somebody else: it is said on stderr
+    What the command line itself does not name was named in a file, perhaps by somebody else: this is said on stderr
     before the code is executed.
     """
     source = name.rpartition(":")[0]
@@ -141,7 +142,7 @@ def first_line(error: BaseException) -> str:
 def _import(source: str) -> ModuleType:
     """The module in a ``.py`` file, or of a package; a file is executed once."""
     is_file = source.endswith(".py")
-    if is_file and not Path(source).is_file():
+    if is_file and not os.path.isfile(source):
         raise InputError(f"there is no file '{short(source)}'; check the path before the colon")
     try:
         return _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)

@@ -276,8 +276,13 @@ def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == (width, height):
         return image
     scale = max(height / image.height, width / image.width) * EVALUATION_MARGIN
-    if image.width * image.height * scale**2 > HUGE:  # a strip; twice what the crop shows is enough of it
-        wanted = [min(image.height, ceil(2 * height / scale)), min(image.width, ceil(2 * width / scale))]
-        image = TF.center_crop(image, wanted)
+    if image.width * image.height * scale**2 > HUGE:
+        image = TF.center_crop(image, [_enough(image.height, height / scale), _enough(image.width, width / scale)])
     short_side = round(min(image.size) * scale)
     return TF.center_crop(TF.resize(image, short_side), size)
+
+
+def _enough(side: int, visible: float) -> int:
+    """Pixels of a side of a strip, about its middle, to scale for a crop that shows ``visible`` of them."""
+    enough = ceil(2 * visible)
+    return min(side, enough + (side - enough) % 2)  # so that the middle stays between or on the same pixels
