@@ -204,7 +204,7 @@ def require_file(path: str | Path) -> None:
     """Raise InputError unless ``path`` is a file that may be read."""
     if not os.path.isfile(path):
         renamed = Path(path).with_name(Path(path).name.replace("student_", "model_"))
-        hint = f"it is called {renamed} now" if renamed.is_file() else "check the path"
+        hint = f"it is called {renamed} now" if os.path.isfile(renamed) else "check the path"
         raise InputError(f"there is no file {path}; {hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")

@@ -12,6 +12,7 @@ Runs of versions that wrote "settings" to summary.json list unused options, too:
 --of       a metric of metrics.jsonl to report instead of acc1, such as images/distance_within_class.
 """
 
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -46,7 +47,7 @@ def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summ
     """
     found: dict[Path, Summary] = {}
     for folder in map(Path, folders):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"there is no folder {folder}; give folders of runs, or folders that contain them")
         summaries = {path.resolve(): _read(path, of) for path in sorted(folder.rglob("summary.json"))}
         summaries = {path: summary for path, summary in summaries.items() if "task" not in summary}  # parts of a run

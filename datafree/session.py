@@ -1,5 +1,6 @@
 """What every program needs before its training: device, data card, splits, networks."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -43,7 +44,7 @@ class Session:
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.compile != "off":
             require_compiler(self.device)
-        if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
+        if self.run.resume not in ("none", "auto") and not os.path.isfile(self.run.resume):
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
         for model, weights in config.networks():
             check_model(model)
@@ -127,7 +128,7 @@ class Session:
         weights: str | Path = options.teacher_weights
         if not weights:
             weights = published_weights(self.card.name, options.teacher)
-            if not weights.exists():
+            if not os.path.exists(weights):
                 raise InputError(
                     f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
                     f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"

@@ -4,6 +4,7 @@ import json
 import os
 import zipfile
 from collections import OrderedDict
+from contextlib import suppress
 
 import nets
 import numpy as np
@@ -214,6 +215,18 @@ def test_seeds_may_be_large():
 def test_texts_are_printable_and_bounded(option, text):
     line = refused_options(f"{option}={text}")
     assert "printable characters" in line and line.isprintable() and len(line) < 300
+
+
+@pytest.mark.parametrize(
+    "option", ["--weights", "--data_root", "--resume", "--card", "--model", "--dataset", "--config"]
+)
+def test_paths_that_no_file_system_has(option, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ("--dataset", "digits", "--model", nets.name("tiny"), "--threads", 1, "--dry_run", option)
+    for path in ("a" * 300, f"{'a' * 300}/b.py:net"):
+        with suppress(SystemExit):  # the digits need no data_root
+            call(train_scratch, *words, path)
+        assert "unexpected" not in capsys.readouterr().err
 
 
 # Names

@@ -1,5 +1,6 @@
 """Data cards: all that distillation needs to know about a data set in place of its training images."""
 
+import os
 import unicodedata
 from collections import Counter
 from contextlib import suppress
@@ -120,7 +121,7 @@ class DatasetCard:
             )
         values["classes"] = tuple(map(composed, classes))
         beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
-        if beside.is_file():  # a path in a card is relative to the card
+        if os.path.isfile(beside):  # a path in a card is relative to the card
             values["loader"] = f"{beside}:{values['loader'].rpartition(':')[2]}"
         try:
             return cls(**values)

@@ -64,7 +64,7 @@ def readable() -> dict[str, str]:
 
 def class_folders(folder: Path) -> list[Path]:
     """The subfolders of ``folder``, one per class, sorted; an empty list if it does not exist."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 

@@ -1,5 +1,6 @@
 """Finds a data set's card and images: class folders, torchvision's files, the digits that ship here."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -127,7 +128,7 @@ def resolve_card(
     ``data_root/<name>/card.yaml``, so that they are not needed again. Raises InputError if there is no card, and
     OptionError if ``name`` is neither registered nor a folder, or is a path.
     """
-    if Path(data_root).exists() and not Path(data_root).is_dir():
+    if os.path.exists(data_root) and not os.path.isdir(data_root):
         raise OptionError(f"--data_root {data_root} is no folder; give the one that contains the data sets")
     card = _stated_card(name, Path(data_root), card_path)
     if card:
@@ -156,16 +157,16 @@ def _stated_card(name: str, data_root: Path, card_path: str | Path) -> DatasetCa
     if name in CARDS:
         return CARDS[name]
     if not is_name(name):
-        place = Path(name) if Path(name).is_dir() else data_root / name
+        place = Path(name) if os.path.isdir(name) else data_root / name
         place = place if place.name else place.resolve()
         raise OptionError(
             f"--dataset {name} is a path, not a name; write --data_root {place.parent} --dataset {place.name}"
         )
     root = _folder(data_root, name)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise _unknown(name, data_root)
     path = root / CARD_FILE
-    return replace(DatasetCard.from_yaml(path), name=name) if path.is_file() else None
+    return replace(DatasetCard.from_yaml(path), name=name) if os.path.isfile(path) else None
 
 
 def derive_card(name: str, root: Path, image_size: int | None = None) -> tuple[DatasetCard, list[str]]:
@@ -214,7 +215,7 @@ def _mean_and_std(counts: Tensor) -> tuple[float, float]:
 def _folder(data_root: Path, name: str) -> Path:
     """``data_root/name``, or the folder there whose name differs in its Unicode form alone."""
     alike = [path for path in class_folders(data_root) if composed(path.name) == composed(name)]
-    return alike[0] if alike and not (data_root / name).is_dir() else data_root / name
+    return alike[0] if alike and not os.path.isdir(data_root / name) else data_root / name
 
 
 def _folder_of(name: str, data_root: str | Path) -> Path | None:
@@ -225,7 +226,7 @@ def _folder_of(name: str, data_root: str | Path) -> Path | None:
 
 def _splits_in(root: Path) -> bool:
     """Whether ``root`` contains the folder of a split."""
-    return any((root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names)
+    return any(os.path.isdir(root / name) for names in SPLIT_FOLDERS.values() for name in names)
 
 
 def _folder_split(
