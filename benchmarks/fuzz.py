@@ -203,15 +203,16 @@ odd_texts = st.sampled_from(
         "net.py:../../x",
     ]
 )
+rarely = st.integers(0, 11).map(lambda number: number == 7)
 values = st.one_of(numbers, odd_numbers, odd_texts, st.text(max_size=20))
 
 
 def value_of(option):
     """Texts for an option: mostly of its type."""
     if option.choices:
-        return st.one_of(*[st.sampled_from(option.choices)] * 4, values)
+        return rarely.flatmap(lambda odd: values if odd else st.sampled_from(option.choices))
     own = {bool: st.sampled_from(["true", "false", "on", "no"]), str: odd_texts}.get(option.kind, numbers)
-    return st.one_of(own, own, own, own, values)
+    return rarely.flatmap(lambda odd: values if odd else own)
 
 
 def mutated(data):
@@ -265,14 +266,16 @@ def yaml_texts(draw, program):
         return draw(st.sampled_from(SHIPPED).flatmap(mutated))
     if kind == "text":
         return draw(st.text(max_size=200)).encode(errors="surrogatepass")
-    lines = []
-    for option in draw(st.lists(st.sampled_from(OPTIONS[program]), min_size=1, max_size=6)):
-        section = draw(st.sampled_from([option.section, option.section, option.section, "", "expect", "run"]))
-        line = f"{option.name}: {draw(_yaml_value(value_of(option)))}\n"
-        lines.append(f"{section}:\n  {line}" if section not in ("", "call") else line)
-    if draw(st.integers(0, 9)) == 0:
-        lines.append(f"base: {draw(odd_texts)}\n")
-    return "".join(lines).encode(errors="surrogatepass")
+    lines = {}  # section -> its lines
+    for option in draw(st.lists(st.sampled_from(OPTIONS[program]), min_size=1, max_size=5)):
+        home = option.section if option.section != "call" or draw(rarely) else "run"
+        section = draw(st.sampled_from(["", "expect", "run", "optim"])) if draw(rarely) else home
+        value = draw(_yaml_value(value_of(option))) if draw(rarely) else draw(value_of(option).map(json.dumps))
+        lines.setdefault(section, []).append(f"{option.name}: {value}\n")
+    texts = [f"{section}:\n  {'  '.join(inner)}" if section else "".join(inner) for section, inner in lines.items()]
+    if draw(rarely):
+        texts.append(f"base: {draw(odd_texts)}\n")
+    return "".join(texts).encode(errors="surrogatepass")
 
 
 @st.composite
@@ -284,11 +287,8 @@ def configs(draw):
         files["own.yaml"] = draw(yaml_texts(program))
         words += ["--config", "own.yaml"]
     for option in draw(st.lists(st.sampled_from(OPTIONS[program]), max_size=4)):
-        flags = [f"--{option.name}"] * 5 + [
-            f"--{option.section}.{option.name}".replace("--.", "--"),
-            f"--{option.name[:-1]}",
-        ]
-        flag = draw(st.sampled_from(flags))
+        name = option.name[:-1] if draw(rarely) else option.name
+        flag = f"--{option.section}.{name}" if option.section and draw(rarely) else f"--{name}"
         words += [f"{flag}={draw(value_of(option))}"] if draw(st.booleans()) else [flag, draw(value_of(option))]
     return program, words + ["--threads", "1", "--dry_run"], files
 

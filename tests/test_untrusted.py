@@ -457,6 +457,16 @@ def test_annotations_stay_in_their_folder(tmp_path, lines):
         list_images(tmp_path, "test")
 
 
+def test_a_card_is_not_written_through_a_link(tmp_path, monkeypatch, refused):
+    monkeypatch.chdir(tmp_path)
+    root = shapes(tmp_path / "data" / "own")
+    for make in (lambda path: path.symlink_to(tmp_path / "outside"), os.mkfifo):
+        make(root / "card.yaml")
+        assert "card.yaml" in refused(call, train_scratch, "--dataset", "own", "--model", nets.name("tiny"))
+        (root / "card.yaml").unlink()
+    assert not (tmp_path / "outside").exists()
+
+
 def test_annotations_that_are_a_pipe(tmp_path):
     (tmp_path / "val").mkdir()
     (tmp_path / "val" / "val_annotations.txt").symlink_to("/dev/zero")

@@ -166,7 +166,8 @@ def _stated_card(name: str, data_root: Path, card_path: str | Path) -> DatasetCa
     if not os.path.isdir(root):
         raise _unknown(name, data_root)
     path = root / CARD_FILE
-    return replace(DatasetCard.from_yaml(path), name=name) if os.path.isfile(path) else None
+    # A pipe or a link to nothing is read, too, and refused, lest the derived card be written to where it leads.
+    return replace(DatasetCard.from_yaml(path), name=name) if os.path.lexists(path) else None
 
 
 def derive_card(name: str, root: Path, image_size: int | None = None) -> tuple[DatasetCard, list[str]]:
