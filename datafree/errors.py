@@ -53,10 +53,10 @@ def short(name: str) -> str:
 
 def shown(value: Any) -> str:
     """A value from outside as a message shows it: as Python writes it, cut, and printable."""
-    short = Repr()  # does not follow what is nested, which aliases may make endless
-    short.maxlevel, short.maxlist, short.maxtuple, short.maxstring = 3, 12, 12, LONGEST_VALUE
+    limited = Repr()  # does not follow what is nested, which aliases may make endless
+    limited.maxlevel, limited.maxlist, limited.maxtuple, limited.maxstring = 3, 12, 12, LONGEST_VALUE
     try:
-        return cut(printable(short.repr(value)), LONGEST_VALUE)
+        return cut(printable(limited.repr(value)), LONGEST_VALUE)
     except Exception:  # such as a whole number of thousands of digits
         return f"a {type(value).__name__} that cannot be shown"
 
