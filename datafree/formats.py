@@ -167,7 +167,7 @@ def _contents(path: str | Path) -> Any:
 def _encodes_slowly(path: str | Path) -> bool:
     """Whether the pickle in a file of torch.save has a text encoded as NumPy's bytes never are.
 
-    torch allows codecs.encode, which NumPy's bytes need, with any encoding; punycode takes hours for a long text.
+    torch allows codecs.encode, which NumPy's bytes need, with any encoding; punycode and idna hang on long texts.
     """
     try:
         _contents(path)
