@@ -17,15 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from datafree import fitting
-from datafree.errors import InputError
-from datafree.formats import entry_with, is_safetensors, other_kind
+from datafree.errors import InputError, short
+from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
 # Where it may keep their average over the training: timm, torchvision's reference training, others.
 AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict_ema", "ema_model", "net_ema", "ema")
 KEY_OPTION = "--weights_key"
 LAST_WEIGHTS = ("model_last.pth", "student_last.pth")  # of a run, and of one of an earlier version
-PLAIN = (int, float, str, list, tuple)
+LONGEST_FACT = 100_000  # letters of a text beside the weights, or entries of a list
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
 # runs no code of the file's. numpy 1 and 2 name the same function differently.
 _NUMBER = np.float64(0).__reduce__()[0]
@@ -66,6 +66,12 @@ def load(path: str | Path) -> dict[str, Any]:
     if kind := other_kind(path):
         raise InputError(f"{path} is {kind}")
     try:
+        fault = fault_in(path)
+    except Exception as error:
+        raise InputError(f"{path} {_broken(path)}") from error
+    if fault:
+        raise InputError(f"{path} {fault}; copy or download it again")
+    try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about types of storage that are deprecated
             state = torch.load(path, map_location="cpu", weights_only=True)
@@ -99,7 +105,7 @@ def weights_file(path: str | Path) -> Path:
 
     Raises InputError for a folder without one. Runs of earlier versions call the file student_last.pth.
     """
-    if not Path(path).is_dir():
+    if not os.path.isdir(path):
         return Path(path)
     for name in LAST_WEIGHTS:
         for found in (Path(path) / "checkpoints" / name, Path(path) / name):
@@ -125,7 +131,7 @@ def read_weights(
     """
     path = weights_file(path)
     contents, notes = load(path), [] if notes is None else notes
-    metadata = {} if _is_state_dict(contents) else {n: v for n, v in contents.items() if isinstance(v, PLAIN)}
+    metadata = {} if _is_state_dict(contents) else {n: v for n, v in contents.items() if _is_fact(v)}
     return _tensors(_chosen(contents, key, path, notes, key_option), path, notes), metadata
 
 
@@ -196,9 +202,9 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
 def require_file(path: str | Path) -> None:
     """Raise InputError unless ``path`` is a file that may be read."""
-    if not Path(path).is_file():
+    if not os.path.isfile(path):
         renamed = Path(path).with_name(Path(path).name.replace("student_", "model_"))
-        hint = f"it is called {renamed} now" if renamed.is_file() else "check the path"
+        hint = f"it is called {renamed} now" if os.path.isfile(renamed) else "check the path"
         raise InputError(f"there is no file {path}; {hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")
@@ -278,12 +284,31 @@ def _tensors(weights: dict[str, Any], path: Path, notes: list[str]) -> dict[str,
             f"{path} holds the weights of a quantised network ({_few(quantised)}), which has no gradients; give those "
             "that it had before its quantisation"
         )
+    odd = [name for name, value in weights.items() if torch.is_tensor(value) and _is_odd(value)]
+    if odd:
+        raise InputError(
+            f"{path} holds tensors that are sparse, complex or without values ({_few(odd)}); save them as dense ones"
+        )
     if others:
         notes.append(f"{len(others)} of its file's entries left out, which are no tensors: {_few(others)}")
         kept = OrderedDict((name, value) for name, value in weights.items() if torch.is_tensor(value))
         kept._metadata = getattr(weights, "_metadata", None)  # type: ignore[attr-defined]
         return kept
     return weights
+
+
+def _is_odd(tensor: Tensor) -> bool:
+    """Whether no parameter can have its values: they are not dense, not there or not real."""
+    return tensor.layout is not torch.strided or tensor.is_meta or tensor.is_complex()
+
+
+def _is_fact(value: Any) -> bool:
+    """Whether it is a number, a text or a list of these, of bounded size, which that of nested lists is not."""
+    if isinstance(value, (list, tuple)):
+        return len(value) <= LONGEST_FACT and not any(isinstance(v, (list, tuple)) or not _is_fact(v) for v in value)
+    if isinstance(value, str):
+        return len(value) <= LONGEST_FACT
+    return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
 
 
 def _is_state_dict(value: Any) -> bool:
@@ -343,5 +368,5 @@ def _check_shapes(wrong: dict[str, tuple[tuple[int, ...], tuple[int, ...]]], pat
 
 
 def _few(names: Iterable[Any]) -> str:
-    texts = list(map(str, names))
+    texts = [short(str(name)) for name in names]
     return (", ".join(texts[:3]) or "none") + (", ..." if len(texts) > 3 else "")

@@ -2,14 +2,16 @@
 
 The later one wins: defaults < method file < ``--config`` files < flags, each in the
 order given. YAML is composed but not constructed: a value is the text in the file,
-as from a flag, and is converted by its declared type. So ``1e-3`` is a number,
-``off`` is a word, and nothing in a file is ever executed.
+as from a flag, and is converted by its declared type. So ``1e-3`` is a number, and
+``off`` is a word. No tag of YAML is obeyed; but a value may name code, which is run
+(``student: net.py:small``), and so is that which the card of a data set names.
 
 A user-defined class named by an option may have options of its own, the fields of a
 dataclass ``Options`` within it, which become a section named like the class.
 """
 
 import difflib
+import os
 import re
 import shutil
 import sys
@@ -24,14 +26,18 @@ import yaml
 
 from datafree import __version__
 from datafree.config import sections
-from datafree.errors import OptionError
+from datafree.errors import OptionError, printable, short, shown
 from datafree.options import Invocation, Option, Options, list_options, why_unused, with_custom_sections
 from datafree.plugins import is_custom
+from datafree.untrusted import LONGEST_NAME, TextLoader, is_name, read_text
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
+LONGEST_TEXT = 4000  # characters of a value; a path has at most 4,096 bytes
+LONGEST_CHAIN = 20  # of files that are based on one another
 INTRO = """Precedence, lowest first: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
 --run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are equivalent. An option that
-shows no value is on or off: --dry_run, --dry_run false, --no_dry_run."""
+shows no value is on or off: --dry_run, --dry_run false, --no_dry_run. A name with a colon, such as net.py:small, is
+code, which is executed, even by --dry_run; read a YAML file or data card of somebody else before you use it."""
 
 
 class Setting(NamedTuple):
@@ -113,15 +119,16 @@ def _texts(path: Path, homes: Mapping[str, str], above: tuple[Path, ...] = ()) -
 
     homes: option -> the section in which it stands.
     """
-    above = (*above, path.resolve())
     try:
         root = _compose(path)
     except OptionError:
         return []
+    above = (*above, Path(os.path.realpath(path)))
     lines = [("", *line) for line in _scalars(root)]
     lines += [(section, *line) for section, node in _mappings(root) for line in _scalars(node)]
-    bases = [path.parent / text for section, key, text in lines if key == "base" and not section]
-    below = [pair for base in bases if base.resolve() not in above for pair in _texts(base, homes, above)]
+    bases = [path.parent / text for section, key, text in lines if key == "base" and not section and text.isprintable()]
+    further = [base for base in bases[-1:] if len(above) <= LONGEST_CHAIN and Path(os.path.realpath(base)) not in above]
+    below = [pair for base in further for pair in _texts(base, homes, above)]
     return below + [(key, text) for section, key, text in lines if homes.get(key) == section]
 
 
@@ -196,11 +203,17 @@ def _convert(setting: Setting) -> Any:
     opt, text, place, _ = setting
     if text is None:
         text = "none" if "none" in opt.choices else ""
+    if not text.isprintable() or len(text) > LONGEST_TEXT:
+        raise _error(f"{place} cannot be {shown(text)}; it takes up to {LONGEST_TEXT:,} printable characters")
+    if opt.is_name and text and not is_name(text):
+        raise _error(
+            f"{place} cannot be {shown(text)}; it names a folder, in up to {LONGEST_NAME} bytes and without slashes"
+        )
     try:
         return _value(opt, text)
-    except (ValueError, KeyError):
+    except (ValueError, KeyError, OverflowError):
         near = _nearest(text, {name: name for name in opt.choices}, otherwise="")
-        raise _error(f"{place} cannot be {text!r}; it takes {opt.allowed}{near}") from None
+        raise _error(f"{place} cannot be {shown(text)}; it takes {opt.allowed}{near}") from None
 
 
 def _value(opt: Option, text: str) -> Any:
@@ -236,10 +249,10 @@ def _read_flags(argv: Sequence[str], options: Options) -> list[Setting]:
         word = words.pop(0)
         flag, equals, value = word.partition("=")
         if not _is_flag(flag):
-            raise _error(f"unexpected argument {word!r}; an option starts with --")
+            raise _error(f"unexpected argument {shown(word)}; an option starts with --")
         name = "--" + flag[2:].replace("-", "_") if flag.startswith("--") else flag
         if name not in table:
-            raise _error(f"unknown option {flag}{_nearest(name, {o: f'--{o}' for o in options})}")
+            raise _error(f"unknown option {short(flag)}{_nearest(name, {o: f'--{o}' for o in options})}")
         opt, alone = table[name]
         if equals and alone == "false":
             raise _error(f"{flag} takes no value; write --{opt.name}={value}")
@@ -307,17 +320,19 @@ def _read_yaml(
 def _read_base(
     path: Any, node: Any, place: str, options: Options, foreign: Mapping[str, Options], above: tuple[Path, ...]
 ) -> list[Setting]:
-    base = Path(path).parent / str(node.value)
-    if node.id != "scalar" or base.resolve() in above:
-        raise _error(f"{place}: base names one other YAML file, which is not based on this one")
-    if not base.is_file():
+    base, above = Path(path).parent / str(node.value), (*above, Path(os.path.realpath(path)))
+    if node.id == "scalar" and not os.path.isfile(base):
         raise _error(f"{place}: there is no file {base} to be based on")
-    return _read_yaml(base, options, foreign, (*above, Path(path).resolve()))
+    if node.id != "scalar" or Path(os.path.realpath(base)) in above:
+        raise _error(f"{place}: base names one other YAML file, which is not based on this one")
+    if len(above) > LONGEST_CHAIN:
+        raise _error(f"{place}: more than {LONGEST_CHAIN} files that are based on one another; join them")
+    return _read_yaml(base, options, foreign, above)
 
 
 def _compose(path: Any) -> Any:
     try:
-        return yaml.compose(Path(path).read_text(encoding="utf-8"), Loader=yaml.BaseLoader)
+        return yaml.compose(read_text(path), Loader=TextLoader)
     except OSError as error:
         raise _error(f"cannot read {path}: {error.strerror}") from None
     except yaml.MarkedYAMLError as error:
@@ -338,7 +353,7 @@ def _items(node: Any, path: Any, problem: str) -> Iterable[tuple[str, Any, str]]
         if key.id != "scalar":
             raise _error(f"{place}: a {key.id} cannot be a name")
         if key.value in items:
-            raise _error(f"{place}: {key.value} is given twice")
+            raise _error(f"{place}: {short(key.value)} is given twice")
         items[key.value] = key.value, value, place
     return items.values()
 
@@ -352,7 +367,7 @@ def _yaml_setting(section: str, name: str, node: Any, place: str, options: Optio
     if opt is None or section not in (opt.section, *opt.also_in):
         homes = {o.section: o.section for o in options.values() if o.section}
         homes |= {key: f"{o.section}: {{{key}: ...}}" if o.section else key for key, o in options.items()}
-        raise _error(f"{place}: unknown key {dotted}{_nearest(name, homes)}")
+        raise _error(f"{place}: unknown key {short(dotted)}{_nearest(name, homes)}")
     if opt.kind is tuple and node.id == "sequence" and all(part.id == "scalar" for part in node.value):
         return Setting(opt, ",".join(part.value for part in node.value), f"{place}: {dotted}")
     if node.id != "scalar":
@@ -371,7 +386,7 @@ _Dumper.add_representer(
 
 
 def _error(message: str) -> OptionError:
-    return OptionError(" ".join(message.split()))
+    return OptionError(printable(message))
 
 
 def _nearest(word: str, spellings: Mapping[str, str], otherwise: str = "; --help lists them") -> str:

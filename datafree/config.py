@@ -19,6 +19,7 @@ from datafree.schedule import Schedule
 from datafree.synthesis import SourcesWith, SourcesWithout
 
 Condition = Mapping[str, Any]
+LARGEST = 1e9  # of any number: beyond it there is no use, but overflow in torch and in float32
 
 
 def option(
@@ -30,16 +31,19 @@ def option(
     high: float | None = None,
     unused_when: Condition | tuple[Condition, ...] = (),
     custom: bool = False,
+    is_name: bool = False,
     affects_result: bool = True,
     also_in: tuple[str, ...] = (),
     aliases: Mapping[str, str] | None = None,
 ) -> Any:
     """A dataclass field with its sentence of help.
 
-    flags: further spellings, such as ``-j``. low, high: inclusive bounds of a number.
+    flags: further spellings, such as ``-j``. low, high: inclusive bounds of a number, by default
+    -LARGEST and LARGEST.
     unused_when: conditions {option: values}, under any of which nothing reads this option; a condition holds while each
     of its options has one of the values, or is itself unused.
     custom: path/to/file.py:Class is accepted beside the choices.
+    is_name: the text names a folder, so that it may not lead out of the one that it is in.
     affects_result: False for an option that says where and how a run happens, or names a file whose contents matter and
     not its name.
     also_in: sections of the program in which YAML files may set it, too. So a method file, which may have sections of
@@ -51,6 +55,7 @@ def option(
         "flags": tuple(flags),
         "unused_when": unused_when if isinstance(unused_when, tuple) else (unused_when,),
         "custom": custom,
+        "is_name": is_name,
         "affects_result": affects_result,
         "also_in": also_in,
         "aliases": dict(aliases or {}),
@@ -85,8 +90,8 @@ class Run:
     """Where and how the program runs, and what it leaves behind."""
 
     save_dir: str = option("runs", "Folder in which each run gets its own folder.", affects_result=False)
-    log_tag: str = option("", "Name of this run's folder; seed<seed> if empty.", affects_result=False)
-    seed: int = option(0, "Seed of python, numpy and torch.", low=0)
+    log_tag: str = option("", "Name of this run's folder; seed<seed> if empty.", is_name=True, affects_result=False)
+    seed: int = option(0, "Seed of python, numpy and torch.", low=0, high=2**63 - 1)
     device: str = option(
         "auto", "auto (a GPU if there is one), cpu, cuda or cuda:N; --gpu N is short for cuda:N.", affects_result=False
     )
@@ -103,6 +108,7 @@ class Run:
         0,
         "CPU threads; 0 leaves torch's default. Only runs with the same number are identical to the bit.",
         low=0,
+        high=1024,
         affects_result=False,
     )
     deterministic: bool = option(
@@ -135,7 +141,12 @@ class Run:
         10, "Epochs between two image grids; the first and the last epoch always have one.", low=1, affects_result=False
     )
     workers: int = option(
-        2, "Processes that decode images of data sets too large for memory.", flags=("-j",), low=0, affects_result=False
+        2,
+        "Processes that decode images of data sets too large for memory.",
+        flags=("-j",),
+        low=0,
+        high=256,
+        affects_result=False,
     )
 
 
@@ -152,9 +163,12 @@ class Data:
         "test", "Images for evaluation; none needs no data at all.", affects_result=False
     )
     image_size: int | None = option(
-        None, "Height and width in pixels, instead of the data card's; files in class folders are resized.", low=1
+        None,
+        "Height and width in pixels, instead of the data card's; files in class folders are resized.",
+        low=1,
+        high=4096,
     )
-    crop_padding: int = option(4, "Pixels of zero padding before the random crop; 0 does not crop.", low=0)
+    crop_padding: int = option(4, "Pixels of zero padding before the random crop; 0 does not crop.", low=0, high=4096)
     flip: Literal["card", "on", "off"] = option(
         "card", "Random horizontal flip; card: if the data set's card allows it, which that of digits does not."
     )
@@ -284,8 +298,8 @@ class Synthesis:
         "every batch drawn anew.",
         unused_when=(NO_POOL, {"balanced_sampling": (True,)}),
     )
-    nz: int = option(256, "Dimension of the generator's latent z.", low=1, unused_when=NO_GENERATOR)
-    ngf: int = option(64, "Width of the generator.", low=1, unused_when=NO_GENERATOR)
+    nz: int = option(256, "Dimension of the generator's latent z.", low=1, high=65536, unused_when=NO_GENERATOR)
+    ngf: int = option(64, "Width of the generator.", low=1, high=4096, unused_when=NO_GENERATOR)
     lr_g: float = option(1e-3, "Adam's learning rate for the generator, or for the pixels.", low=0)
     lr_z: float | None = option(
         None,
@@ -853,7 +867,11 @@ class Incremental:
     init_cls: int = option(10, "Classes of the first task, the base.", low=2)
     increment: int = option(10, "Classes of every later task.", low=1)
     class_seed: int = option(
-        1993, "Seed of the order in which classes arrive.", low=0, unused_when={"class_order": AnyBut(())}
+        1993,
+        "Seed of the order in which classes arrive.",
+        low=0,
+        high=2**32 - 1,
+        unused_when={"class_order": AnyBut(())},
     )
     class_order: tuple[float, ...] = option(
         (), "That order, as a list of all classes counted from 0; by class_seed if empty.", low=0

@@ -5,7 +5,6 @@ other, anchors have samples in the focal band), and for signs of a collapse; one
 the folders. Needs matplotlib.
 """
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from datafree.errors import InputError, exit_on_input_error, usage
-from datafree.logger import whole_lines
+from datafree.results import read_rows
 
 PANELS = {
     "acc1": "top-1 on the test set (%)",
@@ -42,14 +41,7 @@ def read_curves(folders: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]
             raise InputError(f"{folder} holds no run (no metrics.jsonl); give another folder")
         runs += found
     common = Path(os.path.commonpath([run.parent.parent for run in runs]))
-    return {str(run.relative_to(common)): _rows(run / "metrics.jsonl") for run in runs}
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    try:
-        return [json.loads(line) for line in whole_lines(path)]
-    except (OSError, ValueError) as error:
-        raise InputError(f"cannot read {path} ({error}); remove it, or resume its run") from None
+    return {str(run.relative_to(common)): read_rows(run / "metrics.jsonl", PANELS, required=["epoch"]) for run in runs}
 
 
 def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], picture: str | Path) -> None:

@@ -1,9 +1,17 @@
-"""Errors that the user can correct: a message of one sentence and a non-zero exit code."""
+"""Errors: a message of one line and a non-zero exit code, and how values from outside are shown in it."""
 
+import os
 import re
 import sys
+import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from reprlib import Repr
+from typing import Any
+
+LONGEST_VALUE, LONGEST_MESSAGE = 80, 900  # characters
+SHOW_TRACEBACK = "RGAL_TRACEBACK"  # of an error that this program did not foresee: variable of the environment
 
 
 class InputError(Exception):
@@ -16,6 +24,41 @@ class OptionError(InputError):
     """An unknown option, or an invalid value of one."""
 
     exit_code = 2
+
+
+def printable(text: str) -> str:
+    """``text`` on one line, without characters that could move a terminal's cursor: these as escape sequences."""
+    line = re.sub(r"\s*[\r\n]\s*", " ", text.strip())
+    return line if line.isprintable() else "".join(c if c.isprintable() else _escaped(c) for c in line)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode()
+
+
+def cut(text: str, most: int) -> str:
+    """``text`` without its middle if it has more than ``most`` characters."""
+    return text if len(text) <= most else f"{text[: most * 2 // 3]} ... {text[-most // 4 :]}"
+
+
+def one_line(text: str) -> str:
+    """A message as it may be printed: printable, on one line, and not too long."""
+    return cut(printable(cut(text, LONGEST_MESSAGE)), LONGEST_MESSAGE)
+
+
+def short(name: str) -> str:
+    """A name from outside as a message shows it: cut, and printable."""
+    return printable(cut(name, LONGEST_VALUE))
+
+
+def shown(value: Any) -> str:
+    """A value from outside as a message shows it: as Python writes it, cut, and printable."""
+    limited = Repr()  # does not follow what is nested, which aliases may make endless
+    limited.maxlevel, limited.maxlist, limited.maxtuple, limited.maxstring = 3, 12, 12, LONGEST_VALUE
+    try:
+        return cut(printable(limited.repr(value)), LONGEST_VALUE)
+    except Exception:  # such as a whole number of thousands of digits
+        return f"a {type(value).__name__} that cannot be shown"
 
 
 def usage(text: str, at_least: int) -> None:
@@ -37,13 +80,42 @@ def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
         raise InputError(f"out of memory during {phase}; lower {remedy}, or use smaller networks") from error
 
 
+@contextmanager
+def traceback_in(log: Path) -> Iterator[None]:
+    """Turn an exception that nothing else caught into an InputError, and append its traceback to the file ``log``."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        with suppress(OSError), open(log, "a", encoding="utf-8", errors="backslashreplace") as file:
+            file.write("".join(traceback.format_exception(error)))
+        raise InputError(_unforeseen(error, f"its traceback is in {log}")) from error
+
+
 def exit_on_input_error(main: Callable[[], object]) -> None:
-    """Run ``main()``; an :class:`InputError` becomes one line on stderr and its exit code, Ctrl-C exit code 130."""
+    """Run ``main()``; an :class:`InputError` becomes one line on stderr and its exit code, Ctrl-C exit code 130.
+
+    So does every other exception, with exit code 1, and the line says how to see its traceback.
+    """
     try:
         main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("interrupted; --resume auto continues from the last checkpoint", file=sys.stderr)
         sys.exit(130)
+    except Exception as error:
+        if os.environ.get(SHOW_TRACEBACK):
+            raise
+        way = f"{SHOW_TRACEBACK}=1 in the environment shows its traceback"
+        print(f"error: {_unforeseen(error, way)}", file=sys.stderr)
+        sys.exit(1)
+
+
+def _unforeseen(error: Exception, way: str) -> str:
+    """One line about an error that nothing else caught, and the way to its traceback."""
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    what = cut(printable(f"{type(error).__name__}: {error}"), LONGEST_MESSAGE // 2)
+    return one_line(f"unexpected {what} (line {where.lineno} of {where.filename}); {way}")

@@ -10,6 +10,8 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
+from datafree.errors import short
+
 SAVE_STATE_DICT = "save the state_dict of the network that it was made from by torch.save(network.state_dict(), FILE)"
 ZIPPED = {  # an entry that only such an archive has -> what it is and the way
     "constants.pkl": "a TorchScript archive, whose code cannot be hooked: give the Python class of the network, and "
@@ -58,9 +60,36 @@ def other_kind(path: str | Path) -> str | None:
     return None
 
 
-def _zipped(path: str | Path) -> str | None:
+def fault_in(path: str | Path) -> str | None:
+    """What is wrong with a file of torch.save before torch reads it, as a clause; None if nothing is, or none is known.
+
+    Raises an exception of any kind for an archive that is not whole.
+    """
+    with open(path, "rb") as file:
+        is_archive = file.read(4) == b"PK\x03\x04"
+    fault = _fault_in_archive(path) if is_archive else None  # files of torch before 1.6 have no checksums
+    return fault or (_SlowEncoding.words if _encodes_slowly(path) else None)
+
+
+def _fault_in_archive(path: str | Path) -> str | None:
+    """torch checks no checksum, and would inflate what torch.save never deflates, however large it becomes."""
     with zipfile.ZipFile(path) as archive:
-        entries = archive.namelist()
+        members = archive.infolist()
+        if any(member.compress_type != zipfile.ZIP_STORED for member in members):
+            return "is compressed, which torch.save does not do: unpack it, and save it again by torch.save"
+        if sum(member.file_size for member in members) > os.path.getsize(path):
+            return "states more bytes than it has"
+        # All are 0 if torch was told not to compute them, by set_crc32_options.
+        damaged = archive.testzip() if any(member.CRC for member in members) else None
+    return damaged and f"is damaged: the checksum of its part {short(damaged)} is not that of its bytes"
+
+
+def _zipped(path: str | Path) -> str | None:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.namelist()
+    except Exception:  # of arbitrary bytes
+        return None
     names = {entry.rpartition("/")[2] for entry in entries}
     for entry, words in ZIPPED.items():
         if entry in names:
@@ -100,28 +129,60 @@ class _Entries(dict[Any, Any]):
         pass
 
 
-class _Reader(pickle.Unpickler):
+class _SlowEncoding(Exception):
+    """Of a text that a pickle wants to be encoded, in another way than NumPy's bytes are."""
+
+    words = "has a text encoded by another codec than NumPy's latin1; refused, nothing was executed"
+
+
+def _encode(text: str, encoding: str = "") -> bytes:
+    if encoding not in ("latin1", "latin-1"):
+        raise _SlowEncoding
+    return text.encode("latin1")
+
+
+class _Reader(pickle._Unpickler):  # in Python: the one in C fills memory up to the largest number of an entry
     """Reads a pickle without importing or calling what it names."""
 
     def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("_codecs", "encode"):
+            return _encode
         return _Entries if name == "OrderedDict" else type("_Inert", (_Inert,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, storage: Any) -> None:
         pass
 
 
+def _contents(path: str | Path) -> Any:
+    """What torch.save wrote, with objects that do nothing in place of others; any exception if that fails."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            pickled = next(entry for entry in archive.namelist() if entry.rpartition("/")[2] == "data.pkl")
+            return _Reader(archive.open(pickled)).load()
+    with open(path, "rb") as file:
+        reader = _Reader(file)
+        return [reader.load() for _ in range(4)][-1]  # magic number, protocol, machine, contents
+
+
+def _encodes_slowly(path: str | Path) -> bool:
+    """Whether the pickle in a file of torch.save has a text encoded as NumPy's bytes never are.
+
+    torch allows codecs.encode, which NumPy's bytes need, with any encoding; punycode and idna hang on long texts.
+    """
+    try:
+        _contents(path)
+    except _SlowEncoding:
+        return True
+    except Exception:  # of arbitrary bytes, which torch.load refuses, too
+        return False
+    return False
+
+
 def entry_with(path: str | Path, name: str) -> str:
     """The entry of the dict in a file of torch.save, with dots if it is nested, which has to do with what is called
     ``name`` (module.class); empty if that cannot be found out. Nothing that the file names is imported or executed."""
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                pickled = next(entry for entry in archive.namelist() if entry.rpartition("/")[2] == "data.pkl")
-                contents = _Reader(archive.open(pickled)).load()
-        else:
-            with open(path, "rb") as file:
-                reader = _Reader(file)
-                contents = [reader.load() for _ in range(4)][-1]  # magic number, protocol, machine, contents
+        contents = _contents(path)
     except Exception:  # of arbitrary bytes
         return ""
     places, seen = deque([("", contents)]), set()

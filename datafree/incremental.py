@@ -17,7 +17,7 @@ from datafree.config import Incremental
 from datafree.datasets.cards import DatasetCard
 from datafree.datasets.splits import Split
 from datafree.engine import Monitor, require_same_options
-from datafree.errors import InputError
+from datafree.errors import InputError, shown
 from datafree.grids import draw_matrix
 from datafree.learners.base import Learner
 from datafree.learners.incremental import class_means
@@ -351,11 +351,11 @@ class IncrementalRun:
 
     def _take_base(self) -> None:
         """Judge the network whose weights were given, instead of training the first task."""
-        stated = self.network.metadata.get("class_order")
+        stated = stated_order(self.network, len(self.tasks.order))
         first = self.tasks.ends[0]
-        if stated and tuple(stated[:first]) != self.tasks.order[:first]:
+        if stated and stated[:first] != self.tasks.order[:first]:
             raise InputError(
-                f"--weights {self.settings.weights} knows the classes {stated[:first]} first, not "
+                f"--weights {self.settings.weights} knows the classes {list(stated[:first])} first, not "
                 f"{list(self.tasks.order[:first])}; give its --class_seed or --class_order"
             )
         images = self.train_images(0)
@@ -396,6 +396,32 @@ class IncrementalRun:
     def _summary_of(self, task: int) -> dict[str, Any]:
         path = self.task_folder(task) / "summary.json"
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def stated_order(network: Network, classes: int) -> tuple[int, ...] | None:
+    """The order of the classes that the file of the network's weights states; None if it states none.
+
+    Raises InputError if it is no order of ``classes`` classes; so does :func:`seen_classes` for an impossible number.
+    """
+    stated = network.metadata.get("class_order")
+    whole = isinstance(stated, (list, tuple)) and all(type(number) is int for number in stated)
+    if stated and not (whole and sorted(stated) == list(range(classes))):
+        raise InputError(
+            f"the file of the {network.name}'s weights states the order of classes {shown(stated)}, which is none of "
+            f"{classes} classes; give other weights"
+        )
+    return tuple(stated) if stated else None
+
+
+def seen_classes(network: Network, classes: int) -> int:
+    """The number of classes that the file of the network's weights says it has learned; all if it says nothing."""
+    seen = network.metadata.get("seen", classes)
+    if type(seen) is not int or not 0 < seen <= classes:
+        raise InputError(
+            f"the file of the {network.name}'s weights states that it knows {shown(seen)} of {classes} classes; give "
+            "other weights"
+        )
+    return seen
 
 
 def folder_of(task: int) -> str:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from datafree import checkpoint, fitting, quantizer
 from datafree.datasets.cards import DatasetCard
 from datafree.determinism import nondeterministic_operations, require_deterministic
-from datafree.errors import InputError
+from datafree.errors import InputError, shown
 from datafree.features import Features, FeatureTap
 from datafree.models import MODELS
 from datafree.models.factory import (
@@ -52,7 +52,7 @@ def _stated_model(metadata: dict[str, Any], path: Path) -> str:
     """The registered model that a file of weights states; a user-defined one would run code that the file chooses."""
     model = _stated(metadata, "model", path)
     if not isinstance(model, str) or (is_custom(model) and not is_from_library(model)):
-        raise InputError(f"{path} states the model {model!r}, which is not a registered one; name the model")
+        raise InputError(f"{path} states the model {shown(model)}, which is not a registered one; name the model")
     return model
 
 
@@ -60,7 +60,10 @@ def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
     """The card of the images that a file of weights is for."""
     shape, classes, mean, std = (_stated(metadata, key, path) for key in ("shape", "num_classes", "mean", "std"))
     if not all(isinstance(values, (list, tuple)) for values in (shape, mean, std)) or len(shape) != 3:
-        raise InputError(f"{path} states shape {shape}, mean {mean}, std {std}; they must be lists, shape [C, H, W]")
+        raise InputError(
+            f"{path} states shape {shown(shape)}, mean {shown(mean)}, std {shown(std)}; they must be lists, "
+            "shape [C, H, W]"
+        )
     try:
         name, (channels, height, width) = str(metadata.get("dataset") or path.stem), shape
         return DatasetCard(name, channels, height, width, classes, tuple(mean), tuple(std))
@@ -109,8 +112,8 @@ def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float
         return getattr(replace(card, **changed), key)
     except (InputError, TypeError):
         raise InputError(
-            f"the {role}'s {key} is {values}, not one number in [0, 1] for each of the {card.channels} channels of "
-            f"{card.name}; correct {_option(role, key)}, or the file of its weights, if that states it"
+            f"the {role}'s {key} is {shown(values)}, not one number in [0, 1] for each of the {card.channels} channels "
+            f"of {card.name}; correct {_option(role, key)}, or the file of its weights, if that states it"
         ) from None
 
 

@@ -2,13 +2,12 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, is_dataclass, make_dataclass, replace
-from math import inf
 from types import NoneType, UnionType
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
-from datafree.config import AnyBut, option, sections
+from datafree.config import LARGEST, AnyBut, option, sections
 from datafree.errors import InputError, OptionError
-from datafree.plugins import code_digest, is_custom, load_object
+from datafree.plugins import code_digest, is_custom, load_custom
 
 
 @dataclass
@@ -34,10 +33,11 @@ class Option:
     default: Any
     help: str
     flags: tuple[str, ...] = ()
-    low: float = -inf
-    high: float = inf
+    low: float = -LARGEST
+    high: float = LARGEST
     unused_when: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
     custom: bool = False
+    is_name: bool = False
     affects_result: bool = True
     also_in: tuple[str, ...] = ()
     aliases: Mapping[str, str] = field(default_factory=dict, hash=False)
@@ -54,10 +54,10 @@ class Option:
             tuple: "numbers separated by commas",
             str: "a non-empty text" if self.default else "a text",
         }[self.kind]
-        if self.high < inf:
+        if self.high != LARGEST:
             words += f" from {self.low:g} to {self.high:g}"
-        elif self.low > -inf:
-            words += f" of at least {self.low:g}"
+        elif self.low != -LARGEST:
+            words += f" of at least {self.low:g} (and at most {LARGEST:g})"
         return f"{words}, or nothing" if self.default is None else words
 
     def accepts(self, value: Any) -> bool:
@@ -154,7 +154,7 @@ def _options_of(name: str, required: bool) -> tuple[str, Any] | None:
     required: raise InputError if the class cannot be loaded; one that a later value replaces is left alone.
     """
     try:
-        cls = load_object(name)
+        cls = load_custom(name)
     except InputError:
         if required:
             raise

@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING
 
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig
 from datafree.datasets.cards import DatasetCard, composed
+from datafree.errors import short
 from datafree.learners import LearnersOfOtherOptions
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
@@ -194,8 +195,8 @@ def check_order(network: Network, card: DatasetCard) -> list[str]:
     for number, (theirs, ours) in enumerate(pairs):
         if composed(str(theirs)) != ours:
             return [
-                f"[Alarm] Class {number} is {theirs} in the file of the {network.name}'s weights but {ours} in the "
-                "data card; list `classes` in the order of the file in the card."
+                f"[Alarm] Class {number} is {short(str(theirs))} in the file of the {network.name}'s weights but "
+                f"{ours} in the data card; list `classes` in the order of the file in the card."
             ]
     return []
 
@@ -290,5 +291,5 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{plural * (number != 1)}"
 
 
-def _rounded(value: object) -> object:
-    return f"{value:.2f}" if isinstance(value, float) else value
+def _rounded(value: object) -> str:
+    return f"{value:.2f}" if isinstance(value, float) else short(str(value))

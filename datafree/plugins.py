@@ -1,10 +1,11 @@
-"""User-defined classes and functions, named ``path/to/file.py:name`` or ``package.module:name`` on a command line."""
+"""User-defined classes and functions, named ``path/to/file.py:name`` or ``package.module:name``; their code is run."""
 
 import ast
 import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 import traceback
@@ -15,9 +16,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
-from datafree.errors import InputError
+from datafree.errors import InputError, cut, printable, short, shown
+from datafree.untrusted import LONGEST_NAME, is_name
 
 T = TypeVar("T")
+# What a user's code may raise where it is called: also an attempt to end the program, perhaps with exit code 0.
+FAILURES = (Exception, SystemExit, GeneratorExit)
+LONGEST_LINE = 300  # characters of the line of an exception
+_announced: set[str] = set()  # files and packages whose execution was announced
 MARK = re.compile(r"@[0-9a-f]{8}\b")  # on the name of a package that a user's file is in, see _import_in_package
 
 
@@ -32,14 +38,34 @@ def load_object(name: str) -> Callable[..., Any]:
     Raises InputError if the file or package cannot be imported, or does not define it.
     """
     source, _, attribute = name.rpartition(":")
-    if not source or not attribute:
-        raise InputError(f"'{name}' names no object; write path/to/file.py:name or package.module:name")
+    is_package = all(map(str.isidentifier, source.split(".")))
+    if not attribute.isidentifier() or not (is_package or source.endswith(".py")):
+        raise InputError(f"'{short(name)}' names no object; write path/to/file.py:name or package.module:name")
+    if is_package and source.partition(".")[0] in sys.stdlib_module_names:
+        raise InputError(
+            f"'{short(name)}' is in Python's standard library, which has nothing of this kind and could end this "
+            "program; a module of your own with that name is named by its file, path/to/file.py:name"
+        )
     found = getattr(_import(source), attribute, None)
     if not callable(found):
         raise InputError(
-            f"'{source}' has no function or class '{attribute}'; check the part of '{name}' after the colon"
+            f"'{short(source)}' has no function or class '{short(attribute)}'; check the part of '{short(name)}' "
+            "after the colon"
         )
     return found
+
+
+def load_custom(name: str) -> Callable[..., Any]:
+    """:func:`load_object` of a name that an option, a file of options or a data card gives.
+
+    What the command line itself does not name was named in a file, perhaps by somebody else: this is said on stderr
+    before the code is executed.
+    """
+    source = name.rpartition(":")[0]
+    if source not in _announced and not any(word.endswith(name) for word in sys.argv):
+        _announced.add(source)
+        print(f"Code of {short(source)} is executed: a file names it, the command line does not.", file=sys.stderr)
+    return load_object(name)
 
 
 def construct(name: str, built_in: Mapping[str, str], base: type[T], **parts: Any) -> T:
@@ -47,14 +73,14 @@ def construct(name: str, built_in: Mapping[str, str], base: type[T], **parts: An
 
     Raises InputError if a user-defined class cannot be loaded or constructed, or is not a subclass of ``base``.
     """
-    made_by = load_object(built_in.get(name, name))
+    made_by = load_object(built_in[name]) if name in built_in else load_custom(name)
     if isinstance(made_by, type) and not issubclass(made_by, base):
         raise InputError(f"{name} is not a subclass of {base.__name__}; name another class, or by another option")
     try:
         made = made_by(**parts)
     except InputError:
         raise
-    except Exception as error:
+    except FAILURES as error:
         if name in built_in:
             raise
         where = traceback.extract_tb(error.__traceback__)[-1]
@@ -67,10 +93,19 @@ def construct(name: str, built_in: Mapping[str, str], base: type[T], **parts: An
 
 
 def short_name(name: str) -> str:
-    """The part of a name that can be part of a folder's name: nets-small for path/to/nets.py:small."""
+    """The part of a name that can be part of a folder's name: nets-small for path/to/nets.py:small.
+
+    Raises InputError if there is none.
+    """
     source, _, attribute = name.rpartition(":")
     source = Path(source).stem if source.endswith(".py") else source.rpartition(".")[2]
-    return "-".join(part for part in (source, attribute) if part)
+    part = "-".join(part for part in (source, attribute) if part)
+    if not is_name(part):
+        raise InputError(
+            f"{shown(name)} cannot be a part of the name of a folder, which takes up to {LONGEST_NAME} bytes without "
+            "slashes and control characters; rename it"
+        )
+    return part
 
 
 def code_digest(name: str) -> str:
@@ -78,7 +113,10 @@ def code_digest(name: str) -> str:
     found: Any = load_object(name)
     while isinstance(found, partial):
         found = found.func
-    file = inspect.getsourcefile(found)
+    try:
+        file = inspect.getsourcefile(found)
+    except TypeError:
+        raise InputError(f"'{short(name)}' is not written in Python; name a class or function that is") from None
     return f"{short_name(name)}:{digest(Path(file).read_bytes() if file else b'')}"
 
 
@@ -97,20 +135,20 @@ def digest(*parts: bytes) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Type and first line of an exception, for a message of one sentence."""
-    return f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"
+    """Type and first line of an exception, cut, for a message of one sentence."""
+    return cut(printable(f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0]}"), LONGEST_LINE)
 
 
 def _import(source: str) -> ModuleType:
     """The module in a ``.py`` file, or of a package; a file is executed once."""
     is_file = source.endswith(".py")
-    if is_file and not Path(source).is_file():
-        raise InputError(f"there is no file '{source}'; check the path before the colon")
+    if is_file and not os.path.isfile(source):
+        raise InputError(f"there is no file '{short(source)}'; check the path before the colon")
     try:
         return _import_file(Path(source).resolve()) if is_file else importlib.import_module(source)
-    except (Exception, SystemExit) as error:
+    except FAILURES as error:
         # The mark is no part of what the user wrote.
-        raise InputError(f"'{source}' cannot be imported: {MARK.sub('', first_line(error))}") from error
+        raise InputError(f"'{short(source)}' cannot be imported: {MARK.sub('', first_line(error))}") from error
 
 
 def _import_file(path: Path) -> ModuleType:

@@ -12,7 +12,7 @@ Runs of versions that wrote "settings" to summary.json list unused options, too:
 --of       a metric of metrics.jsonl to report instead of acc1, such as images/distance_within_class.
 """
 
-import json
+import os
 import statistics
 import sys
 from collections.abc import Iterable, Mapping, Sequence
@@ -20,8 +20,9 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from datafree.errors import InputError, OptionError, exit_on_input_error, usage
-from datafree.logger import table, whole_lines
+from datafree.errors import InputError, OptionError, exit_on_input_error, printable, usage
+from datafree.logger import table
+from datafree.results import read_rows, read_summary
 
 Summary = dict[str, Any]  # of one run: its summary.json, with "options" and "value"
 Options = tuple[tuple[str, str], ...]  # sorted (option, value as text) pairs
@@ -46,7 +47,7 @@ def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summ
     """
     found: dict[Path, Summary] = {}
     for folder in map(Path, folders):
-        if not folder.is_dir():
+        if not os.path.isdir(folder):
             raise InputError(f"there is no folder {folder}; give folders of runs, or folders that contain them")
         summaries = {path.resolve(): _read(path, of) for path in sorted(folder.rglob("summary.json"))}
         summaries = {path: summary for path, summary in summaries.items() if "task" not in summary}  # parts of a run
@@ -60,22 +61,16 @@ def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summ
 
 
 def _read(path: Path, of: str) -> Summary:
-    try:
-        summary = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(summary["run"], str):
-            raise TypeError("its run is not a name")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{path} is not the summary of a run ({error}); remove it, or repeat the run") from None
-    summary["options"] = summary.get("options", summary.get("settings", {}))  # the key of earlier versions
-    summary["value"] = summary.get("last_acc1") if of == "acc1" else _last_metrics(path.parent).get(of)
+    summary = read_summary(path)
+    summary["value"] = summary.get("last_acc1") if of == "acc1" else _last_metric(path.parent / "metrics.jsonl", of)
     return summary
 
 
-def _last_metrics(folder: Path) -> dict[str, Any]:
-    try:
-        return json.loads(whole_lines(folder / "metrics.jsonl")[-1])
-    except (OSError, ValueError, IndexError) as error:
-        raise InputError(f"cannot read {folder / 'metrics.jsonl'} ({error}); repeat the run, or leave it out") from None
+def _last_metric(path: Path, of: str) -> float | None:
+    rows = read_rows(path, [of])
+    if not rows:
+        raise InputError(f"cannot read {path} (no whole line); repeat the run, or leave it out")
+    return rows[-1].get(of)
 
 
 def group(summaries: Iterable[Summary]) -> Rows:
@@ -106,7 +101,7 @@ def _options(summary: Summary, ignored: Sequence[str] = ()) -> Options:
     texts = {
         name: f"{value:g}" if isinstance(value, float) else str(value) for name, value in summary["options"].items()
     }
-    return tuple(sorted((name, text) for name, text in texts.items() if name not in ignored))
+    return tuple(sorted((printable(name), printable(text)) for name, text in texts.items() if name not in ignored))
 
 
 def report(rows: Rows, against: Sequence[str] = ()) -> list[dict[str, Any]]:

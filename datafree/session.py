@@ -1,5 +1,6 @@
 """What every program needs before its training: device, data card, splits, networks."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -13,7 +14,7 @@ from datafree.augment import CropFlip
 from datafree.config import Data
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
-from datafree.errors import InputError, out_of_memory_in
+from datafree.errors import InputError, out_of_memory_in, printable
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
 from datafree.models.factory import check_model
 from datafree.network import Network
@@ -43,7 +44,7 @@ class Session:
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.compile != "off":
             require_compiler(self.device)
-        if self.run.resume not in ("none", "auto") and not Path(self.run.resume).is_file():
+        if self.run.resume not in ("none", "auto") and not os.path.isfile(self.run.resume):
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
         for model, weights in config.networks():
             check_model(model)
@@ -127,7 +128,7 @@ class Session:
         weights: str | Path = options.teacher_weights
         if not weights:
             weights = published_weights(self.card.name, options.teacher)
-            if not weights.exists():
+            if not os.path.exists(weights):
                 raise InputError(
                     f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
                     f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
@@ -162,7 +163,7 @@ class Session:
     def evaluate_only(self, network: Network, test: Split | None = None) -> None:
         """Print the accuracy of ``network`` on ``test``, or else on the test split."""
         scores = self.score(network, test=test) or {}
-        print("\n".join([*self.notes, *describe_notes(network), describe_normalisation(network)]))
+        print("\n".join(map(printable, [*self.notes, *describe_notes(network), describe_normalisation(network)])))
         print(f"[Eval] {network.name} on {self.card.name}: {scores_line(scores)}")
 
 

@@ -9,6 +9,7 @@ from datafree import checkpoint, plan, quantizer
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
 from datafree.engine import Engine, Monitor
+from datafree.errors import printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder, table
@@ -54,11 +55,11 @@ class Training:
 
 def run_training(session: Session, training: Training, dry_run: bool = False) -> None:
     """Log the plan, train, and write the summary; a dry run prints the plan and writes nothing."""
-    plan_lines = [*training.plan, *session.notes]
+    plan_lines = [printable(line) for line in (*training.plan, *session.notes)]
     if dry_run:
         print("\n".join(plan_lines))
         return
-    with open_folder(session, training.name, training.task) as folder:
+    with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}

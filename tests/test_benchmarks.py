@@ -9,7 +9,7 @@ import nets
 import parts
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, command
 from parts import CLASSES, SHAPE
 from PIL import Image
 
@@ -232,3 +232,10 @@ def test_a_compared_run_is_stopped_by_a_signal_at_one_of_its_steps(monkeypatch):
     assert steps == 3 * [["program.py", "--epochs", "2"]]
     with pytest.raises(RuntimeError, match="not stopped"):
         same_bits.call_and_stop(program)
+
+
+@pytest.mark.slow
+def test_the_fuzz_finds_no_fault_in_a_few_cases():
+    pytest.importorskip("hypothesis")
+    done = command("-m", "benchmarks.fuzz", "--configs", 30, "--runs", 3, "--files", 30)
+    assert done.returncode == 0 and done.stdout.count("seed 0:") == 3, done.stdout + done.stderr

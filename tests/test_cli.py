@@ -402,7 +402,7 @@ def test_infinite_and_empty_values():
         (["--no_clip", "true"], "unexpected argument 'true'"),
         (["train"], "unexpected argument 'train'"),
         (["--steps", "5", "6"], "unexpected argument '6'"),
-        (["--label=two\nlines", "--steps=two\nlines"], r"--steps cannot be 'two\nlines'"),
+        (["--steps=two\nlines"], r"--steps cannot be 'two\nlines'"),
     ],
 )
 def test_mistakes_on_the_command_line(argv, words):
@@ -484,7 +484,7 @@ def test_nothing_in_a_file_is_executed(file, tmp_path):
         Config(noise=Noise(kind="off", level=1e-5, means=(0.5, 1e-7), clip=True), method="second"),
         *(
             Config(noise=Noise(kind="none", label=text))
-            for text in ("null", "~", "off", "1e-3", "yes", " a: b # c ", "two\nlines", "'\"", "é", "[x]", "=", "\x07")
+            for text in ("null", "~", "off", "1e-3", "yes", " a: b # c ", "'\"", "é", "[x]", "=")
         ),
     ],
 )

@@ -549,7 +549,7 @@ def test_a_teacher_whose_weights_are_spoiled_but_finite(part, scale, evaluated, 
 
 
 def test_a_student_whose_training_diverges_is_not_said_to_have_wrong_weights(distil, refused):
-    line = refused(distil, "--lr", 1e30, "--kd_steps", 1, "--ep_steps", 1, before_run=False)
+    line = refused(distil, "--lr", 1e9, "--kd_steps", 1, "--ep_steps", 1, before_run=False)
     assert "student nets-small gave non-finite logits" in line and "check its weights" not in line
     assert "its training diverged: lower the learning rate" in line
 
@@ -628,7 +628,13 @@ def test_images_that_no_memory_holds_are_one_sentence(weights, refused, tmp_path
     monkeypatch.chdir(tmp_path)
     SHAPES.to_yaml(tmp_path / "card.yaml")
     given = ("--card", "card.yaml", "--eval", "none", "--teacher", nets.name("tiny"), "--teacher_weights", weights())
-    line = refused(call, datafree_kd, *given, "--image_size", 10**7)
+    assert "from 1 to 4096" in refused(call, datafree_kd, *given, "--image_size", 10**7, code=2)
+
+    def build(*arguments, **options):
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr("datafree.session.Network.build", build)
+    line = refused(call, datafree_kd, *given, "--image_size", 4096)
     assert "out of memory during the trial of the student; lower --image_size" in line
 
 

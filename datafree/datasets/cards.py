@@ -1,6 +1,8 @@
 """Data cards: all that distillation needs to know about a data set in place of its training images."""
 
+import os
 import unicodedata
+from collections import Counter
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
@@ -9,9 +11,11 @@ from typing import Any
 
 import yaml
 
-from datafree.errors import InputError
+from datafree.errors import InputError, printable, shown
+from datafree.untrusted import Bounded, is_name, read_text
 
 SMALLEST_STD = 1e-6
+RANGES = {"channels": (1, 4096), "height": (1, 4096), "width": (1, 4096), "num_classes": (2, 10**6)}
 
 
 @dataclass(frozen=True)
@@ -39,12 +43,15 @@ class DatasetCard:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not is_name(self.name):
-            raise InputError(f"a data card needs a name (text without slashes), not {self.name!r}")
-        for key, low in (("channels", 1), ("height", 1), ("width", 1), ("num_classes", 2)):
+            raise InputError(
+                f"a data card needs a name (short text without slashes or control characters), not {shown(self.name)}"
+            )
+        for key, (low, high) in RANGES.items():
             value = getattr(self, key)
-            if type(value) is not int or value < low:
+            if type(value) is not int or not low <= value <= high:
                 raise InputError(
-                    f"{key} of the data card {self.name} must be a whole number of at least {low}, not {value!r}"
+                    f"{key} of the data card {self.name} must be a whole number of at least {low} (and at most "
+                    f"{high:,}), not {shown(value)}"
                 )
         for key in ("mean", "std"):
             values = getattr(self, key)
@@ -56,19 +63,22 @@ class DatasetCard:
             least = SMALLEST_STD if key == "std" else 0
             if not all(isinstance(v, (int, float)) and least <= v <= 1 for v in values):
                 raise InputError(
-                    f"{key} of the data card {self.name} is {values}; give it for images in [0, 1], with std above 0 "
-                    f"(at least {SMALLEST_STD})"
+                    f"{key} of the data card {self.name} is {shown(values)}; give it for images in [0, 1], with std "
+                    f"above 0 (at least {SMALLEST_STD})"
                 )
         if not isinstance(self.loader, str):
-            raise InputError(f"loader of the data card {self.name} is the name of a function, not {self.loader!r}")
+            raise InputError(f"loader of the data card {self.name} is the name of a function, not {shown(self.loader)}")
         if type(self.flip) is not bool:
-            raise InputError(f"flip of the data card {self.name} must be true or false, not {self.flip!r}")
+            raise InputError(f"flip of the data card {self.name} must be true or false, not {shown(self.flip)}")
         if self.classes and len(self.classes) != self.num_classes:
             raise InputError(
                 f"the data card {self.name} names {len(self.classes)} classes but num_classes is "
                 f"{self.num_classes}; correct one of them"
             )
-        twice = sorted({name for name in self.classes if self.classes.count(name) > 1})
+        for name in self.classes:
+            if not name.isprintable():
+                raise InputError(f"the data card {self.name} names the class {shown(name)}, which is not printable")
+        twice = sorted(name for name, count in Counter(self.classes).items() if count > 1)
         if twice:
             raise InputError(
                 f"the data card {self.name} names the class {twice[0]} more than once; correct its classes"
@@ -98,7 +108,7 @@ class DatasetCard:
         for key in values:
             if key not in known:
                 near = get_close_matches(str(key), known, n=1) or known
-                raise InputError(f"{path}: unknown key {key!r}; did you mean {' or '.join(near)}?")
+                raise InputError(f"{path}: unknown key {shown(key)}; did you mean {' or '.join(near)}?")
         missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]
         if missing:
             raise InputError(f"{path}: {', '.join(missing)} missing; the keys of a data card are {', '.join(known)}")
@@ -106,20 +116,17 @@ class DatasetCard:
             values[key] = _numbers(path, key, values[key])
         classes = values.get("classes") or ()
         if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) and name for name in classes):
-            raise InputError(f"{path}: classes must be a list of names in the order of the labels, not {classes!r}")
+            raise InputError(
+                f"{path}: classes must be a list of names in the order of the labels, not {shown(classes)}"
+            )
         values["classes"] = tuple(map(composed, classes))
         beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
-        if beside.is_file():  # a path in a card is relative to the card
+        if os.path.isfile(beside):  # a path in a card is relative to the card
             values["loader"] = f"{beside}:{values['loader'].rpartition(':')[2]}"
         try:
             return cls(**values)
         except InputError as error:
             raise InputError(f"{path}: {error}") from None
-
-
-def is_name(text: str) -> bool:
-    """Whether ``text`` can be a data set's name, of which the names of files and folders are made."""
-    return text not in ("", ".", "..") and not set(text) & {"/", "\\"}
 
 
 def composed(name: str) -> str:
@@ -130,25 +137,27 @@ def composed(name: str) -> str:
 def _read_mapping(path: str | Path) -> dict[Any, Any]:
     """The top level of a YAML file; its keys may be of any type."""
     try:
-        values = yaml.load(Path(path).read_text(encoding="utf-8"), _CardLoader)
+        values = yaml.load(read_text(path), _CardLoader)
     except OSError as error:
         raise InputError(f"cannot read the data card {path} ({error.strerror}); check --card") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"the data card {path} is not valid YAML ({' '.join(str(error).split())})") from error
+    except Exception as error:  # its tags convert texts, which fails in many ways
+        raise InputError(f"the data card {path} is not valid YAML ({printable(str(error))})") from error
     if not isinstance(values, dict):
         raise InputError(f"the data card {path} must consist of `key: value` lines")
     return values
 
 
-class _CardLoader(yaml.SafeLoader):
+class _CardLoader(Bounded, yaml.SafeLoader):
     """Leaves names as they are written (to YAML, `no` is false, `010` is 8 and `1_0` is 10) and refuses a key twice."""
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        known: list[Any] = []
+        known: set[str] = set()
         for key, value in node.value:
+            if not isinstance(key, yaml.ScalarNode):
+                raise yaml.MarkedYAMLError(problem=f"a {key.id} cannot be a name", problem_mark=key.start_mark)
             if key.value in known:
                 raise yaml.MarkedYAMLError(problem=f"it states {key.value} more than once", problem_mark=key.start_mark)
-            known.append(key.value)
+            known.add(key.value)
             if key.value == "name":
                 _as_text(value)
             elif key.value == "classes" and isinstance(value, yaml.SequenceNode):
@@ -165,9 +174,9 @@ def _as_text(node: Any) -> None:
 def _numbers(path: str | Path, key: str, values: Any) -> tuple[float, ...]:
     # PyYAML reads 1e-3 as a string, hence float() instead of a type check.
     if isinstance(values, (list, tuple)) and not any(isinstance(value, bool) for value in values):
-        with suppress(TypeError, ValueError):
+        with suppress(TypeError, ValueError, OverflowError):
             return tuple(float(value) for value in values)
-    raise InputError(f"{path}: {key} must be a list of one number per channel, not {values!r}")
+    raise InputError(f"{path}: {key} must be a list of one number per channel, not {shown(values)}")
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

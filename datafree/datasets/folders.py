@@ -6,6 +6,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -19,7 +20,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from datafree.datasets.cards import DatasetCard, composed
-from datafree.errors import InputError
+from datafree.errors import InputError, printable
+from datafree.untrusted import is_name, read_text
 
 SPLIT_FOLDERS = {"train": ("train",), "test": ("test", "val")}
 WITHOUT = {"train": "", "test": ", or run without a test set: --eval none"}  # remedy to append to a message
@@ -30,6 +32,9 @@ MODES = {1: "L", 3: "RGB"}  # by number of channels
 CONVERTED = {1: "converted to grey", 3: "converted from grey to colour"}
 GREY_MODES = {"1", "L", "LA", "La"}
 SMALL_FILE, LARGE_FILE = 10_000, 1_000_000  # bytes
+MOST_ANNOTATIONS = 2**26  # bytes
+HUGE = 2**24  # pixels, of which there is one image in memory at a time
+one_huge_image = Lock()
 CHUNK = 256  # files per task of a thread
 SHOWN = 12  # names that a message lists
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # of large photographs, which are welcome
@@ -59,7 +64,7 @@ def readable() -> dict[str, str]:
 
 def class_folders(folder: Path) -> list[Path]:
     """The subfolders of ``folder``, one per class, sorted; an empty list if it does not exist."""
-    if not folder.is_dir():
+    if not os.path.isdir(folder):
         return []
     return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
 
@@ -119,6 +124,8 @@ def _check_encoding(folder: Path) -> None:
         folder.name.encode()
     except UnicodeEncodeError:
         raise InputError(f"the name of the folder {ascii(str(folder))} is not in UTF-8; rename it") from None
+    if not folder.name.isprintable():
+        raise InputError(f"the name of the folder {ascii(str(folder))} has control characters; rename it")
 
 
 def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
@@ -160,9 +167,13 @@ def _annotated_images(annotations: Path) -> tuple[Groups, Counter[str]]:
     """Images of Tiny-ImageNet's val_annotations.txt, and the number of those that it does not name."""
     groups: Groups = {}
     folder = annotations.parent / "images"
-    for number, line in enumerate(annotations.read_text(encoding="utf-8").splitlines(), start=1):
+    try:
+        lines = read_text(annotations, MOST_ANNOTATIONS).splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"cannot read {annotations} ({error}); extract the data set again") from error
+    for number, line in enumerate(lines, start=1):
         parts = line.split("\t")
-        if len(parts) < 2:
+        if len(parts) < 2 or not is_name(parts[0]) or not parts[1].isprintable():
             raise InputError(f"{annotations}: line {number} is not `file<tab>class`; extract the data set again")
         groups.setdefault(composed(parts[1]), []).append(str(folder / parts[0]))
     present = len(os.listdir(folder)) if folder.is_dir() else 0
@@ -251,6 +262,8 @@ def listed(names: Sequence[str]) -> str:
 def open_image(path: str) -> Image.Image:
     """The image file, of which only the header is read yet; raises InputError, naming the file, if that fails."""
     try:
+        if not os.path.isfile(path):  # a pipe would be waited for, a device never ends
+            raise OSError("no file" if os.path.exists(path) else "a broken link, or gone")
         return Image.open(path, formats=_formats(os.path.splitext(path)[1].lower()))
     except Exception as error:  # a decoder may raise anything if the file is corrupt
         raise _unreadable(path, error) from error
@@ -307,7 +320,8 @@ def read_image(path: str, channels: int) -> tuple[Image.Image, Counter[str]]:
     with open_image(path) as image:
         try:
             changes = changes_of(image, path, channels)
-            return image.convert(MODES[channels]), changes
+            with one_huge_image if image.width * image.height > HUGE else nullcontext():
+                return image.convert(MODES[channels]), changes
         except InputError:
             raise
         except Exception as error:
@@ -387,7 +401,7 @@ def for_each_image(
             receive(index, np.asarray(image).reshape(height, width, channels).transpose(2, 0, 1))
         return index + 1 - start, changes
 
-    place, total = os.path.commonpath([paths[0], paths[-1]]), Counter[str]()
+    place, total = printable(os.path.commonpath([paths[0], paths[-1]])), Counter[str]()
     with (
         ThreadPoolExecutor(threads) as pool,
         tqdm(total=len(paths), desc=f"reading {place}", unit="image", disable=None) as bar,

@@ -1,5 +1,6 @@
 """Finds a data set's card and images: class folders, torchvision's files, the digits that ship here."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from difflib import get_close_matches
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datafree.datasets.cards import CARDS, SMALLEST_STD, DatasetCard, composed, is_name
+from datafree.datasets.cards import CARDS, SMALLEST_STD, DatasetCard, composed
 from datafree.datasets.digits import read_digits
 from datafree.datasets.folders import (
     MODES,
@@ -27,8 +28,9 @@ from datafree.datasets.folders import (
 )
 from datafree.datasets.splits import LazySplit, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
-from datafree.errors import InputError, OptionError
-from datafree.plugins import first_line, load_object
+from datafree.errors import InputError, OptionError, printable
+from datafree.plugins import FAILURES, first_line, load_custom
+from datafree.untrusted import is_name
 
 OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
 LARGE_IMAGE = 128 * 128  # pixels
@@ -88,10 +90,10 @@ def load_split(
 
 def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
     """uint8 images (N, C, H, W) and int64 labels (N,) of the function that a card names as its loader."""
-    loader = load_object(name)
+    loader = load_custom(name)
     try:
         images, labels = map(_as_tensor, loader(data_root, split))
-    except Exception as error:
+    except FAILURES as error:
         raise InputError(f"the loader {name} failed for the split {split}: {first_line(error)}") from error
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
     if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1] or not whole:
@@ -126,7 +128,7 @@ def resolve_card(
     ``data_root/<name>/card.yaml``, so that they are not needed again. Raises InputError if there is no card, and
     OptionError if ``name`` is neither registered nor a folder, or is a path.
     """
-    if Path(data_root).exists() and not Path(data_root).is_dir():
+    if os.path.exists(data_root) and not os.path.isdir(data_root):
         raise OptionError(f"--data_root {data_root} is no folder; give the one that contains the data sets")
     card = _stated_card(name, Path(data_root), card_path)
     if card:
@@ -138,7 +140,7 @@ def resolve_card(
             "it from the training images, or give one with --card"
         )
     card, notes = derive_card(name, root, image_size)
-    print("\n".join(notes))
+    print("\n".join(map(printable, notes)))
     if write:
         card.to_yaml(root / CARD_FILE)
         print(
@@ -155,16 +157,17 @@ def _stated_card(name: str, data_root: Path, card_path: str | Path) -> DatasetCa
     if name in CARDS:
         return CARDS[name]
     if not is_name(name):
-        place = Path(name) if Path(name).is_dir() else data_root / name
+        place = Path(name) if os.path.isdir(name) else data_root / name
         place = place if place.name else place.resolve()
         raise OptionError(
             f"--dataset {name} is a path, not a name; write --data_root {place.parent} --dataset {place.name}"
         )
     root = _folder(data_root, name)
-    if not root.is_dir():
+    if not os.path.isdir(root):
         raise _unknown(name, data_root)
     path = root / CARD_FILE
-    return replace(DatasetCard.from_yaml(path), name=name) if path.is_file() else None
+    # A pipe or a link to nothing is read, too, and refused, lest the derived card be written to where it leads.
+    return replace(DatasetCard.from_yaml(path), name=name) if os.path.lexists(path) else None
 
 
 def derive_card(name: str, root: Path, image_size: int | None = None) -> tuple[DatasetCard, list[str]]:
@@ -213,7 +216,7 @@ def _mean_and_std(counts: Tensor) -> tuple[float, float]:
 def _folder(data_root: Path, name: str) -> Path:
     """``data_root/name``, or the folder there whose name differs in its Unicode form alone."""
     alike = [path for path in class_folders(data_root) if composed(path.name) == composed(name)]
-    return alike[0] if alike and not (data_root / name).is_dir() else data_root / name
+    return alike[0] if alike and not os.path.isdir(data_root / name) else data_root / name
 
 
 def _folder_of(name: str, data_root: str | Path) -> Path | None:
@@ -224,7 +227,7 @@ def _folder_of(name: str, data_root: str | Path) -> Path | None:
 
 def _splits_in(root: Path) -> bool:
     """Whether ``root`` contains the folder of a split."""
-    return any((root / name).is_dir() for names in SPLIT_FOLDERS.values() for name in names)
+    return any(os.path.isdir(root / name) for names in SPLIT_FOLDERS.values() for name in names)
 
 
 def _folder_split(

@@ -4,6 +4,7 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from math import ceil
 from typing import Any, Protocol
 
 import torch
@@ -13,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
-from datafree.datasets.folders import read_image
+from datafree.datasets.folders import HUGE, read_image
 from datafree.errors import InputError
 
 EVALUATION_MARGIN = 256 / 224  # side of the resized image over side of its centre crop
@@ -275,5 +276,13 @@ def _centre_crop(image: Image.Image, size: tuple[int, int]) -> Image.Image:
     if image.size == (width, height):
         return image
     scale = max(height / image.height, width / image.width) * EVALUATION_MARGIN
+    if image.width * image.height * scale**2 > HUGE:
+        image = TF.center_crop(image, [_enough(image.height, height / scale), _enough(image.width, width / scale)])
     short_side = round(min(image.size) * scale)
     return TF.center_crop(TF.resize(image, short_side), size)
+
+
+def _enough(side: int, visible: float) -> int:
+    """Pixels of a side of a strip, about its middle, to scale for a crop that shows ``visible`` of them."""
+    enough = ceil(2 * visible)
+    return min(side, enough + (side - enough) % 2)  # so that the middle stays between or on the same pixels

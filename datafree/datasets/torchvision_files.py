@@ -75,9 +75,12 @@ def _read(name: str, place: Path, split: str, download: bool) -> tuple[Tensor, T
 
 
 def _one_split(published: Any, split: str) -> Any:
-    """MNIST or a data set in its format, of which only the files of ``split`` are required and downloaded."""
+    """MNIST or a data set in its format, of which only the files of ``split`` are required and downloaded.
+
+    What early versions of torchvision wrote, processed/*.pt, is not read: it could hold anything, without a checksum.
+    """
     resources = [part for part in published.resources if part[0].startswith(_idx_prefix(split))]
-    return type(published.__name__, (published,), {"resources": resources})
+    return type(published.__name__, (published,), {"resources": resources, "_check_legacy_exist": lambda self: False})
 
 
 def _idx_prefix(split: str) -> str:

@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from datafree.errors import InputError, OptionError
-from datafree.plugins import first_line, is_custom, load_object
+from datafree.plugins import FAILURES, first_line, is_custom, load_custom
 
 from . import MODELS
 
@@ -74,7 +74,7 @@ def check_model(name: str) -> None:
     """Raise OptionError or InputError for a name that is none of a model, before anything is computed."""
     find_model(name)
     if is_custom(name) and not is_from_library(name):
-        load_object(name)
+        load_custom(name)
 
 
 def is_from_library(name: str) -> bool:
@@ -147,11 +147,10 @@ def _from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool =
 
 
 def _from_factory(name: str, num_classes: int, in_channels: int, pretrained: bool = False) -> nn.Module:
-    factory = load_object(name)
-    arguments = _arguments(factory, num_classes, in_channels, pretrained)
+    factory = load_custom(name)
     try:
-        model = factory(**arguments)
-    except Exception as error:
+        model = factory(**_arguments(factory, num_classes, in_channels, pretrained))
+    except FAILURES as error:
         raise InputError(
             f"'{name}' failed when called with those of num_classes={num_classes} and "
             f"in_channels={in_channels} that it takes: {first_line(error)}; other arguments need defaults, or name "

@@ -23,15 +23,15 @@ python datafree_incremental.py --method rdfcil --dataset cifar100 --triplet 0.1 
 
 def incremental(session: "Session") -> "Iterator[Training]":
     """A training for every task, each from the network that the one before it left."""
-    from datafree.incremental import IncrementalRun, Tasks
+    from datafree.incremental import IncrementalRun, Tasks, seen_classes, stated_order
     from datafree.training import open_folder
 
     config, options = session.config, session.config.incremental
     tasks = Tasks.of(options, session.card)
     network = session.network("model", options.model, options.weights, key=options.weights_key)
     if config.run.evaluate_only:
-        known = range(network.metadata.get("seen", session.card.num_classes))
-        tasks = replace(tasks, order=tuple(network.metadata.get("class_order", tasks.order)))
+        known = range(seen_classes(network, session.card.num_classes))
+        tasks = replace(tasks, order=stated_order(network, session.card.num_classes) or tasks.order)
         test = tasks.split_of(session.test, known) if session.test else None
         session.evaluate_only(network.restricted_to(known), test)
         return

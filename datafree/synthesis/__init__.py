@@ -4,7 +4,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 from datafree.errors import InputError
-from datafree.plugins import is_custom, load_object
+from datafree.plugins import is_custom, load_custom
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,7 @@ def traits_of(source: str) -> Traits:
     """The traits of a source by name; of a user-defined class, its attribute ``traits``, or CONTROL if ``control``."""
     if not is_custom(source):
         return SOURCES[source].traits
-    made_by = load_object(source)
+    made_by = load_custom(source)
     if getattr(made_by, "control", False):  # the attribute of earlier versions
         return replace(Traits(), synthesises=False)
     traits = getattr(made_by, "traits", Traits())

@@ -1,0 +1,61 @@
+"""Reads what a run wrote, or somebody else: summary.json and metrics.jsonl. Raises InputError for a damaged file."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from datafree.errors import InputError, short, shown
+from datafree.untrusted import read_text
+
+MOST_METRICS = 2**28  # bytes of a metrics.jsonl
+MOST = 1e15  # of a number in it, so that sums and squares of it are finite
+NUMBERS = ("last_acc1", "best_acc1", "teacher_acc1", "images")
+
+
+def read_summary(path: Path) -> dict[str, Any]:
+    """The contents of a summary.json, with ``options``; a number, seed or text of another type is an error."""
+    try:
+        summary = json.loads(read_text(path))
+        summary.setdefault("options", summary.get("settings", {}))  # the key of earlier versions
+        of_run = {"run": summary["run"], "time": summary.get("environment", {}).get("time", "")}
+        seeds = {"seed": summary.get("seed"), "class_seed": summary["options"].get("class_seed")}
+        numbers = {key: value for key, value in summary.items() if key in NUMBERS or key.endswith("_s")}
+    except Exception as error:  # of arbitrary bytes
+        raise _damaged(path, f"no {error}" if isinstance(error, KeyError) else str(error)) from None
+    wrong = [item for item in of_run.items() if not (isinstance(item[1], str) and item[1].isprintable())]
+    wrong += [item for item in seeds.items() if item[1] is not None and type(item[1]) is not int]
+    wrong += [item for item in numbers.items() if item[1] is not None and not is_number(item[1])]
+    if wrong:
+        raise _damaged(path, f"its {short(wrong[0][0])} is {shown(wrong[0][1])}")
+    return summary
+
+
+def _damaged(path: Path, why: str) -> InputError:
+    return InputError(f"{path} is not the summary of a run ({short(why)}); remove it, or repeat the run")
+
+
+def read_rows(path: Path, keys: Iterable[str], required: Iterable[str] = ()) -> list[dict[str, Any]]:
+    """The rows of a metrics.jsonl; a killed or running process may have left the last one unfinished.
+
+    Of the entries ``keys`` those that are there must be numbers or null, and the ``required`` ones must be there.
+    """
+    keys = [*keys, *required]
+    try:
+        rows = [json.loads(line) for line in read_text(path, MOST_METRICS).splitlines() if line.endswith("}")]
+    except Exception as error:  # of arbitrary bytes
+        raise _unread(path, str(error)) from None
+    for row in rows:
+        for key in keys:
+            if row.get(key) is None and key in required or not is_number(row.get(key, 0)) and row[key] is not None:
+                raise _unread(path, f"a {short(key)} is {shown(row.get(key))}")
+    return rows
+
+
+def _unread(path: Path, why: str) -> InputError:
+    return InputError(f"cannot read {path} ({short(why)}); remove it, or repeat its run")
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a number to compute with."""
+    return type(value) in (int, float) and abs(value) <= MOST  # not NaN
