@@ -3,7 +3,11 @@
 import re
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
+
+from datafree.screen import occupy_closed_streams, silence
+from datafree.signals import answer, handled, leave
 
 
 class InputError(Exception):
@@ -38,12 +42,43 @@ def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
 
 
 def exit_on_input_error(main: Callable[[], object]) -> None:
-    """Run ``main()``; an :class:`InputError` becomes one line on stderr and its exit code, Ctrl-C exit code 130."""
+    """Run ``main()``; an :class:`InputError` becomes one line on stderr and its exit code.
+
+    A signal that asks to end (see ``signals``) becomes a line and 128 + its number; Ctrl-C is one. Output that could
+    not be written is code 1, or 141 without a line if its reader has gone.
+    """
+    occupy_closed_streams()
+    code: Any = None
     try:
-        main()
+        with handled(leave):
+            main()
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        with suppress(OSError):
+            print(f"error: {error}", file=sys.stderr)
+        code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; --resume auto continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        answer("interrupted; --resume auto continues from the last checkpoint")
+        code = 130
+    except SystemExit as stop:
+        code = stop.code
+    except BrokenPipeError:
+        silence("stdout")
+        code = 141
+    code = _flush_output(code)
+    if code is not None:
+        sys.exit(code)
+
+
+def _flush_output(code: Any) -> Any:
+    """Write what stdout holds back -> the exit code, which was ``code``; at its own end Python would lose a failure."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence("stdout")
+        return code or 141
+    except (OSError, ValueError) as error:
+        silence("stdout")
+        answer(f"error: could not write the output ({getattr(error, 'strerror', None) or error})")
+        return code or 1
+    return code

@@ -53,6 +53,37 @@ class Update:
         return loss.detach(), result
 
 
+def load_part(part: Any, state: Any) -> None:
+    """``part.load_state_dict(state)``; ValueError for the state of another optimiser or schedule, whose
+    ``load_state_dict`` takes anything and fails in the step after it."""
+    before = _form(part)
+    part.load_state_dict(state)
+    if _form(part) != before:
+        raise ValueError(f"its state of {type(part).__name__} is damaged, or of another one")
+    if isinstance(part, torch.optim.Optimizer):
+        entries = list(part.state.items())
+        if len({frozenset(entry) for _, entry in entries}) > 1:
+            raise ValueError(f"its state of {type(part).__name__} lacks entries")
+        for parameter, entry in entries:
+            for name, value in entry.items():
+                if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                    raise ValueError(f"{name} of {type(part).__name__} is of another shape")
+
+
+def _form(part: Any) -> Any:
+    """The names and types of what an optimiser or a schedule keeps, beside its tensors."""
+    if isinstance(part, torch.optim.Optimizer):
+        return [{name: _kind(value) for name, value in group.items()} for group in part.param_groups]
+    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+        return {name: _kind(value) for name, value in part.state_dict().items()}
+    return None
+
+
+def _kind(value: Any) -> Any:
+    """The type of a value; all numbers are of one."""
+    return "number" if isinstance(value, (int, float)) else type(value)
+
+
 def is_scalar(value: Any) -> bool:
     """Whether ``value`` is a tensor of one number."""
     return torch.is_tensor(value) and value.numel() == 1

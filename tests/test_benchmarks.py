@@ -20,7 +20,7 @@ from datafree.errors import OptionError
 from datafree.models.generator import Generator
 from datafree.network import Network
 from datafree.pool import Batch
-from datafree.runtime import StopSignal
+from datafree.signals import StopSignal
 from datafree.synthesis.objective import SynthesisObjective
 
 CPU = torch.device("cpu")

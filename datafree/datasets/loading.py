@@ -29,6 +29,7 @@ from datafree.datasets.splits import LazySplit, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
 from datafree.errors import InputError, OptionError
 from datafree.plugins import first_line, load_object
+from datafree.screen import show
 
 OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
 LARGE_IMAGE = 128 * 128  # pixels
@@ -138,10 +139,10 @@ def resolve_card(
             "it from the training images, or give one with --card"
         )
     card, notes = derive_card(name, root, image_size)
-    print("\n".join(notes))
+    show("\n".join(notes))
     if write:
         card.to_yaml(root / CARD_FILE)
-        print(
+        show(
             f"data card derived from the training images and written to {root / CARD_FILE}: "
             f"{'x'.join(map(str, card.shape))}, {card.num_classes} classes, mean {card.mean}, std {card.std}"
         )

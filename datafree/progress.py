@@ -1,0 +1,135 @@
+"""How far a run is and what time is left, by the measured seconds of each kind of work."""
+
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from datafree.schedule import Schedule
+from datafree.screen import silence
+
+PHASES = 20  # latest of a kind, whose mean is the cost of the next ones
+LINE_EVERY = 60  # seconds between two lines where there is no terminal
+now = time.perf_counter
+
+
+class Progress(AbstractContextManager):
+    """A bar on the terminal, or plain lines on stderr without one, that state the time left.
+
+    Kinds of work (see :meth:`Schedule.work_until`) cost differently, and each is weighed by the seconds that its latest
+    phases took. A kind that is not measured yet is unknown, and so is the time left; during the warm-up, in which the
+    student is not trained, it is that of the warm-up.
+
+    position: of the run, as in a checkpoint. paces: what :meth:`state` returned.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        position: Mapping[str, int],
+        paces: Mapping[str, Sequence[Sequence[float]]] | None = None,
+    ):
+        self.schedule, self.total = schedule, schedule.work_until(schedule.epochs)
+        self.done: dict[str, float] = dict(schedule.work_until(**position))
+        self.paces = {kind: deque(map(tuple, (paces or {}).get(kind, ())), PHASES) for kind in self.total}
+        self._kind, self._started, self._begun, self._epoch = "", 0.0, 0.0, "epoch"
+        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._shown = now()
+        self._bar = tqdm(
+            total=schedule.steps_until(schedule.epochs),
+            initial=schedule.steps_done(**position),
+            disable=not terminal,
+            unit="step",
+            dynamic_ncols=True,
+            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
+        )
+
+    def epoch(self, number: int) -> None:
+        """Name the epoch that begins, counted from 0."""
+        self._epoch = f"epoch {number + 1}/{self.schedule.epochs}"
+
+    @contextmanager
+    def phase(self, kind: str) -> Iterator[None]:
+        """Measure a phase of that kind, unless it ends by an exception."""
+        self._kind, self._started, self._begun = kind, now(), self.done[kind]
+        yield
+        amount = self.done[kind] - self._begun
+        if amount:
+            self.paces[kind].append((now() - self._started, amount))
+        self._kind = ""
+
+    def advance(self, amount: float, steps: int = 0) -> None:
+        """Count work of the current phase, and the steps that it took."""
+        self.done[self._kind] += amount
+        self._show(steps)
+
+    def finish(self) -> None:
+        """Count the round as done, of which a user-defined source may not have counted the steps."""
+        self.done[self._kind] = self._begun + 1
+
+    def seconds_left(self) -> float | None:
+        """Of the run, or of its warm-up; None while it is unknown."""
+        kinds = {"warmup": self.total["warmup"]} if self.in_warmup else self.total
+        left = {kind: amount - self.done[kind] for kind, amount in kinds.items() if amount > self.done[kind]}
+        costs = {kind: self._cost(kind) for kind in left}
+        if None in costs.values():
+            return None
+        return sum(amount * (costs[kind] or 0) for kind, amount in left.items())
+
+    @property
+    def in_warmup(self) -> bool:
+        return self.done["warmup"] < self.total["warmup"]
+
+    @staticmethod
+    def fits(paces: Mapping[str, Any]) -> bool:
+        """Whether ``paces`` are such as :meth:`state` returns."""
+        pairs = [pair for pace in paces.values() for pair in (pace if isinstance(pace, list) else [None])]
+        return all(isinstance(p, tuple) and len(p) == 2 and all(type(n) in (int, float) for n in p) for p in pairs)
+
+    def state(self) -> dict[str, list[tuple[float, ...]]]:
+        """The measured seconds and amounts of the latest phases, by kind; plain values."""
+        return {kind: list(pace) for kind, pace in self.paces.items()}
+
+    def close(self) -> None:
+        """End the bar."""
+        try:
+            self._bar.close()
+        except (OSError, ValueError):
+            silence("stderr")
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def _cost(self, kind: str) -> float | None:
+        """Seconds for one of that kind; None if none was measured, but 0 for the end of an epoch, which is short."""
+        if pace := self.paces[kind]:
+            return sum(seconds for seconds, _ in pace) / sum(amount for _, amount in pace)
+        if kind == self._kind and self.done[kind] > self._begun:
+            return (now() - self._started) / (self.done[kind] - self._begun)
+        return 0.0 if kind == "closing" else None
+
+    def _show(self, steps: int) -> None:
+        due = not self._bar.disable or now() - self._shown >= LINE_EVERY
+        if not due:
+            self._bar.n += steps
+            return
+        left = self.seconds_left()
+        text = f"{'?' if left is None else tqdm.format_interval(left)} left" + " of the warm-up" * self.in_warmup
+        try:
+            if self._bar.disable:
+                self._bar.n += steps
+                print(
+                    f"{self._epoch}: {self._bar.n:,} of {self._bar.total:,} steps, {text}", file=sys.stderr, flush=True
+                )
+            else:
+                self._bar.set_description(self._epoch, refresh=False)
+                self._bar.set_postfix_str(text, refresh=False)
+                self._bar.update(steps)
+        except (OSError, ValueError):  # nobody reads it any more
+            silence("stderr")
+            self._bar.disable = True
+        self._shown = now()
