@@ -1,10 +1,14 @@
 """Class-incremental learning without the old images: new classes arrive in tasks, and synthetic images stand in for
 those of the classes before them."""
 
+import signal
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
 
 import registry
 from datafree import program

@@ -1,7 +1,11 @@
 """Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
 
 import registry
 from datafree import program

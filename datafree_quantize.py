@@ -1,7 +1,11 @@
 """Data-free quantization: a trained network in few bits, by images that are synthesised from the network itself."""
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
 
 import registry
 from datafree import program

@@ -1,7 +1,11 @@
 """Trains a network on real images: a teacher, or a student as the upper bound."""
 
+import signal
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
 
 import registry  # noqa: F401  makes registered models and data sets known
 from datafree import program

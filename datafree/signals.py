@@ -57,9 +57,12 @@ def handled(handler: Handler) -> Iterator[None]:
 
 
 def leave(number: int, frame: FrameType | None = None) -> None:
-    """The handler outside the loop, where there is nothing to save: a line, and exit code 128 + the signal's number."""
+    """The handler outside the loop, where there is nothing to save: a line, and exit code 128 + the signal's number.
+
+    At once, because an exception that comes while packages are imported may be caught or changed there.
+    """
     answer(f"{signal.Signals(number).name}: stopped; --resume auto continues from the last checkpoint")
-    raise SystemExit(128 + number)
+    os._exit(128 + number)
 
 
 def answer(line: str) -> None:
