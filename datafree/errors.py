@@ -61,9 +61,9 @@ def exit_on_input_error(main: Callable[[], object]) -> None:
         code = 130
     except SystemExit as stop:
         code = stop.code
-    except BrokenPipeError:
-        silence("stdout")
-        code = 141
+    except OSError:  # of print, or else it is none that this function knows of
+        if (code := _flush_output(None)) is None:
+            raise
     code = _flush_output(code)
     if code is not None:
         sys.exit(code)

@@ -73,7 +73,9 @@ class Progress(AbstractContextManager):
 
     def seconds_left(self) -> float | None:
         """Of the run, or of its warm-up; None while it is unknown."""
-        kinds = {"warmup": self.total["warmup"]} if self.in_warmup else self.total
+        kinds = self.total
+        if self.in_warmup:
+            kinds = {"warmup": kinds["warmup"], "closing": self.schedule.warmup}
         left = {kind: amount - self.done[kind] for kind, amount in kinds.items() if amount > self.done[kind]}
         costs = {kind: self._cost(kind) for kind in left}
         if None in costs.values():
@@ -82,7 +84,7 @@ class Progress(AbstractContextManager):
 
     @property
     def in_warmup(self) -> bool:
-        return self.done["warmup"] < self.total["warmup"]
+        return self.done["closing"] < self.schedule.warmup
 
     @staticmethod
     def fits(paces: Mapping[str, Any]) -> bool:
@@ -105,12 +107,13 @@ class Progress(AbstractContextManager):
         self.close()
 
     def _cost(self, kind: str) -> float | None:
-        """Seconds for one of that kind; None if none was measured, but 0 for the end of an epoch, which is short."""
+        """Seconds for one of that kind; None if none was measured, but 0 for the end of an epoch beside its steps."""
         if pace := self.paces[kind]:
             return sum(seconds for seconds, _ in pace) / sum(amount for _, amount in pace)
         if kind == self._kind and self.done[kind] > self._begun:
             return (now() - self._started) / (self.done[kind] - self._begun)
-        return 0.0 if kind == "closing" else None
+        has_steps = self.schedule.g_steps > 0 or not self.in_warmup
+        return 0.0 if kind == "closing" and has_steps else None
 
     def _show(self, steps: int) -> None:
         due = not self._bar.disable or now() - self._shown >= LINE_EVERY

@@ -6,6 +6,7 @@ import os
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import custom
 import nets
@@ -102,6 +103,18 @@ def test_a_signal_in_synthesis_stops_within_its_step_and_the_round_is_made_again
     assert_same_run(straight, distil(*words, "--resume", "auto", tag="interrupted"))
 
 
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_every_signal_that_asks_to_end_saves_and_has_its_code(name, distil, monkeypatch, capfd):
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 5, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as end:
+            distil()
+    assert end.value.code == 128 + number and f"\n{name}: the run stops after this step" in capfd.readouterr().err
+    [folder] = (Path.cwd() / "runs").glob("*/run")
+    assert checkpoint_of(folder)["position"] == {"epoch": 0, "round": 1, "step": 2}
+
+
 FILES = ("last.pth", "best.pth", "model_last.pth", "model_best.pth")
 
 
@@ -182,6 +195,7 @@ DAMAGES = {
     "schedule": lambda state: state["learner"]["schedule"].update(last_epoch="3"),
     "no weights": lambda state: state["learner"].update(student={}),
     "a pool of text": lambda state: state["source"]["pool"].update(images="none"),
+    "a pool of floats": lambda state: state["source"]["pool"].update(images=torch.ones(32, 1, 16, 16)),
     "no pool": lambda state: state["source"].pop("pool"),
 }
 
