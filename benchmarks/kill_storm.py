@@ -2,14 +2,15 @@
 
 On the digits, with tiny schedules, every method of distillation, of quantization and of class-incremental learning is
 run, and train_scratch.py. Each is run straight, and again as a process that is killed by SIGKILL at a random moment,
-goes on by --resume auto, and is killed again; and as one that SIGTERM and one that Ctrl-C asks to end. A moment is a step of an optimiser,
-or an operation on a file of the run: opening, writing to the disk, renaming, linking, removing. The runs must end alike
-to the last bit: weights, whole checkpoints, metrics.jsonl, TensorBoard's points, summary and published teacher, all
-without wall-clock times. The exit code is 1 if anything differs.
+goes on by --resume auto, and is killed again; and as one that SIGTERM and one that Ctrl-C asks to end. A moment is a
+step of an optimiser, or an operation on a file of the run: opening, writing to the disk, renaming, linking, removing.
+The runs must end alike to the last bit: weights, whole checkpoints, metrics.jsonl, TensorBoard's points, summary and
+published teacher, all without wall-clock times. The exit code is 1 if anything differs.
 """
 
 import argparse
 import json
+import logging
 import os
 import random
 import shutil
@@ -64,7 +65,7 @@ class Moments:
     """
 
     def __init__(self, root, at=None):
-        self.root, self.at, self.counts = os.path.join(os.getcwd(), root), at, Counter()
+        self.root, self.at, self.counts = os.path.abspath(root) + os.sep, at, Counter()
         register_optimizer_step_pre_hook(lambda *_: self.count("step"))
         sys.addaudithook(self.watch)
         fsync = os.fsync
@@ -100,9 +101,11 @@ def in_fork(program, words, folder, at=None):
         except SystemExit as stop:
             code = stop.code
         finally:
-            moments.at = None
-            counts.write_text(json.dumps(moments.counts))
-            os._exit(code)
+            try:
+                moments.at = None
+                counts.write_text(json.dumps(moments.counts))
+            finally:
+                os._exit(code)
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     return code, json.loads(counts.read_text()) if counts.exists() else {}
 
@@ -222,6 +225,7 @@ def main():
     parser.add_argument("--only", default="", help="part of the names of the runs")
     args = parser.parse_args()
     torch.set_num_threads(1)
+    logging.getLogger("tensorboard").setLevel(logging.ERROR)  # or it mentions each point that a resumed run replaced
     here, began, found = environment(torch.device("cpu")), time.time(), []
     print(f"seed {args.seed}, commit {here['commit']}, Python {here['python']}, torch {here['torch']}, CPU", flush=True)
     work = Path(tempfile.mkdtemp(prefix="kill_storm_"))

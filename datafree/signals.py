@@ -61,7 +61,7 @@ def leave(number: int, frame: FrameType | None = None) -> None:
 
     At once, because an exception that comes while packages are imported may be caught or changed there.
     """
-    answer(f"{signal.Signals(number).name}: stopped; --resume auto continues from the last checkpoint")
+    answer(f"{signal.Signals(number).name}: stopped; --resume auto continues a run from its last checkpoint")
     os._exit(128 + number)
 
 

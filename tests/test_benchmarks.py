@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nets
@@ -13,7 +14,8 @@ from conftest import ROOT
 from parts import CLASSES, SHAPE
 from PIL import Image
 
-from benchmarks import budget, memory, plain, precision, same_bits, step
+import registry
+from benchmarks import budget, kill_storm, memory, plain, precision, same_bits, step
 from datafree import checkpoint
 from datafree.config import Distill, Relation, Synthesis
 from datafree.errors import OptionError
@@ -232,3 +234,34 @@ def test_a_compared_run_is_stopped_by_a_signal_at_one_of_its_steps(monkeypatch):
     assert steps == 3 * [["program.py", "--epochs", "2"]]
     with pytest.raises(RuntimeError, match="not stopped"):
         same_bits.call_and_stop(program)
+
+
+def test_a_storm_kills_at_its_moment_and_notices_what_differs(tmp_path):
+    """The tests of the test: the moment is counted, what a clock measured is left out, and nothing else is."""
+
+    def main():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        for number in range(4):
+            optimizer.step()
+            checkpoint.save(f"{number}.pth", {"n": number, "seconds": number, "metadata": {}})
+
+    program = SimpleNamespace(__name__="program", main=main)
+    code, moments = kill_storm.in_fork(program, [], tmp_path)
+    assert code == 0 and moments["step"] == 4 and moments["file"] >= 4 * 4  # opened, to the disk twice, renamed
+    whole = kill_storm.outcome(tmp_path)
+    assert whole[Path("3.pth")] == {"n": 3} and kill_storm.differences(whole, dict(whole)) == []
+    for kind, number, left in (("step", 3, 2), ("file", moments["file"], 4)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        assert kill_storm.in_fork(program, [], folder, (kind, number, signal.SIGKILL))[0] == -signal.SIGKILL
+        assert len(list(folder.glob("?.pth"))) == left
+    assert kill_storm.differences(whole, kill_storm.outcome(tmp_path / "step")) == ["2.pth", "3.pth"]
+    for one, other in (([1], [1.5]), ([1], [1, 1]), ({"a": 1}, {}), (torch.ones(2), torch.ones(2) + 1e-7)):
+        assert not kill_storm.same(one, other) and kill_storm.same(one, one)
+
+
+def test_a_storm_has_every_method():
+    names = set(kill_storm.all_runs("teacher.pth"))
+    assert {"scratch", *registry.METHODS} <= names
+    assert {f"quantize {name}" for name in registry.QUANTIZATION_METHODS} <= names
+    assert {f"incremental {name}" for name in registry.INCREMENTAL_METHODS} <= names

@@ -3,15 +3,19 @@
 import errno
 import os
 import resource
+import subprocess
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import forked
+from conftest import ROOT, forked
 
 from datafree import checkpoint, files
 from datafree.errors import InputError
 from datafree.files import locked, remove_left_over, replacing, write_text
+from datafree.logger import RunFolder
+from datafree.training import publish_weights
 
 
 def test_several_writers_of_one_path_never_tear_it(tmp_path):
@@ -135,3 +139,52 @@ def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path):
     with locked(lock):
         assert (tmp_path / "end").exists()
     os.waitpid(child, 0)
+
+
+@pytest.mark.parametrize("first, second, stays", [(90.0, 80.0, 1.0), (80.0, 90.0, 2.0)])
+def test_of_two_runs_that_publish_a_teacher_at_once_the_better_one_stays(first, second, stays, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    session = SimpleNamespace(card=SimpleNamespace(name="digits"))
+
+    def publish(number, accuracy, before_saving):
+        with RunFolder(tmp_path / f"run{number}", f"run{number}") as folder:
+            path = folder.checkpoints / "model_last.pth"
+            save = checkpoint.save
+            save(path, {"state_dict": {"w": torch.tensor(number)}, "model": "tiny", "acc1": accuracy})
+            monkeypatch.setattr(checkpoint, "save", lambda *given: before_saving() or save(*given))
+            publish_weights(session, folder, "tiny")
+
+    def slow():
+        (tmp_path / "compared").touch()
+        time.sleep(0.3)
+
+    child = os.fork()
+    if child == 0:
+        publish(1.0, first, slow)  # has compared, and saves later
+        os._exit(0)
+    while not (tmp_path / "compared").exists():
+        time.sleep(0.01)
+    publish(2.0, second, lambda: None)
+    os.waitpid(child, 0)
+    [place] = (tmp_path / "checkpoints" / "pretrained").glob("*.pth")
+    assert checkpoint.load(place)["state_dict"]["w"] == stays
+
+
+def test_a_teacher_that_cannot_be_published_is_not_lost(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "checkpoints").touch()
+    with RunFolder(tmp_path / "run", "run") as folder:
+        checkpoint.save(folder.checkpoints / "model_last.pth", {"model": "tiny"})
+        with pytest.raises(InputError, match="move the file away .*; the new weights are .*model_last.pth"):
+            publish_weights(SimpleNamespace(card=SimpleNamespace(name="digits")), folder, "tiny")
+
+
+def test_a_script_works_in_the_project_whatever_cdpath_says(tmp_path):
+    (tmp_path / "other" / "scripts").mkdir(parents=True)
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text("#!/bin/sh\npwd\nexit 1\n")
+    python.chmod(0o755)
+    settings = {**os.environ, "CDPATH": str(tmp_path / "other"), "RGAL_VENV": str(tmp_path)}
+    done = subprocess.run(["bash", "scripts/test.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert done.stdout == f"{ROOT}\n" and done.returncode == 1

@@ -66,7 +66,7 @@ def test_what_nohup_ignores_stays_ignored():
 def test_outside_the_loop_a_signal_ends_the_program_with_a_line_and_its_code(name, capfd):
     number = getattr(signal, name)
     assert forked(exit_on_input_error, lambda: os.kill(os.getpid(), number) or time.sleep(5)) == 128 + number
-    assert f"{name}: stopped; --resume auto continues" in capfd.readouterr().err
+    assert f"{name}: stopped; --resume auto continues a run" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.2])
