@@ -82,12 +82,12 @@ class Engine:
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": -1}
         self.seconds = {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0}
         self.result: dict[str, Any] = {}
-        self.paces: dict[str, Any] = {}
+        self.progress = Progress(schedule, self.position)
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
         s, at = self.schedule, self.position
-        with StopSignal() as self.stop, Progress(s, at, self.paces) as self.progress:
+        with StopSignal() as self.stop, self.progress:
             self.source.tick = self._synthesis_step  # type: ignore[method-assign]
             while at["epoch"] < s.epochs:
                 self.progress.epoch(at["epoch"])
@@ -249,7 +249,7 @@ class Engine:
             "monitor": self.monitor.state_dict() if self.monitor else {},
             "best": dict(self.best),
             "seconds": dict(self.seconds),
-            "paces": self.progress.state() if hasattr(self, "progress") else self.paces,
+            "paces": self.progress.state(),
             "result": dict(self.result),
             "metadata": dict(self.metadata),
         }
@@ -299,8 +299,9 @@ class Engine:
         self.means.load_state_dict(state["means"], self.learner.network.device)
         if self.monitor:
             self.monitor.load_state_dict(state["monitor"])
-        for name in ("position", "best", "seconds", "paces", "result"):
+        for name in ("position", "best", "seconds", "result"):
             setattr(self, name, state[name])
+        self.progress = Progress(self.schedule, self.position, state["paces"])
         load_rng_state(state["rng"])
 
     def _check_form(self, state: dict[str, Any], ours: dict[str, Any], path: Path) -> None:

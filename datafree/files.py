@@ -66,6 +66,14 @@ def write_text(path: str | Path, text: str, after: str = CONTINUE) -> None:
         beside.write_text(text, encoding="utf-8")
 
 
+def append(path: str | Path, content: bytes) -> None:
+    """Add ``content`` to the end of a file, and wait until it is on the disk."""
+    with open(path, "ab") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
 def remove_left_over(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left beside the files ``name`` of ``folder``; to be called where nobody writes."""
     for path in folder.glob(f"{name}.{'[0-9a-f]' * 8}.tmp"):

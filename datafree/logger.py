@@ -1,5 +1,6 @@
 """The folder of a run: its options, log, metrics, grids and checkpoints. Importing it does not import torch."""
 
+import io
 import json
 import os
 import re
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datafree.errors import InputError
-from datafree.files import fcntl, remove_left_over, replacing, write_text, writing
+from datafree.files import append, fcntl, remove_left_over, replacing, write_text, writing
 from datafree.screen import show
 
 if TYPE_CHECKING:
@@ -185,10 +186,11 @@ class Points:
                 Event(file_version="brain.Event:2"),
                 Event(step=self.first, session_log=SessionLog(status=SessionLog.START)),
             ]
-        with open(self.path, "ab") as file:
-            for event in events:
-                event.wall_time = time.time()
-                RecordWriter(file).write(event.SerializeToString())
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        append(self.path, records.getvalue())
 
 
 def rows_before(path: Path, epoch: int) -> tuple[dict[int, str], bool]:

@@ -3,7 +3,7 @@
 import sys
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -37,16 +37,16 @@ class Progress(AbstractContextManager):
         self.done: dict[str, float] = dict(schedule.work_until(**position))
         self.paces = {kind: deque(map(tuple, (paces or {}).get(kind, ())), PHASES) for kind in self.total}
         self._kind, self._started, self._begun, self._epoch = "", 0.0, 0.0, "epoch"
-        terminal = sys.stderr is not None and sys.stderr.isatty()
+        self._steps, self._all_steps = schedule.steps_done(**position), schedule.steps_until(schedule.epochs)
+        self._bar: tqdm | None = None
         self._shown = now()
-        self._bar = tqdm(
-            total=schedule.steps_until(schedule.epochs),
-            initial=schedule.steps_done(**position),
-            disable=not terminal,
-            unit="step",
-            dynamic_ncols=True,
-            bar_format="{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
-        )
+
+    def __enter__(self) -> "Progress":
+        """Begin the bar, where there is a terminal."""
+        if sys.stderr is not None and sys.stderr.isatty():
+            form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
+            self._bar = tqdm(total=self._all_steps, initial=self._steps, dynamic_ncols=True, bar_format=form)
+        return self
 
     def epoch(self, number: int) -> None:
         """Name the epoch that begins, counted from 0."""
@@ -96,15 +96,9 @@ class Progress(AbstractContextManager):
         """The measured seconds and amounts of the latest phases, by kind; plain values."""
         return {kind: list(pace) for kind, pace in self.paces.items()}
 
-    def close(self) -> None:
-        """End the bar."""
-        try:
-            self._bar.close()
-        except (OSError, ValueError):
-            silence("stderr")
-
     def __exit__(self, *exception: object) -> None:
-        self.close()
+        if self._bar is not None:
+            self._written(self._bar.close)
 
     def _cost(self, kind: str) -> float | None:
         """Seconds for one of that kind; None if none was measured, but 0 for the end of an epoch beside its steps."""
@@ -116,23 +110,23 @@ class Progress(AbstractContextManager):
         return 0.0 if kind == "closing" and has_steps else None
 
     def _show(self, steps: int) -> None:
-        due = not self._bar.disable or now() - self._shown >= LINE_EVERY
-        if not due:
-            self._bar.n += steps
-            return
+        self._steps += steps
+        if (bar := self._bar) is not None:
+            bar.set_description(self._epoch, refresh=False)
+            bar.set_postfix_str(self._text(), refresh=False)
+            self._written(lambda: bar.update(steps))
+        elif now() - self._shown >= LINE_EVERY:
+            self._shown = now()
+            line = f"{self._epoch}: {self._steps:,} of {self._all_steps:,} steps, {self._text()}"
+            self._written(lambda: print(line, file=sys.stderr, flush=True))
+
+    def _text(self) -> str:
         left = self.seconds_left()
-        text = f"{'?' if left is None else tqdm.format_interval(left)} left" + " of the warm-up" * self.in_warmup
+        return f"{'?' if left is None else tqdm.format_interval(left)} left" + " of the warm-up" * self.in_warmup
+
+    def _written(self, write: Callable[[], object]) -> None:
         try:
-            if self._bar.disable:
-                self._bar.n += steps
-                print(
-                    f"{self._epoch}: {self._bar.n:,} of {self._bar.total:,} steps, {text}", file=sys.stderr, flush=True
-                )
-            else:
-                self._bar.set_description(self._epoch, refresh=False)
-                self._bar.set_postfix_str(text, refresh=False)
-                self._bar.update(steps)
+            write()
         except (OSError, ValueError):  # nobody reads it any more
             silence("stderr")
-            self._bar.disable = True
-        self._shown = now()
+            self._bar = None
