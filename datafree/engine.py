@@ -83,6 +83,7 @@ class Engine:
         self.seconds = {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0}
         self.result: dict[str, Any] = {}
         self.progress = Progress(schedule, self.position)
+        self._may_stop = False  # within a round of synthesis
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
@@ -121,8 +122,12 @@ class Engine:
                 at["round"], at["step"] = at["round"] + 1, 0
 
     def _synthesize(self, warm: bool) -> None:
-        """A round of synthesis; if a signal stops it, everything is as before it, so that it can be made again."""
-        before, rng = self.source.round_state(), rng_state()
+        """A round of synthesis; if a signal stops it, everything is as before it, so that it can be made again.
+
+        A round of one step is finished instead, which is as soon, and saves copying the state before each of them.
+        """
+        self._may_stop = self.schedule.g_steps > 1
+        before, rng = (self.source.round_state(), rng_state()) if self._may_stop else ({}, {})
         try:
             with (
                 self.progress.phase("warmup" if warm else "synthesis"),
@@ -135,6 +140,8 @@ class Engine:
             self.source.restore_round(before)
             load_rng_state(rng)
             raise
+        finally:
+            self._may_stop = False
         require_finite(terms, "synthesis term")
         if self.source.round_loss is not None:  # finite terms may have a sum that is not
             require_finite({"loss": self.source.round_loss}, "synthesis", "the weights of its terms")
@@ -142,8 +149,10 @@ class Engine:
 
     def _synthesis_step(self) -> None:
         """Called by the source after each of its steps."""
-        self.progress.advance(1 / max(self.schedule.g_steps, 1), steps=1)
-        self.stop.check()
+        if self.schedule.g_steps:
+            self.progress.advance(1 / self.schedule.g_steps, steps=1)
+        if self._may_stop:
+            self.stop.check()
 
     def _student_step(self) -> None:
         at, s = self.position, self.schedule

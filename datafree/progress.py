@@ -63,9 +63,10 @@ class Progress(AbstractContextManager):
         self._kind = ""
 
     def advance(self, amount: float, steps: int = 0) -> None:
-        """Count work of the current phase, and the steps that it took."""
-        self.done[self._kind] += amount
-        self._show(steps)
+        """Count work of the current phase, if there is one, and the steps that it took."""
+        if self._kind:
+            self.done[self._kind] += amount
+            self._show(steps)
 
     def finish(self) -> None:
         """Count the round as done, of which a user-defined source may not have counted the steps."""
