@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -163,16 +164,19 @@ def test_a_folder_that_is_not_writable(tmp_path):
         begin(tmp_path / "run", "r", CONFIG)
 
 
-@pytest.fixture
+@contextmanager
 def full_disk():
     """No file may become larger than it is; as on a full disk, but without one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def test_a_write_that_fails_names_the_file_and_what_was_written_stays(tmp_path, full_disk, capfd):
+def test_a_write_that_fails_names_the_file_and_what_was_written_stays(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(logger, "show", lambda line: None)  # or the file that holds pytest's output would be full, too
     folder = RunFolder(tmp_path, "r")
     writes = {
         "metrics.jsonl": lambda: folder.metrics(0, {"a": 1}),
@@ -183,7 +187,8 @@ def test_a_write_that_fails_names_the_file_and_what_was_written_stays(tmp_path, 
     }
     for name, write in writes.items():
         with pytest.raises(InputError, match=rf"could not write .*{name} \(File too large\); raise the limit"):
-            write()
+            with full_disk():
+                write()
     folder.close()
     assert "Traceback" not in capfd.readouterr().err and not list(tmp_path.rglob("*.tmp"))
 
