@@ -206,6 +206,7 @@ def test_state_dicts_are_equal_only_to_the_last_bit():
 def test_the_compared_weights_are_the_last_ones_of_every_run(file, tmp_path):
     for number, run in enumerate(("a/straight", "a/resumed")):
         folder = tmp_path / "runs" / run / "checkpoints"
+        folder.mkdir(parents=True)
         checkpoint.save(folder / file, {"state_dict": {"weight": torch.tensor(number)}})
         for other in ("last.pth", "best.pth", file.replace("last", "best")):
             checkpoint.save(folder / other, {"learner": {}})
