@@ -1,5 +1,10 @@
 """Data-free knowledge distillation: a student from a trained teacher, without the teacher's training data."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
+
 from datafree.program import exit_on_input_error
 from datafree.programs.distill import main
 

@@ -1,5 +1,10 @@
 """Data-free quantization: a trained network in few bits, by images that are synthesised from the network itself."""
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
+
 from datafree.program import exit_on_input_error
 from datafree.programs.quantize import main
 

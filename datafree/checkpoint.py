@@ -2,6 +2,7 @@
 
 import argparse
 import codecs
+import errno
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from datafree import fitting
 from datafree.errors import InputError, short
+from datafree.files import replacing
 from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
 
 WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a checkpoint may keep its weights
@@ -42,11 +44,14 @@ HARMLESS: list[Any] = [
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
-    """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new."""
-    with replacing(path) as beside, open(beside, "wb") as file:
-        torch.save(state, file)
-        file.flush()
-        os.fsync(file.fileno())
+    """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new.
+
+    Its folder is created, but not the one above it, which a run whose folder has vanished would else make anew.
+    """
+    with replacing(path) as beside, _short_writes():
+        beside.parent.mkdir(exist_ok=True)
+        with open(beside, "xb") as file:
+            torch.save(state, file)
 
 
 def link(source: str | Path, path: str | Path) -> None:
@@ -177,29 +182,6 @@ def stored_accuracy(path: str | Path, model: str) -> float | None:
     return accuracy if isinstance(accuracy, (int, float)) else None
 
 
-@contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
-    """A path to write beside ``path``, which takes its place if the block succeeds and is removed if not."""
-    path = Path(path)
-    beside = path.with_name(path.name + ".tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        beside.unlink(missing_ok=True)  # left by a killed run, perhaps as a link to a good file
-        yield beside
-        os.replace(beside, path)
-    except (OSError, RuntimeError) as error:
-        # torch's own zip writer reports a write that fell short as a RuntimeError from inline_container.cc
-        if isinstance(error, RuntimeError) and "inline_container" not in str(error):
-            raise
-        raise InputError(
-            f"could not write {path} ({getattr(error, 'strerror', None) or 'short write'}; "
-            "disk full?); the previous file is untouched"
-        ) from error
-    finally:
-        if beside.is_file():
-            beside.unlink()
-
-
 def require_file(path: str | Path) -> None:
     """Raise InputError unless ``path`` is a file that may be read."""
     if not os.path.isfile(path):
@@ -208,6 +190,17 @@ def require_file(path: str | Path) -> None:
         raise InputError(f"there is no file {path}; {hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")
+
+
+@contextmanager
+def _short_writes() -> Iterator[None]:
+    """Turn the error of torch's zip writer for a write that fell short into one of the system."""
+    try:
+        yield
+    except RuntimeError as error:  # from inline_container.cc, without the cause
+        if "inline_container" not in str(error):
+            raise
+        raise OSError(errno.ENOSPC, "short write") from error
 
 
 def _broken(path: str | Path) -> str:

@@ -36,7 +36,10 @@ class Watch:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Compare with the first epoch of the run that ``state`` is of."""
-        self.first = state["first"]
+        first = state["first"]
+        if first is not None and not all(isinstance(value, float | int) for value in first.values()):
+            raise ValueError("the metrics of its first epoch are no numbers")
+        self.first = first
 
 
 @torch.no_grad()

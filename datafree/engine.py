@@ -11,9 +11,9 @@ The engine knows only a source of images (``synthesis/``) and a learner that is 
 (``learners/``). Distillation, its controls and teacher training are choices of the two.
 """
 
+import copy
 import math
 import signal
-import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,7 +23,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from datafree import checkpoint
 from datafree.config import Run
@@ -33,10 +32,14 @@ from datafree.grids import draw_grid, grid_rows
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.plugins import first_line, is_same_code
-from datafree.runtime import StopSignal, load_rng_state, rng_state
+from datafree.progress import Progress
+from datafree.runtime import load_rng_state, rng_state
 from datafree.schedule import Schedule
+from datafree.signals import Stopped, StopSignal
 from datafree.synthesis.base import BaseSynthesis
+from datafree.update import is_scalar
 
+LAST = "last.pth"  # the one file that a run is resumed from; the others in its folder follow from it
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
 
@@ -79,40 +82,38 @@ class Engine:
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": -1}
         self.seconds = {"synthesis": 0.0, "student": 0.0, "evaluation": 0.0}
         self.result: dict[str, Any] = {}
+        self.progress = Progress(schedule, self.position)
+        self._may_stop = False  # within a round of synthesis
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
         s, at = self.schedule, self.position
-        with (
-            StopSignal() as stop,
-            tqdm(
-                total=s.steps_until(s.epochs),
-                initial=s.steps_until(at["epoch"]),
-                unit="step",
-                desc="epoch",
-                smoothing=0.05,
-                dynamic_ncols=True,
-                mininterval=0.1 if sys.stderr.isatty() else 30,
-            ) as self.bar,
-        ):
-            self.source.tick = self.bar.update  # type: ignore[method-assign]
+        with StopSignal() as self.stop, self.progress:
+            self.source.tick = self._synthesis_step  # type: ignore[method-assign]
             while at["epoch"] < s.epochs:
-                self.bar.set_description(f"epoch {at['epoch'] + 1}/{s.epochs}")
-                self._epoch(stop)
-                if stop.received:
+                self.progress.epoch(at["epoch"])
+                self._epoch()
+                if self.stop.received:
                     self._save_run()
-                    self.folder.log("Stopped by a signal; everything is saved, --resume auto continues from here.")
-                    raise SystemExit(128 + signal.Signals[stop.received])
-                self._close_epoch()
+                    self.folder.log(
+                        f"Stopped by {self.stop.received}; everything is saved, --resume auto continues from here."
+                    )
+                    raise SystemExit(128 + signal.Signals[self.stop.received])
+                with self.progress.phase("closing"):
+                    self._close_epoch()
+                    self.progress.advance(1)
         return self.result
 
-    def _epoch(self, stop: StopSignal) -> None:
-        at, s = self.position, self.schedule
+    def _epoch(self) -> None:
+        at, s, stop = self.position, self.schedule, self.stop
         warm = at["epoch"] < s.warmup
         while at["round"] < s.rounds and not stop.received:
             if at["step"] == 0 and s.synthesises(at["epoch"], at["round"]):
-                self._synthesize(with_student=not warm)
-            with self._clock("student"):
+                try:
+                    self._synthesize(warm)
+                except Stopped:
+                    return
+            with self.progress.phase("student"), self._clock("student"):
                 # Once a round's images are made, one step follows, or resuming would make them again.
                 while at["step"] < s.kd_steps and not warm and not (stop.received and at["step"]):
                     self._student_step()
@@ -120,11 +121,38 @@ class Engine:
                 require_finite(self.means.values(), "mean of")
                 at["round"], at["step"] = at["round"] + 1, 0
 
-    def _synthesize(self, with_student: bool) -> None:
-        with self._clock("synthesis"), out_of_memory_in("synthesis", "--synthesis_batch_size"):
-            terms = self.source.round(self.position["epoch"], with_student)
+    def _synthesize(self, warm: bool) -> None:
+        """A round of synthesis; if a signal stops it, everything is as before it, so that it can be made again.
+
+        A round of one step is finished instead, which is as soon, and saves copying the state before each of them.
+        """
+        self._may_stop = self.schedule.g_steps > 1
+        before, rng = (self.source.round_state(), rng_state()) if self._may_stop else ({}, {})
+        try:
+            with (
+                self.progress.phase("warmup" if warm else "synthesis"),
+                self._clock("synthesis"),
+                out_of_memory_in("synthesis", "--synthesis_batch_size"),
+            ):
+                terms = self.source.round(self.position["epoch"], with_student=not warm)
+                self.progress.finish()
+        except Stopped:
+            self.source.restore_round(before)
+            load_rng_state(rng)
+            raise
+        finally:
+            self._may_stop = False
         require_finite(terms, "synthesis term")
+        if self.source.round_loss is not None:  # finite terms may have a sum that is not
+            require_finite({"loss": self.source.round_loss}, "synthesis", "the weights of its terms")
         self.means.add("synthesis", terms)
+
+    def _synthesis_step(self) -> None:
+        """Called by the source after each of its steps."""
+        if self.schedule.g_steps:
+            self.progress.advance(1 / self.schedule.g_steps, steps=1)
+        if self._may_stop:
+            self.stop.check()
 
     def _student_step(self) -> None:
         at, s = self.position, self.schedule
@@ -133,7 +161,7 @@ class Engine:
             terms = self.learner.step(self.source.batch(s.batch_size), s.progress(**at))
         self.means.add("student", terms)
         at["step"] += 1
-        self.bar.update()
+        self.progress.advance(1, steps=1)
         if self.run.print_freq and (done + 1) % self.run.print_freq == 0:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
@@ -150,34 +178,33 @@ class Engine:
             metrics.update({f"images/{name}": value for name, value in of_images.items()})
             for warning in warnings if epoch >= self.schedule.warmup else ():
                 self.folder.log(f"[Alarm] {warning}")
-        improved = self._evaluate(epoch, metrics) if last or (epoch + 1) % self.run.eval_every == 0 else False
+        if self.evaluate and (last or (epoch + 1) % self.run.eval_every == 0):
+            self._evaluate(self.evaluate, epoch, metrics)
         metrics.update(
             self.learner.metrics(),
             lr=self.learner.lr,
             images=self.source.images_made,
             **{f"seconds/{name}": value for name, value in self.seconds.items()},
         )
+        for remark in self.learner.remarks():
+            self.folder.log(remark)
         self.result = metrics
         self.folder.metrics(epoch, metrics)
         if last or epoch % self.run.grid_every == 0:
             self._draw(epoch)
         self.position.update(epoch=epoch + 1, round=0, step=0)
         self.means = Means()
-        self._save_epoch(improved)
+        self._save_epoch()
 
-    def _evaluate(self, epoch: int, metrics: dict[str, Any]) -> bool:
-        """Add the test scores and log them -> whether this epoch is the best so far."""
-        if self.evaluate is None:
-            return False
+    def _evaluate(self, evaluate: Callable[[], dict[str, float]], epoch: int, metrics: dict[str, Any]) -> None:
+        """Add the test scores, log them, and remember the epoch if it is the best so far."""
         self.learner.network.eval()
         with self._clock("evaluation"):
-            scores = self.evaluate()
-        improved = scores["acc1"] > self.best["acc1"]
-        if improved:
+            scores = evaluate()
+        if scores["acc1"] > self.best["acc1"]:
             self.best = {"acc1": scores["acc1"], "epoch": epoch}
         metrics.update(scores, best_acc1=self.best["acc1"])
         self.folder.log(f"[Eval] Epoch={epoch} {scores_line(scores)} Lr={self.learner.lr:.4f}")
-        return improved
 
     def _draw(self, epoch: int) -> None:
         images, targets = self.source.latest()
@@ -192,23 +219,32 @@ class Engine:
     def _clock(self, phase: str) -> Iterator[None]:
         """Add the wall-clock seconds of the block to a phase; the GPU is waited for once, at its end."""
         started = time.perf_counter()
-        yield
-        if self.learner.network.device.type == "cuda":
-            torch.cuda.synchronize(self.learner.network.device)
-        self.seconds[phase] += time.perf_counter() - started
+        try:
+            yield
+            if self.learner.network.device.type == "cuda":
+                torch.cuda.synchronize(self.learner.network.device)
+        finally:
+            self.seconds[phase] += time.perf_counter() - started
 
     def _save_run(self) -> None:
         """Write last.pth, from which the run can be resumed."""
-        checkpoint.save(self.folder.checkpoints / "last.pth", self.state_dict())
+        checkpoint.save(self.folder.checkpoints / LAST, self.state_dict())
 
-    def _save_epoch(self, improved: bool) -> None:
-        """Write last.pth and the trained weights alone; the same as best if this epoch is the best so far."""
-        folder = self.folder.checkpoints
+    def _save_epoch(self) -> None:
+        """Write last.pth, and then the files that follow from it."""
         self._save_run()
-        metadata = {**self.metadata, "epoch": self.position["epoch"], "acc1": self.result.get("acc1")}
+        self._save_what_follows()
+
+    def _save_what_follows(self) -> None:
+        """At the end of an epoch: the trained weights alone, and the same as best if this epoch is the best so far.
+
+        Whatever ends the process between these files, resuming from last.pth writes them again.
+        """
+        folder, epoch = self.folder.checkpoints, self.position["epoch"]
+        metadata = {**self.metadata, "epoch": epoch, "acc1": self.result.get("acc1")}
         checkpoint.save(folder / "model_last.pth", {"state_dict": self.learner.network.model.state_dict(), **metadata})
-        if improved:
-            checkpoint.link(folder / "last.pth", folder / "best.pth")
+        if self.best["epoch"] == epoch - 1:
+            checkpoint.link(folder / LAST, folder / "best.pth")
             checkpoint.link(folder / "model_last.pth", folder / "model_best.pth")
 
     def state_dict(self) -> dict[str, Any]:
@@ -222,40 +258,82 @@ class Engine:
             "monitor": self.monitor.state_dict() if self.monitor else {},
             "best": dict(self.best),
             "seconds": dict(self.seconds),
+            "paces": self.progress.state(),
             "result": dict(self.result),
             "metadata": dict(self.metadata),
         }
 
     def load(self, path: Path) -> None:
-        """Continue from a checkpoint of this run, or of one that differs only in its length."""
-        state = checkpoint.load(path)
+        """Continue from a checkpoint of this run, or of one that differs only in its length.
+
+        Raises InputError for one that does not fit, and the engine is as before.
+        """
+        state = {"paces": {}, **checkpoint.load(path)}  # earlier versions did not save them
         checkpoint.require(state, "learner", "source", path=path)
         if state.get("format") != FORMAT:
             raise InputError(
                 f"{path} has the checkpoint format {state.get('format', 1)} of another version, not {FORMAT}; finish "
                 "its run with the commit in its env.json, or start a new one by --log_tag NEW"
             )
-        checkpoint.require(state, *self.state_dict(), path=path)
+        ours = self.state_dict()
+        checkpoint.require(state, *ours, path=path)
+        self._check_form(state, ours, path)
         self._check_origin(state, path)
+        before = copy.deepcopy(ours)
         try:
-            self.learner.load_state_dict(state["learner"])
-            self.source.load_state_dict(state["source"])
-        except (KeyError, RuntimeError, ValueError) as error:
+            self._take(state)
+        except Exception as error:  # a file of arbitrary contents fails in arbitrary ways
+            self._take(before)
+            if isinstance(error, InputError):
+                raise
             raise InputError(
-                f"{path} does not fit this run ({str(error).splitlines()[0]}); resume with the "
-                "options that it was written with"
+                f"{path} does not fit this run ({first_line(error)}); resume with the options that it was written "
+                "with, or start a new run by --log_tag NEW"
             ) from error
-        self.means.load_state_dict(state["means"], self.learner.network.device)
-        if self.monitor:
-            self.monitor.load_state_dict(state["monitor"])
-        for name in ("position", "best", "seconds", "result"):
-            setattr(self, name, state[name])
-        load_rng_state(state["rng"])
         self.folder.truncate_metrics(self.position["epoch"])
         self.folder.log(
             f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
             f"student step {self.position['step']}."
         )
+        last = self.folder.checkpoints / LAST
+        if not (last.is_file() and last.samefile(path)):  # or --resume auto would begin anew
+            self._save_run()
+        if self.position["epoch"] and self.position["round"] == self.position["step"] == 0:
+            self._save_what_follows()
+
+    def _take(self, state: dict[str, Any]) -> None:
+        """Make everything as it is in ``state``."""
+        self.learner.load_state_dict(state["learner"])
+        self.source.load_state_dict(state["source"])
+        self.means.load_state_dict(state["means"], self.learner.network.device)
+        if self.monitor:
+            self.monitor.load_state_dict(state["monitor"])
+        for name in ("position", "best", "seconds", "result"):
+            setattr(self, name, state[name])
+        self.progress = Progress(self.schedule, self.position, state["paces"])
+        load_rng_state(state["rng"])
+
+    def _check_form(self, state: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
+        """Raise InputError unless the parts that every run has are such as this version writes."""
+        at, counts, numbers = state["position"], self.schedule, ("position", "best", "seconds")
+        wrong = [name for name, value in ours.items() if type(state[name]) is not type(value)]
+        wrong += [name for name in numbers if name not in wrong and not have_same_form(state[name], ours[name])]
+        if "position" not in wrong:
+            in_range = at["round"] <= counts.rounds and at["step"] <= counts.kd_steps and min(at.values()) >= 0
+            wrong += ["position"] * (not in_range)
+        if "means" not in wrong and not Means.fits(state["means"]):
+            wrong.append("means")
+        if "paces" not in wrong and not Progress.fits(state["paces"]):
+            wrong.append("paces")
+        if "result" not in wrong and any(isinstance(state["result"].get(key), str) for key in ("acc1", "best_acc1")):
+            wrong.append("result")
+        if "options" in self.metadata and not isinstance(state["metadata"].get("options"), dict):
+            wrong.append("metadata")
+        if wrong:
+            raise InputError(
+                f"{path} is damaged: its part '{wrong[0]}' is not as this program writes it; copy it again, or resume "
+                "from checkpoints/best.pth by --resume FILE"
+            )
 
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
@@ -304,6 +382,18 @@ class Means:
     def values(self) -> dict[str, Tensor]:
         return {key: total / self.counts[key] for key, total in self.sums.items()}
 
+    @staticmethod
+    def fits(state: dict[str, Any]) -> bool:
+        """Whether ``state`` is such as :meth:`state_dict` returns."""
+        sums, counts = state.get("sums"), state.get("counts")
+        return (
+            isinstance(sums, dict)
+            and isinstance(counts, dict)
+            and sums.keys() == counts.keys()
+            and all(is_scalar(total) for total in sums.values())
+            and all(type(count) is int and count > 0 for count in counts.values())
+        )
+
     def state_dict(self) -> dict[str, Any]:
         return {"sums": dict(self.sums), "counts": dict(self.counts)}
 
@@ -312,7 +402,15 @@ class Means:
         self.counts = defaultdict(int, state["counts"])
 
 
-def require_finite(terms: Mapping[str, Tensor], where: str) -> dict[str, float]:
+def have_same_form(given: Any, own: Any) -> bool:
+    """Whether two dicts have the same keys, and whole numbers or any numbers at the same ones."""
+    kinds = {key: int if type(value) is int else (int, float) for key, value in own.items()}
+    return given.keys() == kinds.keys() and all(
+        isinstance(given[key], kind) and not isinstance(given[key], bool) for key, kind in kinds.items()
+    )
+
+
+def require_finite(terms: Mapping[str, Tensor], where: str, to_lower: str = "its weight") -> dict[str, float]:
     """The terms as floats; raises InputError with the name of one that is not finite."""
     if not terms:
         return {}
@@ -320,7 +418,7 @@ def require_finite(terms: Mapping[str, Tensor], where: str) -> dict[str, float]:
     for name, value in values.items():
         if not math.isfinite(value):
             raise InputError(
-                f"the {where} {name} became {value}; lower its weight or the learning rate, and "
+                f"the {where} {name} became {value}; lower {to_lower} or the learning rate, and "
                 "check the teacher; the last epoch's checkpoint is kept"
             )
     return values

@@ -10,6 +10,9 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
+from datafree.screen import occupy_closed_streams, silence
+from datafree.signals import answer, handled, leave
+
 LONGEST_VALUE, LONGEST_MESSAGE = 80, 900  # characters
 SHOW_TRACEBACK = "RGAL_TRACEBACK"  # of an error that this program did not foresee: variable of the environment
 
@@ -94,24 +97,43 @@ def traceback_in(log: Path) -> Iterator[None]:
 
 
 def exit_on_input_error(main: Callable[[], object]) -> None:
-    """Run ``main()``; an :class:`InputError` becomes one line on stderr and its exit code, Ctrl-C exit code 130.
+    """Run ``main()``; an :class:`InputError` becomes one line on stderr and its exit code.
 
-    So does every other exception, with exit code 1, and the line says how to see its traceback.
+    So does every other exception, with exit code 1, in a line that says how to see its traceback. A signal that asks to
+    end (see ``signals``) becomes a line and 128 + its number; Ctrl-C is one. Output that could not be written is code
+    1, or 141 without a line if its reader has gone.
     """
+    occupy_closed_streams()
+    code: Any = None
     try:
-        main()
+        with handled(leave):
+            main()
     except InputError as error:
-        print(f"error: {one_line(str(error))}", file=sys.stderr)
-        sys.exit(error.exit_code)
+        with suppress(OSError):
+            print(f"error: {one_line(str(error))}", file=sys.stderr)
+        code = error.exit_code
     except KeyboardInterrupt:
-        print("interrupted; --resume auto continues from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        answer("interrupted; --resume auto continues from the last checkpoint")
+        code = 130
+    except SystemExit as stop:
+        code = stop.code
     except Exception as error:
-        if os.environ.get(SHOW_TRACEBACK):
-            raise
-        way = f"{SHOW_TRACEBACK}=1 in the environment shows its traceback"
+        # An OSError may be that of print, which is then found again when stdout is flushed.
+        if not isinstance(error, OSError) or (code := _flush_output(None)) is None:
+            code = _end_unforeseen(error)
+    code = _flush_output(code)
+    if code is not None:
+        sys.exit(code)
+
+
+def _end_unforeseen(error: Exception) -> int:
+    """Say in a line what nothing else caught -> exit code; raise it if its traceback is wanted."""
+    if os.environ.get(SHOW_TRACEBACK):
+        raise error
+    way = f"{SHOW_TRACEBACK}=1 in the environment shows its traceback"
+    with suppress(OSError):
         print(f"error: {_unforeseen(error, way)}", file=sys.stderr)
-        sys.exit(1)
+    return 1
 
 
 def _unforeseen(error: Exception, way: str) -> str:
@@ -119,3 +141,18 @@ def _unforeseen(error: Exception, way: str) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     what = cut(printable(f"{type(error).__name__}: {error}"), LONGEST_MESSAGE // 2)
     return one_line(f"unexpected {what} (line {where.lineno} of {where.filename}); {way}")
+
+
+def _flush_output(code: Any) -> Any:
+    """Write what stdout holds back -> the exit code, which was ``code``; at its own end Python would lose a failure."""
+    try:
+        if sys.stdout:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        silence("stdout")
+        return code or 141
+    except (OSError, ValueError) as error:
+        silence("stdout")
+        answer(f"error: could not write the output ({getattr(error, 'strerror', None) or error})")
+        return code or 1
+    return code

@@ -21,10 +21,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datafree.checkpoint import replacing
 from datafree.datasets.splits import Split
 from datafree.errors import InputError
 from datafree.evaluators import evaluate
+from datafree.files import replacing, write_text
 from datafree.logger import RunFolder, table
 from datafree.network import Network
 from datafree.plugins import first_line
@@ -244,7 +244,7 @@ def write_integer_network(
     rows = compare(student, fp32, int8, torch.cat(images[:4]), split)
     names = {"torch": "simulated, torch", "fp32": "teacher, fp32.onnx", "int8": "student, int8.onnx"}
     shown = [{"network": names[key], **{k: v for k, v in row.items() if "iqr" not in k}} for key, row in rows.items()]
-    (place / "comparison.json").write_text(json.dumps({"protocol": protocol, **rows}, indent=2) + "\n")
+    write_text(place / "comparison.json", json.dumps({"protocol": protocol, **rows}, indent=2) + "\n")
     folder.log(f"Integer network: {protocol}.")
     folder.log(f"It is in {int8}\n" + table(shown))
 

@@ -17,7 +17,7 @@ from datafree.config import Incremental
 from datafree.datasets.cards import DatasetCard
 from datafree.datasets.splits import Split
 from datafree.engine import Monitor, require_same_options
-from datafree.errors import InputError, shown
+from datafree.errors import InputError, out_of_memory_in, shown
 from datafree.grids import draw_matrix
 from datafree.learners.base import Learner
 from datafree.learners.incremental import class_means
@@ -148,9 +148,10 @@ def task_accuracies(network: Network, test: Split, tasks: Tasks, task: int, batc
     """Accuracy (%) on the classes of each task up to ``task``; network and test have the classes known after it."""
     network.eval()
     hits, counts = torch.zeros(2, tasks.ends[task], device=network.device)
-    for images, labels in test.batches(batch_size):
-        counts.index_add_(0, labels, torch.ones(len(labels), device=network.device))
-        hits.index_add_(0, labels, (network(images).argmax(1) == labels).float())
+    with out_of_memory_in("evaluation", "--image_size"):
+        for images, labels in test.batches(batch_size):
+            counts.index_add_(0, labels, torch.ones(len(labels), device=network.device))
+            hits.index_add_(0, labels, (network(images).argmax(1) == labels).float())
     parts = [slice(tasks.outputs(k).start, tasks.outputs(k).stop) for k in range(task + 1)]
     return [round(100 * (hits[part].sum() / counts[part].sum()).item(), 4) for part in parts]
 

@@ -1,24 +1,22 @@
 """The folder of a run: its options, log, metrics, grids and checkpoints. Importing it does not import torch."""
 
+import io
 import json
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, suppress
+import os
+import re
+import time
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
 from datafree.errors import InputError
+from datafree.files import append, fcntl, remove_left_over, replacing, write_text, writing
+from datafree.screen import show
 
 if TYPE_CHECKING:
     from PIL.Image import Image
-
-try:
-    import fcntl
-except ImportError:  # not on Windows; runs are then not kept apart
-    fcntl = None  # type: ignore[assignment]
 
 
 class RunFolder(AbstractContextManager):
@@ -32,9 +30,10 @@ class RunFolder(AbstractContextManager):
     def __init__(self, root: str | Path, name: str, resume: bool = False):
         self.root, self.name = Path(root), name
         self.checkpoints, self.grids = self.root / "checkpoints", self.root / "grids"
-        self._writer: Any = None
-        self._purge_step: int | None = None
-        with _writing(self.root, "choose another --save_dir or --log_tag"):
+        self._rows: list[str] = []
+        self._points: Points | None = None
+        self._first_epoch = 0
+        with writing(self.root, "choose another --save_dir or --log_tag"):
             for folder in (self.checkpoints, self.grids, self.root / "tb"):
                 folder.mkdir(parents=True, exist_ok=True)
             self._lock = open(self.root / ".lock", "a")
@@ -45,6 +44,8 @@ class RunFolder(AbstractContextManager):
                     f"{self.root} already holds a run; give this one a name of its own by "
                     "--log_tag NEW, or continue that one by --resume auto"
                 )
+            for folder in (self.root, self.checkpoints, self.grids):
+                remove_left_over(folder)
         except BaseException:
             self.close()
             raise
@@ -66,34 +67,49 @@ class RunFolder(AbstractContextManager):
     def log(self, message: str) -> None:
         """Print a dated line, above any progress bar, and add it to log.txt."""
         line = f"[{datetime.now():%m/%d %H:%M:%S} {self.name}]: {message}"
-        tqdm.write(line)
-        sys.stdout.flush()
-        self._append("log.txt", line)
+        show(line)
+        with writing(self.root / "log.txt"), open(self.root / "log.txt", "a", encoding="utf-8") as stream:
+            stream.write(line + "\n")
 
     def metrics(self, epoch: int, mapping: Mapping[str, Any]) -> None:
         """Add a row {"epoch": epoch, **mapping} to metrics.jsonl, and its finite numbers to TensorBoard."""
         row = plain({"epoch": epoch, **mapping})
-        self._append("metrics.jsonl", json.dumps(row))
-        with self._tensorboard() as writer:
-            for key, value in row.items():
-                if key != "epoch" and type(value) in (int, float):
-                    writer.add_scalar(key, value, epoch)
+        self._rows.append(json.dumps(row))
+        self._write_rows()
+        from torch.utils.tensorboard.summary import scalar
+
+        numbers = {key: value for key, value in row.items() if key != "epoch" and type(value) in (int, float)}
+        self._add_points(epoch, [scalar(key, value) for key, value in numbers.items()])
 
     def truncate_metrics(self, epoch: int) -> None:
-        """Before a resumed run continues at ``epoch``: drop the rows and TensorBoard points from there on."""
-        path, self._purge_step = self.root / "metrics.jsonl", epoch
-        whole = whole_lines(path) if path.exists() else []
-        self._replace("metrics.jsonl", "".join(f"{x}\n" for x in whole if json.loads(x)["epoch"] < epoch))
+        """Before a resumed run continues at ``epoch``: drop the rows and TensorBoard points from there on.
+
+        Rows of earlier epochs that are not there are named in the log; a file with damaged rows is kept beside.
+        """
+        path, self._first_epoch = self.root / "metrics.jsonl", epoch
+        rows, damaged = rows_before(path, epoch)
+        if damaged:
+            aside = path.with_name(f"metrics.damaged-{datetime.now():%Y%m%d-%H%M%S}.jsonl")
+            with writing(path):
+                path.rename(aside)
+            self.log(
+                f"[Alarm] {path.name} has damaged rows; it is {aside.name} now, and its whole rows are taken over."
+            )
+        self._rows = list(rows.values())
+        self._write_rows()
+        if missing := [number for number in range(epoch) if number not in rows]:
+            self.log(
+                f"[Alarm] {path.name} has no rows of {ranges(missing)}, which were lost, or are in the folder of the "
+                "run that this one continues; the weights do not depend on them."
+            )
 
     def grid(self, epoch: int, picture: "Image") -> None:
         """Save a picture as grids/epoch_0040.png and in TensorBoard."""
         import numpy as np
+        from torch.utils.tensorboard.summary import image
 
-        path = self.grids / f"epoch_{epoch:04d}.png"
-        with _writing(path):
-            picture.save(path)
-        with self._tensorboard() as writer:
-            writer.add_image("grids/epoch", np.asarray(picture), epoch, dataformats="HWC")
+        self.picture(f"grids/epoch_{epoch:04d}.png", picture)
+        self._add_points(epoch, [image("grids/epoch", np.asarray(picture), dataformats="HWC")])
 
     def summary(self, mapping: Mapping[str, Any]) -> None:
         """Write summary.json; numbers that are not finite become null."""
@@ -105,20 +121,15 @@ class RunFolder(AbstractContextManager):
 
     def picture(self, file: str, picture: "Image") -> None:
         """Save a picture under that name."""
-        with _writing(self.root / file):
-            picture.save(self.root / file)
+        with replacing(self.root / file) as beside:
+            picture.save(beside, format="PNG")
 
     def close(self) -> None:
-        """Finish TensorBoard's file and release the folder; a second call does nothing."""
-        try:
-            if self._writer:
-                with _writing(self.root / "tb"):
-                    self._writer.close()
-        finally:
-            if fcntl and not self._lock.closed:
-                with suppress(OSError):  # closing the file alone would leave the lock with forked workers
-                    fcntl.flock(self._lock, fcntl.LOCK_UN)
-            self._lock.close()
+        """Release the folder; a second call does nothing."""
+        if fcntl and not self._lock.closed:
+            with suppress(OSError):  # closing the file alone would leave the lock with forked workers
+                fcntl.flock(self._lock, fcntl.LOCK_UN)
+        self._lock.close()
 
     def __exit__(self, *exception: object) -> None:
         self.close()
@@ -136,24 +147,83 @@ class RunFolder(AbstractContextManager):
         except OSError:
             pass  # a file system without locks: as where fcntl is missing
 
-    def _append(self, file: str, line: str) -> None:
-        with _writing(self.root / file), open(self.root / file, "a", encoding="utf-8") as stream:
-            stream.write(line + "\n")
+    def _write_rows(self) -> None:
+        """Write metrics.jsonl anew, so that a row is there whole or not at all, and none that was there is missing."""
+        self._replace("metrics.jsonl", "".join(f"{row}\n" for row in self._rows))
 
     def _replace(self, file: str, text: str) -> None:
-        with _writing(self.root / file):
-            beside = self.root / f"{file}.tmp"
-            beside.write_text(text, encoding="utf-8")
-            beside.replace(self.root / file)
+        write_text(self.root / file, text)
 
-    @contextmanager
-    def _tensorboard(self) -> Iterator[Any]:
-        from torch.utils.tensorboard import SummaryWriter
+    def _add_points(self, epoch: int, summaries: Sequence[Any]) -> None:
+        with writing(self.root / "tb"):
+            self._points = self._points or Points(self.root / "tb", self._first_epoch)
+            self._points.add(epoch, summaries)
 
-        with _writing(self.root / "tb"):
-            self._writer = self._writer or SummaryWriter(self.root / "tb", purge_step=self._purge_step)
-            yield self._writer
-            self._writer.flush()
+
+class Points:
+    """A new event file of TensorBoard in ``folder``, which replaces all points from ``first`` on of the earlier files.
+
+    It is written at once, and not by a thread as torch's SummaryWriter does, whose errors nobody could catch.
+    TensorBoard reads the files in the order of their names, which begin with a time; here this is later than that of
+    any file there, whatever the clock says.
+    """
+
+    def __init__(self, folder: Path, first: int):
+        folder.mkdir(exist_ok=True)
+        stamps = [re.match(r"events\.out\.tfevents\.(\d+)", path.name) for path in folder.iterdir()]
+        stamp = max([int(time.time()), *(int(found[1]) + 1 for found in stamps if found)])
+        self.path, self.first = folder / f"events.out.tfevents.{stamp:010d}.{os.getpid()}", first
+
+    def add(self, epoch: int, summaries: Sequence[Any]) -> None:
+        """Add torch's or TensorBoard's ``summaries`` at ``epoch``."""
+        from tensorboard.compat.proto.event_pb2 import Event, SessionLog
+        from tensorboard.summary.writer.record_writer import RecordWriter
+
+        events = [Event(step=epoch, summary=summary) for summary in summaries]
+        if not self.path.exists():  # at first, or because somebody has removed it
+            self.path.parent.mkdir(exist_ok=True)
+            events[:0] = [
+                Event(file_version="brain.Event:2"),
+                Event(step=self.first, session_log=SessionLog(status=SessionLog.START)),
+            ]
+        records = io.BytesIO()
+        for event in events:
+            event.wall_time = time.time()
+            RecordWriter(records).write(event.SerializeToString())
+        append(self.path, records.getvalue())
+
+
+def rows_before(path: Path, epoch: int) -> tuple[dict[int, str], bool]:
+    """The rows of a metrics.jsonl of the epochs before ``epoch``, by epoch in their order; and whether any is damaged.
+
+    The last line may be unfinished, as earlier versions left it when they were killed.
+    """
+    if not path.exists():
+        return {}, False
+    if not path.is_file():
+        return {}, True
+    with writing(path):
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+    found = {row["epoch"]: line for line in lines if (row := _row(line)) and 0 <= row["epoch"] < epoch}
+    damaged = any(_row(line) is None for line in lines[:-1]) or "\ufffd" in "".join(lines[:-1])
+    return dict(sorted(found.items())), damaged
+
+
+def _row(line: str) -> dict[str, Any] | None:
+    """The row of that line; None if it is none."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    return row if isinstance(row, dict) and type(row.get("epoch")) is int else None
+
+
+def ranges(numbers: Sequence[int]) -> str:
+    """Increasing whole numbers in few words: epochs 0, 3 to 7."""
+    starts = [n for n in numbers if n - 1 not in set(numbers)]
+    ends = [n for n in numbers if n + 1 not in set(numbers)]
+    parts = [f"{a}" if a == b else f"{a} to {b}" for a, b in zip(starts, ends)]
+    return f"epoch{'s' * (len(numbers) > 1)} " + ", ".join(parts)
 
 
 def whole_lines(path: Path) -> list[str]:
@@ -177,11 +247,3 @@ def plain(value: Any) -> Any:
     """JSON types alone: tensors as numbers, floats to six digits, None for one that is not finite."""
     text = json.dumps(value, default=lambda v: v.tolist() if hasattr(v, "tolist") else str(v))
     return json.loads(text, parse_float=lambda t: float(f"{float(t):.6g}"), parse_constant=lambda _: None)
-
-
-@contextmanager
-def _writing(path: Path, remedy: str = "make room, then continue by --resume auto") -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise InputError(f"could not write {path} ({error.strerror or error}); {remedy}") from error

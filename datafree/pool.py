@@ -109,7 +109,15 @@ class ImagePool:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        size = len(state["images"])
+        """Raises InputError for a pool of another size, and ValueError for what is no pool's state."""
+        images, targets, rest = state["images"], state["targets"], state["rest"]
+        if not all(map(torch.is_tensor, (images, targets, rest))) or type(state["added"]) is not int:
+            raise ValueError("its pool is damaged")
+        if images.shape[1:] != self.images.shape[1:] or targets.shape != images.shape[:1]:
+            raise ValueError(f"its pool has images of shape {tuple(images.shape[1:])}")
+        if [part.dtype for part in (images, targets, rest)] != [torch.uint8, torch.long, torch.long]:
+            raise ValueError("its pool is of other types")
+        size = len(images)
         if size != min(state["added"], len(self.images)):
             raise InputError(
                 f"the checkpoint's pool holds {size} of {state['added']} images made but this run's would "

@@ -7,15 +7,12 @@ import random
 import re
 import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -153,27 +150,6 @@ def _number_in(path: str, pattern: str, unit: int = 1) -> int | None:
     except OSError:
         return None
     return int(found[1]) * unit if found else None
-
-
-class StopSignal:
-    """A context in which SIGTERM and SIGINT only set ``received`` to the signal's name (None before), so that the
-    loop can finish its step, save and stop; a further SIGINT raises KeyboardInterrupt."""
-
-    def __enter__(self) -> "StopSignal":
-        self.received: str | None = None
-        self._previous: dict[signal.Signals, Any] = {}
-        if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
-            self._previous = {n: signal.signal(n, self._receive) for n in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        for number, handler in self._previous.items():
-            signal.signal(number, handler or signal.SIG_DFL)  # None: a handler that was not set from Python
-
-    def _receive(self, number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and self.received:
-            raise KeyboardInterrupt
-        self.received = signal.Signals(number).name
 
 
 def environment(device: torch.device | None = None) -> dict[str, Any]:

@@ -87,11 +87,25 @@ class Schedule:
 
     def steps_until(self, epoch: int) -> int:
         """Steps of both phases in the epochs before ``epoch``, for the progress bar."""
-        return self._synthesis_rounds_until(epoch) * self.g_steps + self._student_steps_until(epoch)
+        return self.steps_done(epoch)
+
+    def steps_done(self, epoch: int, round: int = 0, step: int = 0) -> int:
+        """Steps of both phases before this position."""
+        work = self.work_until(epoch, round, step)
+        return (work["warmup"] + work["synthesis"]) * self.g_steps + work["student"]
+
+    def work_until(self, epoch: int, round: int = 0, step: int = 0) -> dict[str, int]:
+        """Work before a position, by kinds that cost differently: rounds of synthesis in the warm-up and after it,
+        student steps, and ends of epochs ("closing"). Before its first student step a round's images are not made."""
+        begun = epoch * self.rounds + round + (step > 0)
+        synthesised = begun if self.synthesis_rounds is None else min(begun, self.synthesis_rounds)
+        warm, of_warmup = min(synthesised, self.warmup * self.rounds), self.warmup * self.rounds
+        student = max(epoch * self.rounds + round - of_warmup, 0) * self.kd_steps + step
+        return {"warmup": warm, "synthesis": synthesised - warm, "student": student, "closing": epoch}
 
     def _synthesis_rounds_until(self, epoch: int) -> int:
-        rounds = epoch * self.rounds
-        return rounds if self.synthesis_rounds is None else min(rounds, self.synthesis_rounds)
+        work = self.work_until(epoch)
+        return work["warmup"] + work["synthesis"]
 
     def _student_steps_until(self, epoch: int) -> int:
-        return max(epoch - self.warmup, 0) * self.rounds * self.kd_steps
+        return self.work_until(epoch)["student"]

@@ -157,7 +157,7 @@ class Session:
         if test is None:
             return None
         network.eval()
-        with same_rng():
+        with same_rng(), out_of_memory_in("evaluation", "--image_size"):
             return evaluate(network, test, self.evaluation_batch, network.name, remedy)
 
     def evaluate_only(self, network: Network, test: Split | None = None) -> None:

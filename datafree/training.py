@@ -8,9 +8,10 @@ from typing import Any
 from datafree import checkpoint, plan, quantizer
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
-from datafree.engine import Engine, Monitor
-from datafree.errors import printable, traceback_in
+from datafree.engine import LAST, Engine, Monitor
+from datafree.errors import InputError, printable, traceback_in
 from datafree.evaluators import scores_line
+from datafree.files import locked, remove_left_over
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder, table
 from datafree.network import Network
@@ -124,7 +125,7 @@ def weights_metadata(session: Session, network: Network, model: str, commit: str
 
 def resume(session: Session, engine: Engine) -> None:
     """Load the checkpoint that --resume names, if it does."""
-    name, last = session.run.resume, engine.folder.checkpoints / "last.pth"
+    name, last = session.run.resume, engine.folder.checkpoints / LAST
     if name == "auto" and not last.is_file():
         engine.folder.truncate_metrics(0)
         engine.folder.log("Nothing to resume yet: the run starts from the beginning.")
@@ -161,14 +162,30 @@ def summarise(
 
 
 def publish_weights(session: Session, folder: RunFolder, model: str) -> None:
-    """Copy the last weights to where other programs look for a teacher, unless better ones are there."""
+    """Copy the last weights to where other programs look for a teacher, unless better ones are there.
+
+    Two runs that publish one teacher at a time take turns, so that the better one stays.
+    """
     source, place = checkpoint.weights_file(folder.root), published_weights(session.card.name, model)
-    weights = checkpoint.load(source)
-    if place.exists():
-        there, here = checkpoint.stored_accuracy(place, weights["model"]), weights.get("acc1")
-        if there is None or here is None or here <= there:
-            old, new = ("unknown" if value is None else f"{value:.2f} %" for value in (there, here))
-            folder.log(f"{place} stays as it is (top-1 {old}, the new weights' {new}); the new weights are {source}")
-            return
-    checkpoint.save(place, weights)
+    weights, where = checkpoint.load(source), f"; the new weights are {source}"
+    try:
+        with locked(place.with_name(f".{place.name}.lock")):
+            remove_left_over(place.parent, place.name)
+            if accuracies := _why_kept(weights, place):
+                folder.log(f"{place} stays as it is ({accuracies}){where}")
+                return
+            checkpoint.save(place, weights)
+    except InputError as error:
+        raise InputError(f"{error}{where}") from error
     folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
+
+
+def _why_kept(weights: Mapping[str, Any], place: Path) -> str:
+    """The accuracies of what is published and of ``weights``, unless these are better; empty if they are."""
+    if not place.exists():
+        return ""
+    there, here = checkpoint.stored_accuracy(place, weights["model"]), weights.get("acc1")
+    if there is not None and here is not None and here > there:
+        return ""
+    old, new = ("unknown" if value is None else f"{value:.2f} %" for value in (there, here))
+    return f"top-1 {old}, the new weights' {new}"

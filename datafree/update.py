@@ -53,6 +53,32 @@ class Update:
         return loss.detach(), result
 
 
+def load_part(part: Any, state: Any) -> None:
+    """``part.load_state_dict(state)``; ValueError for a state that an optimiser or a schedule of torch would take and
+    then fail in its next step."""
+    part.load_state_dict(state)
+    if isinstance(part, torch.optim.Optimizer):
+        _check_optimizer(part)
+    if isinstance(part, torch.optim.lr_scheduler.LRScheduler) and type(part.last_epoch) is not int:
+        raise ValueError(f"last_epoch of {type(part).__name__} is {part.last_epoch!r:.40}")
+
+
+def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+    kind = type(optimizer).__name__
+    for group in optimizer.param_groups:
+        for name, default in optimizer.defaults.items():
+            wanted = (int, float) if isinstance(default, (int, float)) else type(default)
+            if name not in group or (default is not None and not isinstance(group[name], wanted)):
+                raise ValueError(f"{name} of {kind} is missing, or of another type")
+    entries = list(optimizer.state.items())
+    if len({frozenset(entry) for _, entry in entries}) > 1:
+        raise ValueError(f"the state of {kind} lacks entries")
+    for parameter, entry in entries:
+        for name, value in entry.items():
+            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+                raise ValueError(f"{name} of {kind} is of another shape")
+
+
 def is_scalar(value: Any) -> bool:
     """Whether ``value`` is a tensor of one number."""
     return torch.is_tensor(value) and value.numel() == 1

@@ -5,7 +5,8 @@
 for word; do
     case $word in -h | --help) sed -n '2,/^[^#]/s/^# \{0,1\}//p' "$0"; exit;; esac
 done
-cd "$(dirname "${BASH_SOURCE[0]}")/.."
+unset CDPATH  # or cd might go to a folder of that name elsewhere
+cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
 check_version() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {

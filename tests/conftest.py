@@ -165,7 +165,7 @@ def command(*words, **options):
     )
 
 
-OF_THE_MACHINE = ("seconds/", "view_cache/")  # what a run costs; the cache of a resumed one is empty at first
+OF_THE_MACHINE = ("seconds/",)  # what a run costs
 
 
 def rows(folder):

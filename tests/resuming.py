@@ -44,7 +44,7 @@ def at_call(patch, owner, method, number, act):
 
 def checkpoint_of(folder, name="last.pth"):
     state = torch.load(folder / "checkpoints" / name, weights_only=True)
-    state.pop("seconds"), state.pop("metadata")
+    state.pop("seconds"), state.pop("paces"), state.pop("metadata")
     state["result"] = {k: v for k, v in state["result"].items() if not k.startswith(OF_THE_MACHINE)}
     return state
 

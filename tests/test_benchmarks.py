@@ -3,6 +3,7 @@
 import json
 import signal
 import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import nets
@@ -13,14 +14,15 @@ from conftest import ROOT, command
 from parts import CLASSES, SHAPE
 from PIL import Image
 
-from benchmarks import budget, memory, plain, precision, same_bits, step
+import registry
+from benchmarks import budget, kill_storm, memory, plain, precision, same_bits, step
 from datafree import checkpoint
 from datafree.config import Distill, Relation, Synthesis
 from datafree.errors import OptionError
 from datafree.models.generator import Generator
 from datafree.network import Network
 from datafree.pool import Batch
-from datafree.runtime import StopSignal
+from datafree.signals import StopSignal
 from datafree.synthesis.objective import SynthesisObjective
 
 CPU = torch.device("cpu")
@@ -204,6 +206,7 @@ def test_state_dicts_are_equal_only_to_the_last_bit():
 def test_the_compared_weights_are_the_last_ones_of_every_run(file, tmp_path):
     for number, run in enumerate(("a/straight", "a/resumed")):
         folder = tmp_path / "runs" / run / "checkpoints"
+        folder.mkdir(parents=True)
         checkpoint.save(folder / file, {"state_dict": {"weight": torch.tensor(number)}})
         for other in ("last.pth", "best.pth", file.replace("last", "best")):
             checkpoint.save(folder / other, {"learner": {}})
@@ -239,3 +242,34 @@ def test_the_fuzz_finds_no_fault_in_a_few_cases():
     pytest.importorskip("hypothesis")
     done = command("-m", "benchmarks.fuzz", "--configs", 30, "--runs", 3, "--files", 30)
     assert done.returncode == 0 and done.stdout.count("seed 0:") == 3, done.stdout + done.stderr
+
+
+def test_a_storm_kills_at_its_moment_and_notices_what_differs(tmp_path):
+    """The tests of the test: the moment is counted, what a clock measured is left out, and nothing else is."""
+
+    def main():
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)])
+        for number in range(4):
+            optimizer.step()
+            checkpoint.save(f"{number}.pth", {"n": number, "seconds": number, "metadata": {}})
+
+    program = SimpleNamespace(__name__="program", main=main)
+    code, moments = kill_storm.in_fork(program, [], tmp_path)
+    assert code == 0 and moments["step"] == 4 and moments["file"] >= 4 * 4  # opened, to the disk twice, renamed
+    whole = kill_storm.outcome(tmp_path)
+    assert whole[Path("3.pth")] == {"n": 3} and kill_storm.differences(whole, dict(whole)) == []
+    for kind, number, left in (("step", 3, 2), ("file", moments["file"], 4)):
+        folder = tmp_path / kind
+        folder.mkdir()
+        assert kill_storm.in_fork(program, [], folder, (kind, number, signal.SIGKILL))[0] == -signal.SIGKILL
+        assert len(list(folder.glob("?.pth"))) == left
+    assert kill_storm.differences(whole, kill_storm.outcome(tmp_path / "step")) == ["2.pth", "3.pth"]
+    for one, other in (([1], [1.5]), ([1], [1, 1]), ({"a": 1}, {}), (torch.ones(2), torch.ones(2) + 1e-7)):
+        assert not kill_storm.same(one, other) and kill_storm.same(one, one)
+
+
+def test_a_storm_has_every_method():
+    names = set(kill_storm.all_runs("teacher.pth"))
+    assert {"scratch", *registry.METHODS} <= names
+    assert {f"quantize {name}" for name in registry.QUANTIZATION_METHODS} <= names
+    assert {f"incremental {name}" for name in registry.INCREMENTAL_METHODS} <= names

@@ -1,10 +1,12 @@
 """The loop: an interrupted run ends as the uninterrupted one, and what does not fit is refused."""
 
+import copy
 import json
 import os
 import shutil
 import signal
 from functools import partial
+from pathlib import Path
 
 import custom
 import nets
@@ -20,6 +22,7 @@ from datafree.errors import InputError
 from datafree.learners.base import Learner, cosine_to_zero
 from datafree.logger import RunFolder
 from datafree.network import Network
+from datafree.progress import Progress
 from datafree.schedule import Schedule
 from datafree.session import Session
 from datafree.synthesis.base import BaseSynthesis
@@ -79,6 +82,166 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil,
 def test_a_signal_may_come_at_any_moment(owner, method, number, distil, interrupted):
     """In the middle and at the end of either phase, of a round and of an epoch; while evaluating."""
     assert_same_run(distil(), interrupted((), owner, method, number, terminate))
+
+
+@pytest.mark.parametrize("variant", ["meta", "contrast", "ring", "maml", "stream", "deepinv"])
+def test_a_signal_in_synthesis_stops_within_its_step_and_the_round_is_made_again(variant, distil, monkeypatch):
+    words, calls = VARIANTS[variant], []
+    if variant == "deepinv":
+        words = (*words, "--adv", 1)
+    straight = distil(*words)
+    with monkeypatch.context() as patch:
+        at_call(patch, SynthesisObjective, "__call__", 11, lambda: terminate() or calls.append("signal"))
+        step = Learner.step
+        patch.setattr(Learner, "step", lambda *given: calls.append("step") or step(*given))
+        tick = Progress.advance
+        patch.setattr(Progress, "advance", lambda *given, **more: calls.append("step") or tick(*given, **more))
+        with stopped(terminate):
+            distil(*words, tag="interrupted")
+    assert calls[calls.index("signal") + 1 :] == ["step"]
+    assert "Stopped by SIGTERM; everything is saved" in (straight.parent / "interrupted" / "log.txt").read_text()
+    assert_same_run(straight, distil(*words, "--resume", "auto", tag="interrupted"))
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGHUP", "SIGUSR1"])
+def test_every_signal_that_asks_to_end_saves_and_has_its_code(name, distil, monkeypatch, capfd):
+    number = getattr(signal, name)
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 5, lambda: os.kill(os.getpid(), number))
+        with pytest.raises(SystemExit) as end:
+            distil()
+    assert end.value.code == 128 + number and f"\n{name}: the run stops after this step" in capfd.readouterr().err
+    [folder] = (Path.cwd() / "runs").glob("*/run")
+    assert checkpoint_of(folder)["position"] == {"epoch": 0, "round": 1, "step": 2}
+
+
+FILES = ("last.pth", "best.pth", "model_last.pth", "model_best.pth")
+
+
+def kill_before_replacing(patch, name, number):
+    """Kill the run just before the ``number``-th time that a file of this name takes its place."""
+    replace, calls = os.replace, []
+
+    def wrapped(old, new):
+        calls.extend([1] * (os.path.basename(new) == name))
+        if len(calls) == number and os.path.basename(new) == name:
+            raise Killed
+        return replace(old, new)
+
+    patch.setattr(os, "replace", wrapped)
+
+
+@pytest.mark.parametrize(
+    "name, number",
+    [("model_last.pth", 1), ("model_last.pth", 4), ("best.pth", 1), ("model_best.pth", 1), ("metrics.jsonl", 3)],
+)
+def test_a_kill_between_two_files_of_a_save_leaves_no_stale_one(name, number, distil, monkeypatch):
+    straight = distil()
+    with monkeypatch.context() as patch:
+        kill_before_replacing(patch, name, number)
+        with pytest.raises(Killed):
+            distil(tag="killed")
+    folder = distil("--resume", "auto", tag="killed")
+    assert_same_run(straight, folder)
+    for file in FILES[2:]:
+        one, other = (torch.load(run / "checkpoints" / file, weights_only=True) for run in (straight, folder))
+        assert one["epoch"] == other["epoch"] and same(one["state_dict"], other["state_dict"])
+    assert sorted(os.listdir(folder / "checkpoints")) == sorted(FILES)
+
+
+def test_a_teacher_is_published_as_its_run_ended(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", nets.name("tiny"), "--epochs", 1, "--batch_size", 256, "--log_tag", "run")
+    with monkeypatch.context() as patch:
+        kill_before_replacing(patch, "model_last.pth", 1)
+        with pytest.raises(Killed):
+            scratch(*words)
+    scratch(*words, "--resume", "auto")
+    last = tmp_path / "runs" / "digits_scratch_nets-tiny" / "run" / "checkpoints" / "last.pth"
+    published = torch.load(tmp_path / "checkpoints" / "pretrained" / "digits_nets-tiny.pth", weights_only=True)
+    assert same(published["state_dict"], torch.load(last, weights_only=True)["learner"]["student"])
+
+
+def test_a_run_from_a_checkpoint_of_another_folder_goes_on_from_there_after_a_kill(distil, monkeypatch):
+    last = distil("--epochs", 2, tag="first") / "checkpoints" / "last.pth"
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 2, kill)
+        with pytest.raises(Killed):
+            distil("--resume", last, tag="second")
+    folder = distil("--resume", "auto", tag="second")
+    assert [row["epoch"] for row in rows(folder)] == [2, 3]
+    assert "metrics.jsonl has no rows of epochs 0 to 1, which were lost, or" in (folder / "log.txt").read_text()
+
+
+DAMAGES = {
+    "no position": lambda state: state.pop("position"),
+    "position as text": lambda state: state["position"].update(step="2"),
+    "a round that is none": lambda state: state["position"].update(round=99),
+    "no seconds": lambda state: state["seconds"].pop("student"),
+    "best is a list": lambda state: state.update(best=[1]),
+    "means without counts": lambda state: state["means"].update(counts={}, sums={"student/kd": torch.ones(())}),
+    "result is text": lambda state: state["result"].update(acc1="high"),
+    "paces": lambda state: state["paces"].update(student=[1]),
+    "no options": lambda state: state["metadata"].pop("options"),
+    "monitor": lambda state: state["monitor"].update(first={"label_entropy": "low"}),
+    "no random state": lambda state: state["rng"].pop("numpy"),
+    "random state of floats": lambda state: state["rng"].update(torch=torch.rand(5056)),
+    "an optimiser without a rate": lambda state: state["learner"]["optimizer"]["param_groups"][0].pop("lr"),
+    "an optimiser's rate as text": lambda state: state["learner"]["optimizer"]["param_groups"][0].update(lr="x"),
+    "momentum of other shapes": lambda state: state["learner"]["optimizer"]["state"][0].update(
+        momentum_buffer=torch.ones(2)
+    ),
+    "momentum of some": lambda state: state["learner"]["optimizer"]["state"][1].clear(),
+    "schedule": lambda state: state["learner"]["schedule"].update(last_epoch="3"),
+    "no weights": lambda state: state["learner"].update(student={}),
+    "a pool of text": lambda state: state["source"]["pool"].update(images="none"),
+    "a pool of floats": lambda state: state["source"]["pool"].update(images=torch.ones(32, 1, 16, 16)),
+    "no pool": lambda state: state["source"].pop("pool"),
+}
+
+
+def test_a_damaged_checkpoint_is_one_sentence_and_changes_nothing(distil, refused):
+    folder = distil("--epochs", 1)
+    last, lines = folder / "checkpoints" / "last.pth", (folder / "metrics.jsonl").read_bytes()
+    whole = last.read_bytes()
+    for name, damage in DAMAGES.items():
+        state = torch.load(folder / "checkpoints" / "best.pth", weights_only=True)
+        damage(state)
+        torch.save(state, last.with_name("damaged.pth"))
+        os.replace(last.with_name("damaged.pth"), last)
+        line = refused(distil, "--epochs", 2, "--resume", "auto")
+        assert "last.pth" in line and len(line) < 500, name
+        assert (folder / "metrics.jsonl").read_bytes() == lines, name
+    last.write_bytes(whole)
+    assert len(rows(distil("--epochs", 2, "--resume", "auto"))) == 2
+
+
+def test_an_engine_is_as_before_if_a_checkpoint_does_not_fit(make_engine, tmp_path):
+    engine = make_engine([])
+    engine.train()
+    path = tmp_path / "run" / "checkpoints" / "last.pth"
+    state = torch.load(path, weights_only=True)
+    state["source"] = {}
+    torch.save(state, path)
+    engine.position["round"] = 1
+    before = copy.deepcopy(engine.state_dict())
+    with torch.no_grad():
+        for tensor in state["learner"]["student"].values():
+            tensor += 1
+    torch.save(state, path)
+    with pytest.raises(InputError, match="last.pth does not fit this run .KeyError"):
+        engine.load(path)
+    assert same(before, engine.state_dict())
+
+
+def test_checkpoints_from_before_the_paces_were_saved_are_read(distil):
+    folder = distil("--epochs", 1)
+    last = folder / "checkpoints" / "last.pth"
+    state = torch.load(last, weights_only=True)
+    del state["paces"]
+    last.unlink()  # which best.pth is linked to
+    torch.save(state, last)
+    assert len(rows(distil("--epochs", 2, "--resume", "auto"))) == 2
 
 
 def test_two_signals_in_one_epoch(distil, monkeypatch):
@@ -355,6 +518,16 @@ def test_out_of_memory_is_reported_with_its_remedy(owner, method, message, make_
     monkeypatch.setattr(owner, method, lambda *a, **k: torch.ones(2) @ torch.ones(3))
     with pytest.raises(RuntimeError, match="size"):
         engine.train()
+
+
+def test_a_weighted_loss_that_is_infinite_is_called_out(distil, refused):
+    line = refused(distil, "--bn", 1e300, "--g_steps", 1, before_run=False)
+    assert "the synthesis loss became inf; lower the weights of its terms" in line
+
+
+def test_out_of_memory_in_evaluation_is_reported(distil, refused, monkeypatch):
+    monkeypatch.setattr("datafree.session.evaluate", lambda *given: torch.empty(10**15))
+    assert "out of memory during evaluation; lower --image_size" in refused(distil, before_run=False)
 
 
 def test_warm_up_makes_images_without_the_student(make_engine):

@@ -3,9 +3,13 @@
 import json
 import os
 import re
+import resource
+import shutil
 import signal
 import subprocess
 import sys
+import time
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -160,20 +164,96 @@ def test_a_folder_that_is_not_writable(tmp_path):
         begin(tmp_path / "run", "r", CONFIG)
 
 
-@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
-def test_disk_full_names_the_file(tmp_path):
-    with begin(tmp_path, "r", CONFIG) as folder:
-        for name in ("metrics.jsonl", "log.txt", "summary.json.tmp", "grids/epoch_0007.png"):
-            (tmp_path / name).symlink_to("/dev/full")
-        writes = {
-            "metrics.jsonl": lambda: folder.metrics(0, {"a": 1}),
-            "log.txt": lambda: folder.log("x"),
-            "summary.json": lambda: folder.summary({"a": 1}),
-            "grids/epoch_0007.png": lambda: folder.grid(7, Image.new("RGB", (8, 8))),
-        }
-        for name, write in writes.items():
-            with pytest.raises(InputError, match=rf"could not write .*{name} \(No space left on device\)"):
+@contextmanager
+def full_disk():
+    """No file may become larger than it is; as on a full disk, but without one."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_write_that_fails_names_the_file_and_what_was_written_stays(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(logger, "show", lambda line: None)  # or the file that holds pytest's output would be full, too
+    folder = RunFolder(tmp_path, "r")
+    writes = {
+        "metrics.jsonl": lambda: folder.metrics(0, {"a": 1}),
+        "log.txt": lambda: folder.log("x"),
+        "summary.json": lambda: folder.summary({"a": 1}),
+        "grids/epoch_0007.png": lambda: folder.grid(7, Image.new("RGB", (8, 8))),
+        "tb": lambda: folder._add_points(0, []),
+    }
+    for name, write in writes.items():
+        with pytest.raises(InputError, match=rf"could not write .*{name} \(File too large\); raise the limit"):
+            with full_disk():
                 write()
+    folder.close()
+    assert "Traceback" not in capfd.readouterr().err and not list(tmp_path.rglob("*.tmp"))
+
+
+def lose_a_row(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join(lines[:1] + lines[2:]))
+
+
+@pytest.mark.parametrize(
+    "damage, left, aside",
+    [
+        (lose_a_row, [0, 2], False),
+        (Path.unlink, [], False),
+        (lambda path: path.write_text(path.read_text().replace('{"epoch": 1, "a": 1}', '{"epo}')), [0, 2], True),
+        (lambda path: path.write_text(path.read_text().replace('{"epoch": 1, "a": 1}', "{}")), [0, 2], True),
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"a": 1', b'"\xff": 1')), [0, 1, 2], True),
+        (lambda path: path.write_bytes(b"\xff\x00\n" + path.read_bytes()), [0, 1, 2], True),
+        (lambda path: path.unlink() or path.mkdir(), [], True),
+    ],
+)
+def test_rows_that_were_lost_or_damaged_are_named_and_the_run_goes_on(damage, left, aside, tmp_path):
+    with begin(tmp_path, "r", CONFIG) as folder:
+        for epoch in range(3):
+            folder.metrics(epoch, {"a": epoch})
+    damage(tmp_path / "metrics.jsonl")
+    with begin(tmp_path, "r", CONFIG, resume=True) as folder:
+        folder.truncate_metrics(3)
+        folder.metrics(3, {"a": 3})
+    assert [row["epoch"] for row in rows(tmp_path)] == [*left, 3]
+    log, kept = (tmp_path / "log.txt").read_text(), list(tmp_path.glob("metrics.damaged-*"))
+    assert ("damaged rows" in log) == aside == bool(kept)
+    assert ("has no rows of epoch" in log) == (left != [0, 1, 2])
+
+
+def test_metrics_that_somebody_removes_are_written_again(tmp_path):
+    with begin(tmp_path, "r", CONFIG) as folder:
+        folder.metrics(0, {"a": 0})
+        (tmp_path / "metrics.jsonl").unlink()
+        shutil.rmtree(tmp_path / "tb")
+        folder.metrics(1, {"a": 1})
+    assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]
+    assert [point.step for point in events(tmp_path).Scalars("a")] == [1]
+
+
+def test_a_folder_that_vanishes_is_not_made_anew_in_its_place(tmp_path):
+    folder = begin(tmp_path / "run", "r", CONFIG)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    for write in (lambda: folder.metrics(0, {"a": 1}), lambda: folder.log("x"), lambda: folder._add_points(0, [])):
+        with pytest.raises(InputError, match="its folder has vanished: put it back, then continue by --resume auto"):
+            write()
+    assert os.listdir(tmp_path) == ["elsewhere"]
+
+
+@pytest.mark.parametrize("hours", [-24 * 365, -1, 0, 1])
+def test_tensorboard_shows_all_points_whatever_the_clock_says(hours, tmp_path, monkeypatch):
+    begun = time.time()
+    for first in (0, 2, 4):
+        monkeypatch.setattr(time, "time", lambda first=first: begun + first / 2 * hours * 3600)
+        with begin(tmp_path, "r", CONFIG, resume=True) as folder:
+            folder.truncate_metrics(first)
+            for epoch in range(first, first + 3):  # the last one is to be replaced
+                folder.metrics(epoch, {"a": 10 * first + epoch})
+    points = [(point.step, point.value) for point in events(tmp_path).Scalars("a")]
+    assert points == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 44), (5, 45), (6, 46)]
 
 
 def test_a_grid_is_a_file_and_a_point_of_tensorboard(tmp_path):

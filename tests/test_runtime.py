@@ -5,9 +5,7 @@ import json
 import os
 import random
 import shutil
-import signal
 import subprocess
-import threading
 
 import numpy as np
 import pytest
@@ -106,38 +104,6 @@ def test_threads():
     runtime.set_threads(0)
     assert torch.get_num_threads() == 1
     runtime.set_threads(before)
-
-
-@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT"])
-def test_a_signal_is_recorded_and_the_handlers_are_restored(name):
-    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)]
-    with runtime.StopSignal() as stop:
-        assert not stop.received
-        os.kill(os.getpid(), getattr(signal, name))
-        assert stop.received == name
-    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGINT)] == before
-
-
-def test_the_second_interrupt_is_raised():
-    before = signal.getsignal(signal.SIGINT)
-    with pytest.raises(KeyboardInterrupt), runtime.StopSignal():
-        os.kill(os.getpid(), signal.SIGINT)
-        os.kill(os.getpid(), signal.SIGTERM)
-        os.kill(os.getpid(), signal.SIGINT)
-    assert signal.getsignal(signal.SIGINT) == before
-
-
-def test_stop_signal_outside_the_main_thread():
-    seen = []
-
-    def work():
-        with runtime.StopSignal() as stop:
-            seen.append(stop.received)
-
-    thread = threading.Thread(target=work)
-    thread.start()
-    thread.join()
-    assert seen == [None]
 
 
 def test_environment_is_json():

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from datafree.errors import InputError, printable, shown
+from datafree.files import write_text
 from datafree.untrusted import Bounded, is_name, read_text
 
 SMALLEST_STD = 1e-6
@@ -92,13 +93,8 @@ class DatasetCard:
     def to_yaml(self, path: str | Path) -> None:
         """Write the card to ``path``; raises InputError if the file cannot be written."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
-        try:
-            Path(path).write_text(yaml.safe_dump(values, sort_keys=False, allow_unicode=True), encoding="utf-8")
-        except OSError as error:
-            raise InputError(
-                f"cannot write the data card {path} ({error.strerror}); make its folder "
-                "writable, or give a card in another place with --card"
-            ) from error
+        text = yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        write_text(path, text, after=", or give a card in another place with --card")
 
     @classmethod
     def from_yaml(cls, path: str | Path) -> "DatasetCard":

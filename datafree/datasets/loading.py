@@ -30,6 +30,7 @@ from datafree.datasets.splits import LazySplit, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
 from datafree.errors import InputError, OptionError, printable
 from datafree.plugins import FAILURES, first_line, load_custom
+from datafree.screen import show
 from datafree.untrusted import is_name
 
 OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
@@ -140,10 +141,10 @@ def resolve_card(
             "it from the training images, or give one with --card"
         )
     card, notes = derive_card(name, root, image_size)
-    print("\n".join(map(printable, notes)))
+    show("\n".join(map(printable, notes)))
     if write:
         card.to_yaml(root / CARD_FILE)
-        print(
+        show(
             f"data card derived from the training images and written to {root / CARD_FILE}: "
             f"{'x'.join(map(str, card.shape))}, {card.num_classes} classes, mean {card.mean}, std {card.std}"
         )

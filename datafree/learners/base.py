@@ -12,7 +12,7 @@ from datafree.config import Optim
 from datafree.errors import InputError
 from datafree.network import Network
 from datafree.pool import Batch
-from datafree.update import Update, are_terms, detached, is_scalar
+from datafree.update import Update, are_terms, detached, is_scalar, load_part
 
 if TYPE_CHECKING:
     from datafree.view_cache import ViewCache
@@ -75,6 +75,10 @@ class Learner:
         """Further numbers to log about the steps since the last call, by name."""
         return {}
 
+    def remarks(self) -> list[str]:
+        """Sentences for the log about the steps since the last call, on what a resumed run need not repeat."""
+        return []
+
     @property
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
@@ -93,7 +97,7 @@ class Learner:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         for name, part in self.parts().items():
-            part.load_state_dict(state[name])
+            load_part(part, state[name])
         if isinstance(self.schedule, LambdaLR):  # a resumed run may be longer than it was, and its cosine with it
             for group, rate, factor in zip(
                 self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas

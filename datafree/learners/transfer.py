@@ -92,9 +92,10 @@ class TransferLearner(Learner):
             return relation.triplet_layers(student, self.triplets)
         return [student.embed if kind == "global" else student.logits]
 
-    def metrics(self) -> dict[str, float]:
+    def remarks(self) -> list[str]:
+        """How often the cache was of use. It is no metric, because the cache of a resumed run is empty at first."""
         rate = self.cache.hit_rate() if self.cache else None
-        return {} if rate is None else {"view_cache/hit_rate": rate}
+        return [] if rate is None else [f"View cache: {100 * rate:.1f} % of the views were cached."]
 
     def parts(self) -> dict[str, Any]:
         return {**super().parts(), **self.modules}

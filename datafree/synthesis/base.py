@@ -1,5 +1,6 @@
 """The interface between engine and source of images."""
 
+import copy
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,10 +28,12 @@ class BaseSynthesis:
 
     traits: what kind of source it is (:class:`datafree.synthesis.Traits`).
     images_made: how many images were synthesised so far.
+    round_loss: the weighted loss of the last round, a scalar, of which the engine checks that it is finite.
     g_steps: steps of a round, after each of which it calls ``tick``; 0 if it does not.
     epoch: of the current round, counted from 0. with_student: False during warm-up, when terms that use the student
     are inactive. Both are set by :meth:`round`.
-    tick: set by the engine; called after each synthesis step, for the progress bar.
+    tick: set by the engine; called after each synthesis step. It counts the step, and may end the round by an exception
+    that is to pass: the round is then made again from the state before it.
     """
 
     traits: ClassVar[Traits] = Traits()
@@ -40,6 +43,7 @@ class BaseSynthesis:
     card: DatasetCard | None = None
     config: Any
     images_made = 0
+    round_loss: Tensor | None = None
     g_steps = 0
     epoch = 0
     with_student = True
@@ -128,6 +132,14 @@ class BaseSynthesis:
             batch = self.batch(256)
         self.images_made = made
         return batch.images, batch.targets
+
+    def round_state(self) -> dict[str, Any]:
+        """A copy of the state that a round changes before it ends, for :meth:`restore_round`."""
+        return copy.deepcopy(self.state_dict())
+
+    def restore_round(self, state: dict[str, Any]) -> None:
+        """Make everything as before a round that did not end, as if it had not begun."""
+        self.load_state_dict(state)
 
     def state_dict(self) -> dict[str, Any]:
         """All that an exact resume needs, beside the random state; a user-defined source adds its own state."""

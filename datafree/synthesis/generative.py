@@ -11,6 +11,7 @@ from datafree.pool import Batch
 from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
 from datafree.synthesis.optimised import OptimisedSynthesis
+from datafree.update import load_part
 
 
 class GenerativeSynthesis(OptimisedSynthesis):
@@ -38,7 +39,7 @@ class GenerativeSynthesis(OptimisedSynthesis):
         with self.objective.student.frozen():
             for _ in range(self.g_steps):
                 targets = self._targets()
-                images, _, terms = self._step(partial(self._render, targets), targets, [self.optimizer])
+                images, self.round_loss, terms = self._step(partial(self._render, targets), targets, [self.optimizer])
                 sums = {name: sums.get(name, 0) + term for name, term in terms.items()}
                 self.tick()
         self.objective.end_round(images)
@@ -68,4 +69,4 @@ class GenerativeSynthesis(OptimisedSynthesis):
         super().load_state_dict(state)
         for name, part in self._parts().items():
             part.load_state_dict(state[name])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_part(self.optimizer, state["optimizer"])

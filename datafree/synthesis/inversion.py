@@ -11,6 +11,7 @@ from datafree.models.generator import Generator
 from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
 from datafree.synthesis.optimised import Render, RoundSynthesis
+from datafree.update import load_part
 
 
 class InversionSynthesis(RoundSynthesis):
@@ -94,7 +95,7 @@ class InversionSynthesis(RoundSynthesis):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         for name, part in self._parts().items():
-            part.load_state_dict(state[name])
+            load_part(part, state[name])
         self.centres, self.reset_done = state["centres"].to(self.device), state["reset_done"]
 
 

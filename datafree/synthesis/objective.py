@@ -14,6 +14,7 @@ from datafree.features import Features
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.terms import Term, fields_read, weighted, weighted_sum
 from datafree.trial import trial_images, unchanged
+from datafree.update import load_part
 
 if TYPE_CHECKING:
     from datafree.network import Network
@@ -182,7 +183,7 @@ class SynthesisObjective:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         if self.contrast:
             self.contrast.load_state_dict(state["contrast"])
-        for optimizer, saved in zip(self.optimizers, state["optimizers"]):
-            optimizer.load_state_dict(saved)
+        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+            load_part(optimizer, saved)
         device = self.teacher.device
         self.bn_average = [(mean.to(device), variance.to(device)) for mean, variance in state["bn_average"]]

@@ -1,6 +1,7 @@
 """What the sources that optimise images share: one update under the objective, and rounds that fill a pool."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -93,6 +94,8 @@ class RoundSynthesis(OptimisedSynthesis):
     there is more to do.
     """
 
+    _pool_is_saved = True
+
     def __init__(self, *parts: Any, **named: Any):
         super().__init__(*parts, **named)
         self.pool = make_pool(self.config, self.card, self.device)
@@ -135,6 +138,7 @@ class RoundSynthesis(OptimisedSynthesis):
                     for name, term in terms.items()
                 }
                 self.tick()
+        self.round_loss = lowest
         self._end_round()
         self.pool.add(kept, targets)
         self.images_made = self.pool.added
@@ -147,12 +151,30 @@ class RoundSynthesis(OptimisedSynthesis):
     def latest(self) -> tuple[Tensor, Tensor | None]:
         return self.pool.newest(self.settings.synthesis_batch_size)
 
+    @contextmanager
+    def _without_pool(self) -> Iterator[None]:
+        """Its images may be many, and a round adds to them when all of its steps are done."""
+        self._pool_is_saved = False
+        try:
+            yield
+        finally:
+            self._pool_is_saved = True
+
+    def round_state(self) -> dict[str, Any]:
+        with self._without_pool():
+            return super().round_state()
+
+    def restore_round(self, state: dict[str, Any]) -> None:
+        with self._without_pool():
+            super().restore_round(state)
+
     def state_dict(self) -> dict[str, Any]:
-        return {**super().state_dict(), "pool": self.pool.state_dict()}
+        return {**super().state_dict(), **({"pool": self.pool.state_dict()} if self._pool_is_saved else {})}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        self.pool.load_state_dict(state["pool"])
+        if self._pool_is_saved:
+            self.pool.load_state_dict(state["pool"])
 
 
 def make_pool(config: Any, card: DatasetCard, device: torch.device) -> ImagePool:
