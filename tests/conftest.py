@@ -103,6 +103,7 @@ QUANTIZATION_SYNTHESIS = ("--g_steps", 3, "--synthesis_batch_size", 16)
 QUANTIZATION_BUDGETS = {
     "rgal": (*QUANTIZATION_SYNTHESIS, "--nz", 8, "--ngf", 4),
     "gdfq": (*QUANTIZATION_SYNTHESIS, "--nz", 8, "--ngf", 4),
+    "inversion": (*QUANTIZATION_SYNTHESIS, "--nz", 8, "--ngf", 4),
     "pixels": (*QUANTIZATION_SYNTHESIS, "--synthesis_rounds", 6),
     "noise": (),
     "real": (),
