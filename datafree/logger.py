@@ -226,11 +226,6 @@ def ranges(numbers: Sequence[int]) -> str:
     return f"epoch{'s' * (len(numbers) > 1)} " + ", ".join(parts)
 
 
-def whole_lines(path: Path) -> list[str]:
-    """The complete lines of a metrics.jsonl, whose last one a killed or running process may have left unfinished."""
-    return [line for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-
-
 def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
     """Plain text of ``rows``, aligned; numbers to the right, None as -."""
     columns = []
