@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Class-incremental learning on CIFAR-10, five tasks of two classes, with a small network on a CPU: ABD alone and with
-# RGAL, and LwF, over three orders of the classes, paired. A finished run is not repeated. SEEDS and STUDY are as in
+# Class-incremental learning on CIFAR-10, five tasks of two classes, with a small network on a CPU: ABD's loss on images that
+# are inverted in rounds, alone and with RGAL, and LwF, over three orders of the classes, paired. A finished run is not repeated. SEEDS and STUDY are as in
 # incremental_digits.sh, and so are the weights of the triplets; options are passed on to every run:
 #     SEEDS="0" bash scripts/incremental_cifar10.sh --data_root path/to/data
 set -euo pipefail
@@ -10,8 +10,8 @@ study=${STUDY:-runs/incremental_cifar10}
 cells() {
     echo "finetune finetune incremental"
     echo "lwf lwf incremental"
-    echo "abd abd incremental_replay"
-    echo "abd-both abd incremental_replay --triplet ${CONFUSE:-1} --striplet ${SEPARATE:-1}"
+    echo "host abd_inversion incremental_inversion"
+    echo "host-both abd_inversion incremental_inversion --triplet ${CONFUSE:-1} --striplet ${SEPARATE:-1}"
 }
 
 for seed in ${SEEDS:-0 1 2}; do
