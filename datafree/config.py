@@ -728,6 +728,15 @@ class Quantizer:
         )
 
 
+def method_option(folder: str) -> Any:
+    """The option that names a method: a file in configs/``folder``/."""
+    return option(
+        "rgal",
+        f"Name of a file in configs/{folder}/, whose settings your own override, or a user-defined source of images.",
+        custom=True,
+    )
+
+
 def _check_student_terms(config: Any, plan: Schedule) -> None:
     """Raise an OptionError if images are synthesised in the warm-up alone, but a term of theirs uses the student."""
     weights = {"adv": config.synthesis.adv, "triplet": config.relation.triplet}
@@ -755,11 +764,7 @@ class DistillConfig:
     relation: Relation = field(default_factory=Relation)
     distill: Distill = field(default_factory=Distill)
     optim: Optim = field(default_factory=Optim)
-    method: str = option(
-        "rgal",
-        "Name of a file in configs/methods/, whose settings your own override, or a user-defined source of images.",
-        custom=True,
-    )
+    method: str = method_option("methods")
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
@@ -816,11 +821,7 @@ class QuantizeConfig:
     relation: Relation = field(default_factory=Relation)
     finetune: Finetune = field(default_factory=Finetune)
     optim: QuantizeOptim = field(default_factory=QuantizeOptim)
-    method: str = option(
-        "rgal",
-        "Name of a file in configs/quantization/, whose settings yours override, or a user-defined source of images.",
-        custom=True,
-    )
+    method: str = method_option("quantization")
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
@@ -1026,11 +1027,7 @@ class IncrementalConfig:
     synthesis: Replay = field(default_factory=Replay)
     relation: IncrementalRelation = field(default_factory=IncrementalRelation)
     optim: IncrementalOptim = field(default_factory=IncrementalOptim)
-    method: str = option(
-        "rgal",
-        "Name of a file in configs/incremental/, whose settings your own override, or a user-defined source of images.",
-        custom=True,
-    )
+    method: str = method_option("incremental")
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""

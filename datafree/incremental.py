@@ -25,6 +25,7 @@ from datafree.logger import RunFolder, plain, table
 from datafree.network import Network
 from datafree.options import result_options
 from datafree.plan import describe_task, least_useful
+from datafree.results import read_summary
 from datafree.runtime import environment, seed_everything
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -396,7 +397,7 @@ class IncrementalRun:
 
     def _summary_of(self, task: int) -> dict[str, Any]:
         path = self.task_folder(task) / "summary.json"
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        return read_summary(path) if path.is_file() else {}
 
 
 def stated_order(network: Network, classes: int) -> tuple[int, ...] | None:

@@ -37,7 +37,7 @@ class Progress(AbstractContextManager):
         self.done: dict[str, float] = dict(schedule.work_until(**position))
         self.paces = {kind: deque(map(tuple, (paces or {}).get(kind, ())), PHASES) for kind in self.total}
         self._kind, self._started, self._begun, self._epoch = "", 0.0, 0.0, "epoch"
-        self._steps, self._all_steps = schedule.steps_done(**position), schedule.steps_until(schedule.epochs)
+        self._steps, self._all_steps = schedule.steps_until(**position), schedule.steps_until(schedule.epochs)
         self._bar: tqdm | None = None
         self._shown = now()
 

@@ -22,9 +22,10 @@ __all__ = ["DATASETS", "INCREMENTAL_METHODS", "METHODS", "MODELS", "QUANTIZATION
 
 HERE = Path(__file__).resolve().parent
 CONFIGS = next(path for path in (HERE.parent / "configs", HERE / "configs") if (path / "methods").is_dir())  # installed
-METHODS = {path.stem: path for path in sorted((CONFIGS / "methods").glob("*.yaml"))}
-QUANTIZATION_METHODS = {path.stem: path for path in sorted((CONFIGS / "quantization").glob("*.yaml"))}
-INCREMENTAL_METHODS = {path.stem: path for path in sorted((CONFIGS / "incremental").glob("*.yaml"))}
+METHODS, QUANTIZATION_METHODS, INCREMENTAL_METHODS = (
+    {path.stem: path for path in sorted((CONFIGS / folder).glob("*.yaml"))}
+    for folder in ("methods", "quantization", "incremental")
+)
 
 
 def get_model(name: str, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> "nn.Module":

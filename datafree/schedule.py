@@ -70,12 +70,13 @@ class Schedule:
     @property
     def total_synthesis_rounds(self) -> int:
         """Rounds of the whole run that synthesise."""
-        return self._synthesis_rounds_until(self.epochs)
+        work = self.work_until(self.epochs)
+        return work["warmup"] + work["synthesis"]
 
     @property
     def total_student_steps(self) -> int:
         """Student steps of the whole run, over which the learning rate falls."""
-        return self._student_steps_until(self.epochs)
+        return self.work_until(self.epochs)["student"]
 
     def student_steps_done(self, epoch: int, round: int, step: int) -> int:
         """Student steps taken before ``step`` of ``round`` of ``epoch``, had there been no warm-up."""
@@ -85,12 +86,8 @@ class Schedule:
         """The position in the run, in [0, 1)."""
         return self.student_steps_done(epoch, round, step) / (self.epochs * self.rounds * self.kd_steps)
 
-    def steps_until(self, epoch: int) -> int:
-        """Steps of both phases in the epochs before ``epoch``, for the progress bar."""
-        return self.steps_done(epoch)
-
-    def steps_done(self, epoch: int, round: int = 0, step: int = 0) -> int:
-        """Steps of both phases before this position."""
+    def steps_until(self, epoch: int, round: int = 0, step: int = 0) -> int:
+        """Steps of both phases before a position, for the progress bar."""
         work = self.work_until(epoch, round, step)
         return (work["warmup"] + work["synthesis"]) * self.g_steps + work["student"]
 
@@ -102,10 +99,3 @@ class Schedule:
         warm, of_warmup = min(synthesised, self.warmup * self.rounds), self.warmup * self.rounds
         student = max(epoch * self.rounds + round - of_warmup, 0) * self.kd_steps + step
         return {"warmup": warm, "synthesis": synthesised - warm, "student": student, "closing": epoch}
-
-    def _synthesis_rounds_until(self, epoch: int) -> int:
-        work = self.work_until(epoch)
-        return work["warmup"] + work["synthesis"]
-
-    def _student_steps_until(self, epoch: int) -> int:
-        return self.work_until(epoch)["student"]

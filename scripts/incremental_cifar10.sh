@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Class-incremental learning on CIFAR-10, five tasks of two classes, with a small network on a CPU: ABD's loss on images that
-# are inverted in rounds, alone and with RGAL, and LwF, over three orders of the classes, paired. A finished run is not repeated. SEEDS and STUDY are as in
-# incremental_digits.sh, and so are the weights of the triplets; options are passed on to every run:
+# Class-incremental learning on CIFAR-10, five tasks of two classes, with a small network on a CPU: ABD's loss on images
+# that are inverted in rounds, alone and with RGAL, and LwF, over three orders of the classes, paired. A finished run is not
+# repeated. SEEDS and STUDY are as in incremental_digits.sh, and so are the weights of the triplets; options are passed on
+# to every run:
 #     SEEDS="0" bash scripts/incremental_cifar10.sh --data_root path/to/data
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
