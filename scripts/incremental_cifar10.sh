@@ -1,8 +1,7 @@
 #!/usr/bin/env bash
 # Class-incremental learning on CIFAR-10, five tasks of two classes, with a small network on a CPU: ABD's loss on images
 # that are inverted in rounds, alone and with RGAL, and LwF, over three orders of the classes, paired. A finished run is not
-# repeated. SEEDS and STUDY are as in incremental_digits.sh, and so are the weights of the triplets; options are passed on
-# to every run:
+# repeated. SEEDS and STUDY are as in incremental_digits.sh; options are passed on to every run:
 #     SEEDS="0" bash scripts/incremental_cifar10.sh --data_root path/to/data
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
@@ -11,8 +10,8 @@ study=${STUDY:-runs/incremental_cifar10}
 cells() {
     echo "finetune finetune incremental"
     echo "lwf lwf incremental"
-    echo "host abd_inversion incremental_inversion"
-    echo "host-both abd_inversion incremental_inversion --triplet ${CONFUSE:-1} --striplet ${SEPARATE:-1}"
+    echo "host abd_inversion incremental_inversion --triplet 0 --striplet 0"
+    echo "host-both abd_inversion incremental_inversion"
 }
 
 for seed in ${SEEDS:-0 1 2}; do
