@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
+TEST_PICTURE = "grids/test.png"
+
+
 class RunFolder(AbstractContextManager):
     """The folder ``root`` of a run called ``name``, held by this process until :meth:`close`.
 
@@ -105,11 +108,22 @@ class RunFolder(AbstractContextManager):
 
     def grid(self, epoch: int, picture: "Image") -> None:
         """Save a picture as grids/epoch_0040.png and in TensorBoard."""
+        self._save_and_show(f"grids/epoch_{epoch:04d}.png", "grids/epoch", epoch, picture)
+
+    def _save_and_show(self, file: str, tag: str, epoch: int, picture: "Image") -> None:
         import numpy as np
         from torch.utils.tensorboard.summary import image
 
-        self.picture(f"grids/epoch_{epoch:04d}.png", picture)
-        self._add_points(epoch, [image("grids/epoch", np.asarray(picture), dataformats="HWC")])
+        self.picture(file, picture)
+        self._add_points(epoch, [image(tag, np.asarray(picture), dataformats="HWC")])
+
+    @property
+    def has_test_picture(self) -> bool:
+        return (self.root / TEST_PICTURE).exists()
+
+    def test_picture(self, epoch: int, picture: "Image") -> None:
+        """Save a picture of test images, beside those of the grids."""
+        self._save_and_show(TEST_PICTURE, "grids/test", epoch, picture)
 
     def summary(self, mapping: Mapping[str, Any]) -> None:
         """Write summary.json; numbers that are not finite become null."""

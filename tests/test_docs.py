@@ -209,7 +209,7 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(scr
         for path in runs.glob("*_resnet8/seed3/config.yaml")
     }
     assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3"}
-    assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
+    assert list(runs.glob("digits_rgal_*/seed3/grids/epoch_*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
 
 
 @pytest.mark.slow

@@ -260,8 +260,11 @@ def test_a_grid_is_a_file_and_a_point_of_tensorboard(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     with begin(tmp_path, "r", CONFIG) as folder:
         folder.grid(40, Image.fromarray(pixels))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "grids" / "epoch_0040.png")), pixels)
-    assert [(e.step, e.width, e.height) for e in events(tmp_path).Images("grids/epoch")] == [(40, 64, 48)]
+        folder.test_picture(40, Image.fromarray(pixels))
+    for name in ("epoch_0040", "test"):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "grids" / f"{name}.png")), pixels)
+    for tag in ("grids/epoch", "grids/test"):
+        assert [(e.step, e.width, e.height) for e in events(tmp_path).Images(tag)] == [(40, 64, 48)]
 
 
 def test_table():
