@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datafree.errors import InputError
 from datafree.files import append, fcntl, remove_left_over, replacing, write_text, writing
@@ -242,14 +242,30 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
     """Plain text of ``rows``, aligned; numbers to the right, None as -."""
-    columns = []
+    aligned = []
+    for name, cells, is_number in columns(rows, decimals):
+        width = max(map(len, [name, *cells]))
+        align = str.rjust if is_number else str.ljust
+        aligned.append([align(cell, width) for cell in (name, "-" * width, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned))
+
+
+class Column(NamedTuple):
+    """A column of a table, its cells as text."""
+
+    name: str
+    cells: list[str]
+    is_number: bool
+
+
+def columns(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> list[Column]:
+    """The columns of ``rows``, each of which may lack some; None as -."""
+    found = []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         cells = ["-" if v is None else f"{v:.{decimals}f}" if isinstance(v, float) else str(v) for v in values]
-        width = max(map(len, [name, *cells]))
-        align = str.rjust if any(isinstance(v, (int, float)) for v in values) else str.ljust
-        columns.append([align(cell, width) for cell in (name, "-" * width, *cells)])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
+        found.append(Column(name, cells, any(isinstance(v, (int, float)) for v in values)))
+    return found
 
 
 def plain(value: Any) -> Any:

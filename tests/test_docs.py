@@ -20,7 +20,7 @@ import datafree_kd
 import datafree_quantize
 import registry
 import train_scratch
-from datafree import cli, config
+from datafree import cli, config, report
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
 from datafree.models.factory import build_model
 
@@ -99,6 +99,8 @@ def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, mo
     runner, first, *rest = words
     if first == "-m":
         assert importlib.util.find_spec(rest[0]), f"no module {rest[0]}"
+        if rest[0] == "datafree.report" and "--help" not in rest:
+            assert report.read_arguments(rest[1:])[""]
     elif first != "-c":
         assert (ROOT / first).is_file(), f"no file {first}"
     if first in PROGRAMS and "--help" not in rest:
