@@ -3,6 +3,7 @@
 import math
 import unicodedata
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from PIL import Image, ImageDraw, ImageFont
@@ -18,7 +19,14 @@ from datafree.runtime import same_rng
 GAP, CAPTION, HEADING = 2, 16, 120  # pixels around an image of a grid, below one with a caption, and left of a row
 FONT = 12  # height of the letters
 CELL, MARGIN = 44, 16  # pixels of a cell of a matrix, and of a line of text beside it
-COLUMNS, ROWS = 8, 10  # of a grid of images by class
+COLUMNS, NARROW, ROWS = 8, 4, 10  # of a grid of images by class
+
+
+class Pictures(NamedTuple):
+    """A grid, and its first columns, which fit into a card of TensorBoard in their own size."""
+
+    whole: Image.Image
+    narrow: Image.Image
 
 
 class Gallery:
@@ -32,12 +40,12 @@ class Gallery:
     def __init__(self, names: Sequence[str], judge: Network | None = None, test: Split | None = None):
         self.names, self.judge, self.test = list(map(_drawable, names)), judge, test
 
-    def draw(self, images: Tensor, targets: Tensor | None) -> Image.Image:
+    def draw(self, images: Tensor, targets: Tensor | None) -> Pictures:
         """The picture of images (N, C, H, W) in [0, 1] of the classes ``targets`` (N,), or of none."""
         places = choose(len(images), targets)
         return self._draw(places, images[places.flatten()], None if targets is None else targets[places])
 
-    def draw_test(self) -> Image.Image | None:
+    def draw_test(self) -> Pictures | None:
         """The picture of test images, of the first classes that the judge knows; None without a test set."""
         if self.test is None:
             return None
@@ -47,15 +55,20 @@ class Gallery:
         chosen = known[places]
         return self._draw(places, self.test.at(chosen.flatten()), labels[chosen])
 
-    def _draw(self, places: Tensor, images: Tensor, targets: Tensor | None) -> Image.Image:
+    def _draw(self, places: Tensor, images: Tensor, targets: Tensor | None) -> Pictures:
         """The picture of a grid: its images (rows x columns, ...), and their classes, of the shape of ``places``."""
         headings = [] if targets is None else [self._name(k) for k in targets[:, 0].tolist()]
-        captions = self._opinions(images, targets)
+        opinions, columns = self._opinions(images, targets), places.shape[1]
         empty = (places < 0).flatten().tolist()
         images = images.clone()
         images[empty] = 1
-        captions = ["" if gap else text for gap, text in zip(empty, captions)]
-        return draw_grid(images, places.shape[1], headings, captions)
+        captions = ["" if gap else text for gap, text in zip(empty, opinions)]
+        narrow = [i for i in range(len(images)) if i % columns < NARROW]
+        fewer = [captions[i] for i in narrow] if captions else []
+        return Pictures(
+            draw_grid(images, columns, headings, captions),
+            draw_grid(images[narrow], min(columns, NARROW), headings, fewer),
+        )
 
     def _name(self, k: int) -> str:
         name = self.names[k] if k < len(self.names) else ""

@@ -173,7 +173,7 @@ class IncrementalRun:
         self.results = Results([self._count(task) for task in range(len(tasks))] if session.test else [])
         if folder:
             self._resume(folder)
-            folder.record(to_yaml(session.config), environment(session.device))
+            folder.record(to_yaml(session.config), environment(session.device), self.options)
             folder.write_json(RESULTS, self._record())
         self._images = self._load()
 

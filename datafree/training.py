@@ -82,7 +82,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             metadata=weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored),
         )
         resume(session, engine)
-        folder.record(to_yaml(session.config), here)
+        folder.record(to_yaml(session.config), here, engine.metadata["options"])
         result = engine.train()
         summarise(session, engine, result, {**training.stored, **columns}, training.facts)
         if training.finish:

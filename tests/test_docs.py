@@ -344,6 +344,22 @@ def test_the_user_defined_learners_of_their_page_run(name, terms, distil, shown_
     assert all(norm.any() for norm in norms) == (name == "HardLabels")  # the other one leaves them as they were
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_run_is_logged_to_a_tracker_as_its_page_shows(tracker, distil, tmp_path):
+    pytest.importorskip(tracker)
+    [code] = [block for block in python_blocks("trackers.md") if f"import {tracker}\n" in block]
+    folder = distil("--epochs", 1)
+    environment = {**os.environ, "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*")) or (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("block", python_blocks("trackers.md"))
+def test_the_programs_of_the_page_on_trackers_are_valid(block):
+    compile(block, "trackers.md", "exec")
+
+
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])
 def test_the_quickstart_refuses_options_that_it_would_ignore(word, checkout):
     done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", word, "x"], capture_output=True, text=True)

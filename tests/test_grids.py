@@ -87,11 +87,20 @@ def texts(monkeypatch):
     return given
 
 
+def test_the_narrow_picture_has_the_first_columns(texts):
+    images = torch.arange(18).view(18, 1, 1, 1) / 20
+    Gallery(["a", "b"], judge([[3], [0]])).draw(images, torch.tensor([0] * 12 + [1] * 6))
+    whole, narrow = texts
+    assert whole[1] == 8 and narrow[1] == 4 and whole[2] == narrow[2] == ["a", "b"]
+    assert (narrow[0][:, 0, 0, 0] * 20).round().tolist() == [0, 1, 2, 3, 12, 13, 14, 15]
+    assert narrow[3] == [*whole[3][:4], *whole[3][8:12]]
+
+
 def judge(rows):
-    """A network of 2 by 1 grey images, whose logits are ``rows`` times the image."""
-    layer = nn.Linear(2, len(rows), bias=False)
+    """A network of grey images of one row, whose logits are ``rows`` times the image."""
+    layer = nn.Linear(len(rows[0]), len(rows), bias=False)
     layer.weight.data = torch.tensor(rows, dtype=torch.float32)
-    return Network(nn.Sequential(nn.Flatten(), layer), (1, 1, 2), (0.0,), (1.0,)).freeze()
+    return Network(nn.Sequential(nn.Flatten(), layer), (1, 1, len(rows[0])), (0.0,), (1.0,)).freeze()
 
 
 IMAGES = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0.5, 0.5]]).view(4, 1, 1, 2)
@@ -100,7 +109,7 @@ IMAGES = torch.tensor([[1.0, 0], [0, 1], [1, 0], [0.5, 0.5]]).view(4, 1, 1, 2)
 def test_below_an_image_is_how_sure_the_judge_is_and_its_class_if_that_is_another(texts):
     Gallery(["cat", "crème brûlée"], judge([[3, 0], [0, 3]])).draw(IMAGES, torch.tensor([0, 0, 1, 1]))
     Gallery(["cat", "dog"], judge([[3, 0], [0, 3]])).draw(IMAGES[:3], torch.tensor([0, 0, 1]))
-    [(_, columns, headings, captions), (images, *_, short)] = texts
+    (_, columns, headings, captions), _, (images, *_, short), _ = texts
     assert (images[3] == 1).all() and not (images[:3] == 1).all() and short[3] == ""  # one image of the second class
     assert columns == 2 and headings == ["cat", "creme brulee"]
     sure = int(100 / (1 + np.exp(-3)))
@@ -111,7 +120,7 @@ def test_without_targets_or_judge_there_is_less_to_say(texts):
     Gallery([], judge([[3, 0], [0, 3]])).draw(IMAGES, None)
     Gallery(["7", "Ж"]).draw(IMAGES, torch.tensor([0, 0, 1, 1]))
     assert texts[0][2:] == ([], ["95%", "95%", "95%", "50%"])
-    assert texts[1][2:] == (["class 7", "class 1"], [])  # the font has no other letters than ours
+    assert texts[2][2:] == texts[3][2:] == (["class 7", "class 1"], [])  # the font has no other letters than ours
 
 
 def test_the_test_images_are_those_of_the_classes_that_the_judge_knows(texts):
@@ -120,7 +129,7 @@ def test_the_test_images_are_those_of_the_classes_that_the_judge_knows(texts):
     assert Gallery([]).draw_test() is None
     Gallery(["a", "b", "c"], judge([[3, 0], [0, 3]]), test).draw_test()
     Gallery(["a", "b", "c"], None, test).draw_test()
-    (known, *_, headings, captions), (every, _, all_headings, no_captions) = texts
+    (known, *_, headings, captions), _, (every, _, all_headings, no_captions), _ = texts
     assert (known * 255).round()[:, 0, 0, 0].tolist() == [4, 8, 2, 6] and headings == ["a", "b"] and len(captions) == 4
     assert len(every) == 6 and all_headings == ["a", "b", "c"] and no_captions == []
 
