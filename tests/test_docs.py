@@ -22,6 +22,7 @@ import registry
 import train_scratch
 from datafree import cli, config, report
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
+from datafree.ledger import read_cell
 from datafree.models.factory import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -101,6 +102,8 @@ def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, mo
         assert importlib.util.find_spec(rest[0]), f"no module {rest[0]}"
         if rest[0] == "datafree.report" and "--help" not in rest:
             assert report.read_arguments(rest[1:])[""]
+        if rest[0] == "datafree.reproduce" and rest[1] not in ("--ledger", "FILE"):
+            assert read_cell(rest[1]).program
     elif first != "-c":
         assert (ROOT / first).is_file(), f"no file {first}"
     if first in PROGRAMS and "--help" not in rest:
@@ -389,9 +392,8 @@ def test_incremental_learning_on_the_digits_shares_its_first_task_and_resumes_wh
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_config_parses_and_states_only_differences(path):
     stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    named = {"training": "train_scratch.py", "incremental": "datafree_incremental.py"}
-    program = next((named[section] for section in named if section in stated), "datafree_kd.py")
-    program = "datafree_quantize.py" if path.stem.startswith("quantize") else program
+    named = {"train": "train_scratch.py", "incremental": "datafree_incremental.py", "quantize": "datafree_quantize.py"}
+    program = named.get(read_cell(path).program, "datafree_kd.py")
     assert program == "train_scratch.py" or "method" in stated, "name the method, even the default one"
     words = ["--method", stated["method"]] if "method" in stated else []
     words += ["--config", str(path.parent / stated["base"])] if "base" in stated else []
