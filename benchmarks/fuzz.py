@@ -43,6 +43,7 @@ from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, Sc
 from datafree.errors import exit_on_input_error
 from datafree.models.factory import build_model
 from datafree.options import list_options
+from datafree.tables import FORMATS
 from registry import INCREMENTAL_METHODS, METHODS, QUANTIZATION_METHODS
 
 SECONDS, BYTES = 30, 2**30  # of a case: of the processor, and of memory beyond what was in use
@@ -518,7 +519,15 @@ def files(draw, made):
         return curves.main, ["curve.png", "found"], found
     more = draw(
         st.sampled_from(
-            [[], ["--of", "loss"], ["--of", "images/near_duplicates"], ["--effect", "lr"], ["--against", "lr=1"]]
+            [
+                [],
+                ["--of", "loss"],
+                ["--of", "images/near_duplicates"],
+                ["--effect", "lr"],
+                ["--against", "lr=1"],
+                ["--html", "page.html"],
+                *(["--format", form] for form in FORMATS),
+            ]
         )
     )
     return report.main, ["found", *more], found
@@ -610,7 +619,7 @@ def main():
         scratch.mkdir()
         keep.mkdir(exist_ok=True)
         made = prepare(scratch)
-        written = ("runs", "curve.png")
+        written = ("runs", "curve.png", "page.html")
         kinds = {
             "configs": (configs(), ()),
             "runs": (runs(), ("runs", "checkpoints/pretrained")),

@@ -14,6 +14,7 @@ PROGRAMS = {
     "train": ("datafree.programs.train", "a network trained on real images: a teacher, or an upper bound"),
     "report": ("datafree.report", "a table of runs: means, deviations and paired gains over seeds"),
     "curves": ("datafree.curves", "a picture of runs over their epochs"),
+    "reproduce": ("datafree.reproduce", "an experiment again, compared with what its file expects"),
 }
 
 
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 # Entry points of the installed commands.
-kd, quantize, incremental, train, report, curves = (partial(start, name) for name in PROGRAMS)
+kd, quantize, incremental, train, report, curves, reproduce = (partial(start, name) for name in PROGRAMS)
 
 if __name__ == "__main__":
     exit_on_input_error(main)

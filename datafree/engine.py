@@ -28,7 +28,7 @@ from datafree import checkpoint
 from datafree.config import Run
 from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import scores_line
-from datafree.grids import draw_grid, grid_rows
+from datafree.grids import Gallery
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.plugins import first_line, is_same_code
@@ -57,7 +57,7 @@ class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
     run: the section of the options. evaluate: () -> scores with acc1 (%), or None if there is no test set.
-    monitor: called after each epoch, or None. classes: their names, for the image grids; empty if they are unknown.
+    monitor: called after each epoch, or None. gallery: draws the image grids.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
     when the run is resumed, except the number of epochs.
     """
@@ -72,11 +72,12 @@ class Engine:
         *,
         evaluate: Callable[[], dict[str, float]] | None = None,
         monitor: Monitor | None = None,
-        classes: Sequence[str] = (),
+        gallery: Gallery | None = None,
         metadata: dict[str, Any] | None = None,
     ):
         self.learner, self.source, self.schedule, self.folder, self.run = learner, source, schedule, folder, run
-        self.evaluate, self.monitor, self.classes, self.metadata = evaluate, monitor, classes, metadata or {}
+        self.evaluate, self.monitor, self.metadata = evaluate, monitor, metadata or {}
+        self.gallery = gallery or Gallery(())
         self.position = {"epoch": 0, "round": 0, "step": 0}
         self.means = Means()
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": -1}
@@ -211,7 +212,9 @@ class Engine:
         if not len(images):
             return
         try:
-            self.folder.grid(epoch, draw_grid(*grid_rows(images, targets, self.classes)))
+            self.folder.grid(epoch, *self.gallery.draw(images, targets))
+            if (epoch == 0 or not self.folder.has_test_picture) and (pictures := self.gallery.draw_test()):
+                self.folder.test_picture(epoch, *pictures)
         except Exception as error:  # a picture is not worth the epoch, which is not saved yet
             self.folder.log(f"[Alarm] the image grid of epoch {epoch} could not be drawn: {first_line(error)}")
 

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,7 @@ from torch import Tensor
 from datafree import checkpoint
 from datafree.cli import to_yaml
 from datafree.config import Incremental
-from datafree.datasets.cards import DatasetCard
+from datafree.datasets.cards import DatasetCard, names_of
 from datafree.datasets.splits import Split
 from datafree.engine import Monitor, require_same_options
 from datafree.errors import InputError, out_of_memory_in, shown
@@ -72,7 +72,7 @@ class Tasks:
                 "give --increment 2 or more, or --lce 0"
             )
         order = cls._order(options, card)
-        return cls(order, tuple(range(first, classes + 1, step)), card.classes or tuple(map(str, range(classes))))
+        return cls(order, tuple(range(first, classes + 1, step)), names_of(card))
 
     @staticmethod
     def _order(options: Incremental, card: DatasetCard) -> tuple[int, ...]:
@@ -165,14 +165,15 @@ class IncrementalRun:
     """
 
     def __init__(self, session: "Session", tasks: Tasks, network: Network, folder: RunFolder | None):
-        self.session, self.tasks, self.network, self.folder = session, tasks, network, folder
+        self.session, self.network, self.folder = session, network, folder
+        self.tasks = replace(tasks, names=session.class_names)
         self.settings = session.config.incremental
         self.options = plain({**result_options(session.config), **session.digests})  # as they are read again
         self.finished = 0
         self.results = Results([self._count(task) for task in range(len(tasks))] if session.test else [])
         if folder:
             self._resume(folder)
-            folder.record(to_yaml(session.config), environment(session.device))
+            folder.record(to_yaml(session.config), environment(session.device), self.options)
             folder.write_json(RESULTS, self._record())
         self._images = self._load()
 
@@ -229,10 +230,11 @@ class IncrementalRun:
         images: Split,
         replayed: int = 0,
         monitor: Monitor | None = None,
+        judge: Network | None = None,
     ) -> Training:
         """What trains ``task`` in a folder of its own and then calls :meth:`finish`.
 
-        images: the real ones. replayed: synthetic images of a step.
+        images: the real ones. replayed: synthetic images of a step. judge: see :class:`Training`.
         """
         config, tasks, seen = self.session.config, self.tasks, self.tasks.ends[task]
         stored = {"task": task, "seen": seen, "class_order": list(tasks.order), "num_classes": tasks.ends[-1]}
@@ -248,6 +250,8 @@ class IncrementalRun:
             ),
             monitor=monitor,
             test=self.test_images(task),
+            classes=[tasks.names[k] for k in tasks.order],
+            judge=judge,
             task=folder_of(task),
             stored=stored,
             finish=lambda folder: self.finish(task, images),

@@ -9,14 +9,18 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, suppress
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datafree.errors import InputError
 from datafree.files import append, fcntl, remove_left_over, replacing, write_text, writing
 from datafree.screen import show
+from datafree.tags import description, end_of, tag_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+TEST_PICTURE = "grids/test.png"
 
 
 class RunFolder(AbstractContextManager):
@@ -32,7 +36,9 @@ class RunFolder(AbstractContextManager):
         self.checkpoints, self.grids = self.root / "checkpoints", self.root / "grids"
         self._rows: list[str] = []
         self._points: Points | None = None
-        self._first_epoch = 0
+        self._first_epoch = self._last_epoch = 0
+        self._options: Mapping[str, Any] = {}
+        self._description: tuple[str, Mapping[str, Any]] | None = None
         with writing(self.root, "choose another --save_dir or --log_tag"):
             for folder in (self.checkpoints, self.grids, self.root / "tb"):
                 folder.mkdir(parents=True, exist_ok=True)
@@ -59,10 +65,17 @@ class RunFolder(AbstractContextManager):
         checkpoints = [*self.checkpoints.glob("last.pth"), *self.root.glob("*/checkpoints/last.pth")]
         return bool(checkpoints) or (metrics.exists() and metrics.stat().st_size > 0)
 
-    def record(self, config_yaml: str, environment: Mapping[str, Any]) -> None:
-        """Write config.yaml and env.json (see :func:`datafree.runtime.environment`)."""
+    def record(
+        self, config_yaml: str, environment: Mapping[str, Any], options: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write config.yaml and env.json (see :func:`datafree.runtime.environment`), and both for TensorBoard.
+
+        options: those on which the result depends, for its table of hyperparameters.
+        """
         self._replace("env.json", json.dumps(environment, indent=2) + "\n")
         self._replace("config.yaml", config_yaml)
+        # Written with the first points, which begin where a resumed run does.
+        self._options, self._description = options or {}, (config_yaml, environment)
 
     def log(self, message: str) -> None:
         """Print a dated line, above any progress bar, and add it to log.txt."""
@@ -79,14 +92,14 @@ class RunFolder(AbstractContextManager):
         from torch.utils.tensorboard.summary import scalar
 
         numbers = {key: value for key, value in row.items() if key != "epoch" and type(value) in (int, float)}
-        self._add_points(epoch, [scalar(key, value) for key, value in numbers.items()])
+        self._add_points(epoch, [scalar(tag_of(key), value) for key, value in numbers.items()])
 
     def truncate_metrics(self, epoch: int) -> None:
         """Before a resumed run continues at ``epoch``: drop the rows and TensorBoard points from there on.
 
         Rows of earlier epochs that are not there are named in the log; a file with damaged rows is kept beside.
         """
-        path, self._first_epoch = self.root / "metrics.jsonl", epoch
+        path, self._first_epoch, self._last_epoch = self.root / "metrics.jsonl", epoch, epoch
         rows, damaged = rows_before(path, epoch)
         if damaged:
             aside = path.with_name(f"metrics.damaged-{datetime.now():%Y%m%d-%H%M%S}.jsonl")
@@ -103,17 +116,29 @@ class RunFolder(AbstractContextManager):
                 "run that this one continues; the weights do not depend on them."
             )
 
-    def grid(self, epoch: int, picture: "Image") -> None:
-        """Save a picture as grids/epoch_0040.png and in TensorBoard."""
+    def grid(self, epoch: int, picture: "Image", narrow: "Image | None" = None) -> None:
+        """Save a picture as grids/epoch_0040.png and in TensorBoard, there the ``narrow`` one if it is given."""
+        self._save_and_show(f"grids/epoch_{epoch:04d}.png", "grids/epoch", epoch, picture, narrow)
+
+    def _save_and_show(self, file: str, tag: str, epoch: int, picture: "Image", narrow: "Image | None") -> None:
         import numpy as np
         from torch.utils.tensorboard.summary import image
 
-        self.picture(f"grids/epoch_{epoch:04d}.png", picture)
-        self._add_points(epoch, [image("grids/epoch", np.asarray(picture), dataformats="HWC")])
+        self.picture(file, picture)
+        self._add_points(epoch, [image(tag, np.asarray(narrow or picture), dataformats="HWC")])
+
+    @property
+    def has_test_picture(self) -> bool:
+        return (self.root / TEST_PICTURE).exists()
+
+    def test_picture(self, epoch: int, picture: "Image", narrow: "Image | None" = None) -> None:
+        """Save a picture of test images, as those of the grids."""
+        self._save_and_show(TEST_PICTURE, "grids/test", epoch, picture, narrow)
 
     def summary(self, mapping: Mapping[str, Any]) -> None:
-        """Write summary.json; numbers that are not finite become null."""
+        """Write summary.json at the end of the run; numbers that are not finite become null."""
         self.write_json("summary.json", mapping)
+        self._add_points(self._last_epoch, end_of(self._options))
 
     def write_json(self, file: str, mapping: Mapping[str, Any]) -> None:
         """Write a file of that name; numbers that are not finite become null."""
@@ -157,7 +182,10 @@ class RunFolder(AbstractContextManager):
     def _add_points(self, epoch: int, summaries: Sequence[Any]) -> None:
         with writing(self.root / "tb"):
             self._points = self._points or Points(self.root / "tb", self._first_epoch)
-            self._points.add(epoch, summaries)
+            described = description(*self._description, self._options) if self._description else []
+            self._points.add(epoch, [*described, *summaries])
+            self._description = None
+            self._last_epoch = epoch
 
 
 class Points:
@@ -228,14 +256,30 @@ def ranges(numbers: Sequence[int]) -> str:
 
 def table(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> str:
     """Plain text of ``rows``, aligned; numbers to the right, None as -."""
-    columns = []
+    aligned = []
+    for name, cells, is_number in columns(rows, decimals):
+        width = max(map(len, [name, *cells]))
+        align = str.rjust if is_number else str.ljust
+        aligned.append([align(cell, width) for cell in (name, "-" * width, *cells)])
+    return "\n".join("  ".join(line).rstrip() for line in zip(*aligned))
+
+
+class Column(NamedTuple):
+    """A column of a table, its cells as text."""
+
+    name: str
+    cells: list[str]
+    is_number: bool
+
+
+def columns(rows: Sequence[Mapping[str, Any]], decimals: int = 2) -> list[Column]:
+    """The columns of ``rows``, each of which may lack some; None as -."""
+    found = []
     for name in dict.fromkeys(name for row in rows for name in row):
         values = [row.get(name) for row in rows]
         cells = ["-" if v is None else f"{v:.{decimals}f}" if isinstance(v, float) else str(v) for v in values]
-        width = max(map(len, [name, *cells]))
-        align = str.rjust if any(isinstance(v, (int, float)) for v in values) else str.ljust
-        columns.append([align(cell, width) for cell in (name, "-" * width, *cells)])
-    return "\n".join("  ".join(line).rstrip() for line in zip(*columns))
+        found.append(Column(name, cells, any(isinstance(v, (int, float)) for v in values)))
+    return found
 
 
 def plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """Tabulate finished runs:
-python -m datafree.report FOLDER... [--of NAME] [--against OPTION=VALUE...] [--effect OPTION...]
+python -m datafree.report FOLDER... [--of NAME] [--against OPTION=VALUE...] [--effect OPTION...] [--format FORMAT]
+                                    [--html FILE]
 
 Reads every summary.json below the folders. Runs with the same name and options share a row, whatever their seed; if
 the options of a name differ, the column ``options`` shows those that do.
@@ -10,6 +11,9 @@ the options of a name differ, the column ``options`` shows those that do.
            same seed and agree in all other options that both have; gains are averaged within a seed, then over seeds.
 Runs of versions that wrote "settings" to summary.json list unused options, too: tabulate runs of one version.
 --of       a metric of metrics.jsonl to report instead of acc1, such as images/distance_within_class.
+--format   text, md (Markdown), latex, or csv, whose numbers have all their digits.
+--html     also writes a page to show to others: the table with intervals, curves, images over the epochs, alarms,
+           options and provenance, in one file that refers to no other.
 """
 
 import os
@@ -20,11 +24,13 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from datafree.errors import InputError, OptionError, exit_on_input_error, printable, usage
-from datafree.logger import table
+from datafree.errors import InputError, OptionError, exit_on_input_error, printable, short, usage
+from datafree.intervals import mean_with_interval
+from datafree.page import write_page
 from datafree.results import read_rows, read_summary
+from datafree.tables import FORMATS, REMARKS
 
-Summary = dict[str, Any]  # of one run: its summary.json, with "options" and "value"
+Summary = dict[str, Any]  # of one run: its summary.json, with "options", "value" and "folder"
 Options = tuple[tuple[str, str], ...]  # sorted (option, value as text) pairs
 Seed = int | tuple[int, int] | None  # of a run, with that of its order of the classes if it has one
 Seeds = dict[Seed, Summary]  # the runs of a row
@@ -36,7 +42,7 @@ HEADER = (
     "last, std: {} after the last epoch; best: highest top-1 of all epochs, chosen on the test set; "
     "s: mean seconds per run"
 )
-FLAGS = ("--of", "--against", "--effect")
+OF_ONE, OF_SEVERAL = ("--of", "--format", "--html"), ("--against", "--effect")  # flags, by their number of values
 
 
 def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summary]:
@@ -63,6 +69,7 @@ def read_summaries(folders: Iterable[str | Path], of: str = "acc1") -> list[Summ
 def _read(path: Path, of: str) -> Summary:
     summary = read_summary(path)
     summary["value"] = summary.get("last_acc1") if of == "acc1" else _last_metric(path.parent / "metrics.jsonl", of)
+    summary["folder"] = path.parent
     return summary
 
 
@@ -150,9 +157,9 @@ def _baselines(rows: Rows, against: Sequence[str]) -> dict[str, Seeds]:
 
 
 def _gain(seeds: Seeds, base: Seeds) -> dict[str, float | None]:
-    """:func:`mean_gain` over the seeds that both rows have; None for the baseline itself."""
+    """:func:`_gain_of` over the seeds that both rows have; None for the baseline itself."""
     pairs = [(seeds[seed]["value"], base[seed]["value"]) for seed in seeds if seed in base and seeds is not base]
-    return mean_gain([ours - theirs for ours, theirs in pairs if None not in (ours, theirs)])
+    return _gain_of([ours - theirs for ours, theirs in pairs if None not in (ours, theirs)])
 
 
 def effects(rows: Rows, option: str) -> list[dict[str, Any]]:
@@ -178,7 +185,7 @@ def effects(rows: Rows, option: str) -> list[dict[str, Any]]:
             "to": new,
             "pairs": sum(map(len, seeds.values())),
             "seeds": len(seeds),
-            **mean_gain([statistics.fmean(pairs) for pairs in seeds.values()]),
+            **_gain_of([statistics.fmean(pairs) for pairs in seeds.values()]),
         }
         for (old, new), seeds in gains.items()
     ]
@@ -197,26 +204,10 @@ def _differ_in(ours: Mapping[str, str], theirs: Mapping[str, str]) -> set[str]:
     return {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}
 
 
-def mean_gain(gains: Sequence[float]) -> dict[str, float | None]:
-    """``gain``: the mean, or None; ``ci95``: half the width of its 95 % confidence interval, or None for one gain."""
-    if not gains:
-        return {"gain": None, "ci95": None}
-    interval = statistics.stdev(gains) / len(gains) ** 0.5 * t_quantile(len(gains) - 1) if len(gains) > 1 else None
-    return {"gain": statistics.fmean(gains), "ci95": interval}
-
-
-def t_quantile(freedom: int) -> float:
-    """The 97.5 % quantile of Student's t (Cornish-Fisher expansion; a table for few degrees of freedom).
-
-    freedom: at least 1. The error is below 2e-4.
-    """
-    few = (12.7062, 4.3027, 3.1824, 2.7764, 2.5706, 2.4469, 2.3646, 2.3060, 2.2622)
-    if freedom <= len(few):
-        return few[freedom - 1]
-    z = statistics.NormalDist().inv_cdf(0.975)
-    first, second = (z**3 + z) / 4, (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
+def _gain_of(gains: Sequence[float]) -> dict[str, float | None]:
+    """``gain``: their mean; ``ci95``: half the width of its 95 % confidence interval; None where they are too few."""
+    mean = mean_with_interval(gains)
+    return {"gain": mean.value, "ci95": mean.half}
 
 
 def _columns(runs: Sequence[Summary]) -> dict[str, float | None]:
@@ -245,36 +236,70 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
+def read_arguments(arguments: Sequence[str]) -> dict[str, list[str]]:
+    """Flag -> its values; "": the folders. Raises OptionError."""
+    words = list(arguments)
+    found: dict[str, list[str]] = {"": []}
+    taking = found[""]
+    while words:
+        word, equals, value = words.pop(0).partition("=")
+        if not word.startswith("--"):
+            taking.append(word + equals + value)
+        elif word not in OF_ONE + OF_SEVERAL:
+            raise OptionError(f"unknown option {short(word)}; the options are {', '.join(OF_ONE + OF_SEVERAL)}")
+        elif word in OF_SEVERAL:
+            taking = found.setdefault(word, [])
+            taking += [value] * bool(equals)
+        else:
+            taking = found[""]  # of a flag with one value, what follows are folders
+            given = [value] if equals else words[:1]
+            if not given or given[0].startswith("--") or not given[0]:
+                raise OptionError(f"{word} needs a value")
+            del words[: not equals]
+            found[word] = given
+    for flag, values in found.items():
+        if not values:
+            raise OptionError(f"{flag} needs a value" if flag else "give folders of runs; --help shows how")
+    return found
+
+
 def main() -> None:
     usage(__doc__, at_least=1)
-    words: dict[str, list[str]] = {"": []}  # flag -> its arguments; "": the folders
-    for word in sys.argv[1:]:
-        if word in FLAGS:
-            given = words.setdefault(word, [])
-        elif word.startswith("--"):
-            raise OptionError(f"unknown option {word}; the options are {', '.join(FLAGS)}")
-        else:
-            (given if len(words) > 1 else words[""]).append(word)
-    for flag, given in words.items():
-        if not given:
-            raise OptionError(f"{flag} needs a value" if flag else "give folders of runs before the options")
-    of = " ".join(words.get("--of", ["acc1"]))
+    words = read_arguments(sys.argv[1:])
+    [of], [form] = words.get("--of", ["acc1"]), words.get("--format", ["text"])
+    if form not in FORMATS:
+        raise OptionError(f"--format cannot be {short(form)}; it takes {', '.join(FORMATS)}")
+    if form == "csv" and "--effect" in words:
+        raise OptionError("--format csv is one table, and --effect adds others; give another format, or leave it out")
     unit, decimals = ("top-1 (%)", 2) if of == "acc1" else (of, 4)
     summaries = read_summaries(words[""], of)
     rows = group(summaries)
-    print(table(report(rows, words.get("--against", ())), decimals), HEADER.format(unit), sep="\n")
-    left = len(summaries) - sum(map(len, rows.values()))
-    if left:
-        print(f"{left} older runs with the same options and seed are left out")
-    for option in words.get("--effect", ()):
-        found = effects(rows, option)
-        if option not in {name for summary in summaries for name in summary["options"]}:
+    lines = report(rows, words.get("--against", ()))
+    remarks = [HEADER.format(unit)]
+    if left := len(summaries) - sum(map(len, rows.values())):
+        remarks.append(f"{left} older runs with the same options and seed are left out")
+    changes = {option: effects(rows, option) for option in words.get("--effect", ())}
+    known = {name for summary in summaries for name in summary["options"]}
+    for option in changes:
+        if option not in known:
             raise OptionError(f"--effect {option}: no run has such an option; write it as in config.yaml")
-        print(
-            "",
-            table(found, decimals) if found else f"no two runs with the same seed differ in {option} alone",
-            sep="\n",
-        )
+    _print(FORMATS[form](lines, decimals), remarks, form)
+    for option, found in changes.items():
+        nothing = f"no two runs with the same seed differ in {option} alone"
+        print()
+        _print(FORMATS[form](found, decimals) if found else "", [] if found else [nothing], form)
+    if "--html" in words:
+        table = [(line, dict(options), seeds.values()) for line, ((_, options), seeds) in zip(lines, rows.items())]
+        for sentence in write_page(words["--html"][0], table, changes, remarks, decimals):
+            print(sentence, file=sys.stderr)
+
+
+def _print(table: str, remarks: Sequence[str], form: str) -> None:
+    """A table, and the sentences below it; CSV has no room for these, so that they go to stderr."""
+    if table:
+        print(table)
+    for sentence in remarks:
+        print(REMARKS.get(form, "{}").format(sentence), file=sys.stdout if form in REMARKS else sys.stderr)
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import torch
 from datafree import checkpoint
 from datafree.augment import CropFlip
 from datafree.config import Data
+from datafree.datasets.cards import names_of
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
 from datafree.errors import InputError, out_of_memory_in, printable
@@ -68,6 +69,11 @@ class Session:
     def test(self) -> Split | None:
         """The test split, which is read when it is first asked for; None with --eval none."""
         return self.split("test") if self.data.eval == "test" else None
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The names of the classes: the data card's, or those of the test images' folders, or numbers."""
+        return names_of(self.card, self.test.folders if self.test else ())
 
     def split(self, name: str, classes: Sequence[int] | None = None) -> Split:
         """The ``train`` or ``test`` split of the data set, on the device; if ``classes`` are given, of these alone.

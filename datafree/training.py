@@ -12,6 +12,7 @@ from datafree.engine import LAST, Engine, Monitor
 from datafree.errors import InputError, printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over
+from datafree.grids import Gallery
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder, table
 from datafree.network import Network
@@ -34,7 +35,9 @@ class Training:
     model: name of the trained network, as given to its option. name: parts of the run folder's name.
     plan: lines for the log. teacher: evaluated before the training, if there is one.
     monitor: of the latest images, called after each epoch. facts: further entries of the summary, in words, which are
-    logged at the end. test: in place of the session's test split. task: of a run that consists of several, the name of
+    logged at the end. test: in place of the session's test split. classes: the names of the network's outputs, if they
+    are not in the order of the data card. judge: whose confidence stands below the images of the grids; the teacher, if
+    there is no other. task: of a run that consists of several, the name of
     its folder below the run's. stored: further plain values, which are saved beside the weights and in the summary.
     finish: called with the run's folder after the last epoch.
     """
@@ -48,6 +51,8 @@ class Training:
     teacher: Network | None = None
     monitor: Monitor | None = None
     test: Split | None = None
+    classes: Sequence[str] = ()
+    judge: Network | None = None
     task: str = ""
     stored: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[RunFolder], None] | None = None
@@ -73,11 +78,11 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             session.run,
             evaluate=(lambda: session.score(network, OF_DIVERGENCE, test) or {}) if test else None,
             monitor=training.monitor,
-            classes=session.card.classes,
+            gallery=Gallery(training.classes or session.class_names, training.judge or training.teacher, test),
             metadata=weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored),
         )
         resume(session, engine)
-        folder.record(to_yaml(session.config), here)
+        folder.record(to_yaml(session.config), here, engine.metadata["options"])
         result = engine.train()
         summarise(session, engine, result, {**training.stored, **columns}, training.facts)
         if training.finish:

@@ -24,9 +24,14 @@ def is_name(text: str) -> bool:
 
 
 def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
-    """The UTF-8 text of a file of at most ``most`` bytes.
+    """The UTF-8 text of a file of at most ``most`` bytes; raises UnicodeDecodeError, and as :func:`read_bytes`."""
+    return read_bytes(path, most).decode()
 
-    Raises OSError, also for a device or a pipe, which might never end, and UnicodeDecodeError.
+
+def read_bytes(path: str | Path, most: int) -> bytes:
+    """The contents of a file of at most ``most`` bytes.
+
+    Raises OSError, also for a device or a pipe, which might never end.
     """
     try:
         kind = os.stat(path).st_mode
@@ -38,7 +43,7 @@ def read_text(path: str | Path, most: int = MOST_TEXT) -> str:
         contents = file.read(most + 1)
     if len(contents) > most:
         raise OSError(errno.EFBIG, f"more than {most:,} bytes")
-    return contents.decode()
+    return contents
 
 
 class Bounded:

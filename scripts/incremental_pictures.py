@@ -43,7 +43,7 @@ def main() -> None:
         if len(synthetic) == EACH:
             rows += [synthetic, images[labels == card_class][:EACH]]
             names.append(name)
-    draw_grid(torch.cat(rows), names, columns=2 * EACH).save(picture)
+    draw_grid(torch.cat(rows), 2 * EACH, names).save(picture)
     print(f"Wrote {picture}")
 
 

@@ -108,6 +108,7 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
         "summary.json",
         "grids/epoch_0000.png",
         "grids/epoch_0001.png",
+        "grids/test.png",
         *(f"checkpoints/{name}.pth" for name in ("last", "best", "model_last", "model_best")),
     }
     left = {name for name in files(folder) if not name.startswith("tb/")}

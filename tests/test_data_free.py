@@ -22,6 +22,7 @@ from datafree.datasets.cards import CARDS, DatasetCard
 from datafree.datasets.loading import load_split
 from datafree.datasets.splits import TensorSplit
 from datafree.errors import InputError
+from datafree.grids import Gallery
 from datafree.runtime import rng_state
 from datafree.session import Session
 
@@ -271,8 +272,17 @@ def test_only_the_needed_files_of_mnist_are_downloaded(tmp_path, monkeypatch):
 def test_a_whole_distillation_opens_no_training_image(words, distil):
     training, test = (str(digits.digits_file(split).resolve()) for split in ("train", "test"))
     with files_opened() as found:
-        distil("--epochs", 1, *words)
+        folder = distil("--epochs", 1, *words)
     assert training not in found and (test in found) == ("none" not in words)
+    assert (folder / "grids" / "test.png").exists() == ("none" not in words)
+
+
+def test_the_picture_of_real_images_shows_test_images_alone(distil, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(Gallery, "draw_test", lambda gallery: drawn.append(gallery.test))
+    distil("--epochs", 1)
+    [shown] = drawn
+    assert torch.equal(shown.images, digits.read_digits("test")[0])
 
 
 def test_the_control_on_real_images_opens_them(distil):

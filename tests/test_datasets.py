@@ -15,7 +15,7 @@ import torch
 import torchvision
 from PIL import Image
 
-from datafree.datasets.cards import CARDS, DatasetCard
+from datafree.datasets.cards import CARDS, DatasetCard, names_of
 from datafree.datasets.digits import digits_file
 from datafree.datasets.loading import derive_card, load_split, resolve_card
 from datafree.datasets.splits import LazySplit, TensorSplit
@@ -213,11 +213,41 @@ def test_folder_keeps_every_byte(tmp_path, test_folder):
         assert np.array_equal(image, written[test_folder, name, number])
 
 
+def test_classes_are_named_by_the_card_or_the_folders_or_the_publisher_or_a_number():
+    cifar = CARDS["cifar10"]
+    assert names_of(cifar)[8] == "ship" and names_of(replace(cifar, height=64))[8] == "ship"
+    assert names_of(CARDS["fashion_mnist"]) == tuple(torchvision.datasets.FashionMNIST.classes)
+    fine = names_of(CARDS["cifar100"])
+    assert len(set(fine)) == 100 and list(fine) == sorted(fine)
+    numbers = tuple(map(str, range(10)))
+    assert names_of(CARDS["digits"]) == names_of(replace(cifar, loader="mine.py:load")) == numbers
+    own = replace(cifar, classes=tuple("abcdefghij"))
+    assert names_of(own) == names_of(own, numbers) == own.classes and names_of(cifar, own.classes) == own.classes
+    assert names_of(replace(cifar, num_classes=3)) == numbers[:3]
+
+
+def test_images_of_a_split_at_given_places(tmp_path):
+    write_folder(tmp_path / "own", splits=("test",))
+    small = load_split(CARD, tmp_path, "test")
+    large = LazySplit(*files_of(tmp_path / "own" / "test"), CARD.shape, 2, workers=0)
+    for split in (small, large):
+        [(images, _)] = split.batches(6)
+        assert torch.equal(split.at(torch.tensor([4, 0])), images[[4, 0]])
+
+
+def files_of(folder):
+    """Paths and labels of the images in class folders."""
+    paths = sorted(folder.glob("*/*"))
+    names = sorted({path.parent.name for path in paths})
+    return list(map(str, paths)), torch.tensor([names.index(path.parent.name) for path in paths])
+
+
 def test_folder_takes_precedence_over_torchvision(tmp_path):
     names = [f"class{i}" for i in range(10)]
     written = write_folder(tmp_path / "cifar10", classes=names, splits=("test",), count=1, shape=(32, 32, 3))
     split = load_split(CARDS["cifar10"], tmp_path, "test", download=False)
     assert split.labels.tolist() == list(range(10))
+    assert names_of(CARDS["cifar10"], split.folders) == tuple(names)
     assert np.array_equal(split.images[7].permute(1, 2, 0).numpy(), written["test", "class7", 0])
     with pytest.raises(InputError, match="there is no folder .*cifar10/train .found in .*cifar10: test.; arrange"):
         load_split(CARDS["cifar10"], tmp_path, "train", download=False)

@@ -20,8 +20,9 @@ import datafree_kd
 import datafree_quantize
 import registry
 import train_scratch
-from datafree import cli, config
+from datafree import cli, config, report
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
+from datafree.ledger import read_cell
 from datafree.models.factory import build_model
 
 PAGES = [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))]
@@ -99,6 +100,10 @@ def test_a_shown_command_names_files_that_exist_and_options_that_parse(words, mo
     runner, first, *rest = words
     if first == "-m":
         assert importlib.util.find_spec(rest[0]), f"no module {rest[0]}"
+        if rest[0] == "datafree.report" and "--help" not in rest:
+            assert report.read_arguments(rest[1:])[""]
+        if rest[0] == "datafree.reproduce" and rest[1] not in ("--ledger", "FILE"):
+            assert read_cell(rest[1]).program
     elif first != "-c":
         assert (ROOT / first).is_file(), f"no file {first}"
     if first in PROGRAMS and "--help" not in rest:
@@ -209,7 +214,7 @@ def test_the_quickstart_runs_from_elsewhere_and_distils_from_its_own_teacher(scr
         for path in runs.glob("*_resnet8/seed3/config.yaml")
     }
     assert used == {f"runs/{runs.name}/digits_scratch_resnet20/seed3"}
-    assert list(runs.glob("digits_rgal_*/seed3/grids/*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
+    assert list(runs.glob("digits_rgal_*/seed3/grids/epoch_*.png")) and list(runs.glob("digits_rgal_*/seed3/tb/*"))
 
 
 @pytest.mark.slow
@@ -342,6 +347,22 @@ def test_the_user_defined_learners_of_their_page_run(name, terms, distil, shown_
     assert all(norm.any() for norm in norms) == (name == "HardLabels")  # the other one leaves them as they were
 
 
+@pytest.mark.parametrize("tracker", ["wandb", "mlflow"])
+def test_a_run_is_logged_to_a_tracker_as_its_page_shows(tracker, distil, tmp_path):
+    pytest.importorskip(tracker)
+    [code] = [block for block in python_blocks("trackers.md") if f"import {tracker}\n" in block]
+    folder = distil("--epochs", 1)
+    environment = {**os.environ, "WANDB_MODE": "offline", "MLFLOW_TRACKING_URI": f"sqlite:///{tmp_path}/mlflow.db"}
+    done = subprocess.run([sys.executable, "-c", code, folder], cwd=tmp_path, env=environment, capture_output=True)
+    assert done.returncode == 0, done.stderr
+    assert list(tmp_path.glob("wandb/offline-run-*")) or (tmp_path / "mlflow.db").exists()
+
+
+@pytest.mark.parametrize("block", python_blocks("trackers.md"))
+def test_the_programs_of_the_page_on_trackers_are_valid(block):
+    compile(block, "trackers.md", "exec")
+
+
 @pytest.mark.parametrize("word", ["--save_dir", "--log-tag=mine", "--dry_run", "--resume"])
 def test_the_quickstart_refuses_options_that_it_would_ignore(word, checkout):
     done = subprocess.run(["bash", checkout / "scripts" / "quickstart.sh", word, "x"], capture_output=True, text=True)
@@ -371,9 +392,8 @@ def test_incremental_learning_on_the_digits_shares_its_first_task_and_resumes_wh
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_a_config_parses_and_states_only_differences(path):
     stated = yaml.load(path.read_text(), Loader=yaml.BaseLoader)
-    named = {"training": "train_scratch.py", "incremental": "datafree_incremental.py"}
-    program = next((named[section] for section in named if section in stated), "datafree_kd.py")
-    program = "datafree_quantize.py" if path.stem.startswith("quantize") else program
+    named = {"train": "train_scratch.py", "incremental": "datafree_incremental.py", "quantize": "datafree_quantize.py"}
+    program = named.get(read_cell(path).program, "datafree_kd.py")
     assert program == "train_scratch.py" or "method" in stated, "name the method, even the default one"
     words = ["--method", stated["method"]] if "method" in stated else []
     words += ["--config", str(path.parent / stated["base"])] if "base" in stated else []

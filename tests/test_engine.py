@@ -594,7 +594,7 @@ def test_a_picture_that_fails_does_not_end_the_run(make_engine, tmp_path, monkey
     def failing(*given):
         raise TypeError("cannot handle this image")
 
-    monkeypatch.setattr("datafree.engine.draw_grid", failing)
+    monkeypatch.setattr("datafree.grids.draw_grid", failing)
     engine = make_engine([])
     engine.train()
     log = (tmp_path / "run" / "log.txt").read_text()

@@ -419,7 +419,7 @@ def test_a_run_of_three_tasks(method, learn):
     assert last == pytest.approx(found["seen"], abs=1e-3)  # the engine's and ours agree
     made = [json.loads((task / "summary.json").read_text())["images"] for task in tasks_of(folder)]
     assert (made[1] > 0) == (method in REPLAYING)
-    assert bool(list((folder / "task_01" / "grids").iterdir())) == (method in REPLAYING)  # no real image is drawn
+    assert bool(list((folder / "task_01" / "grids").iterdir())) == (method in REPLAYING)  # no training image is drawn
     assert not list((folder / "task_00" / "grids").iterdir())
 
 
@@ -661,10 +661,25 @@ def test_replayed_images_are_drawn_beside_real_ones(learn, refused, tmp_path, mo
         runpy.run_path(str(script), run_name="__main__")
 
     draw(folder, tmp_path / "beside.png")
-    assert Image.open(tmp_path / "beside.png").size[0] == 12 * (64 + 4)
+    assert 0 < Image.open(tmp_path / "beside.png").size[0] - 12 * (64 + 4) < 126  # the names of the classes
     other = learn(method="finetune", tag="other")
     sentence = refused(draw, other, tmp_path / "none.png")
     assert "keeps no images; name a run of a method that fills a pool" in sentence
+
+
+def test_grids_and_results_name_the_classes_in_the_order_in_which_they_arrive(learn, tmp_path, monkeypatch):
+    headings = []
+    blank = Image.new("RGB", (8, 8))
+    monkeypatch.setattr("datafree.grids.draw_grid", lambda *given: headings.append(given[2]) or blank)
+    words = folder_data(tmp_path / "data")
+    folder = learn(*words, "--class_order", "2,0,3,1")
+    assert results_of(folder)["classes"] == ["class2", "class0", "class3", "class1"]
+    assert set().union(*headings) == {"class2", "class0"}  # the old classes of the only later task
+    assert (folder / "task_01" / "grids" / "test.png").is_file()
+    (tmp_path / "data" / "mine" / "card.yaml").unlink()
+    replace(make_card(), name="mine", num_classes=4).to_yaml(tmp_path / "data" / "mine" / "card.yaml")
+    unnamed = learn(*words, "--class_order", "2,0,3,1", tag="unnamed")
+    assert results_of(unnamed)["classes"] == ["class2", "class0", "class3", "class1"]
 
 
 # Exemplars stored: 0.

@@ -18,6 +18,9 @@ import torch
 import yaml
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import LegacyEventFileLoader as EventFileLoader
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from datafree import logger
 from datafree.errors import InputError
@@ -72,8 +75,9 @@ def test_metrics_are_json_and_tensorboard(tmp_path):
             {"epoch": 1, "loss": None, "inf": None, "none": None, "tiny": 1.23457e-9},
         ]
         seen = events(tmp_path)
-    assert sorted(seen.Tags()["scalars"]) == ["big", "images", "loss", "t", "tiny"]
-    assert [(e.step, round(e.value, 6)) for e in seen.Scalars("loss")] == [(0, 0.333333)]
+    tags = ["accuracy/test_loss", "images/synthesised", "other/big", "other/t", "other/tiny"]
+    assert sorted(seen.Tags()["scalars"]) == tags
+    assert [(e.step, round(e.value, 6)) for e in seen.Scalars("accuracy/test_loss")] == [(0, 0.333333)]
 
 
 def test_a_folder_that_holds_a_run(tmp_path):
@@ -103,7 +107,7 @@ def test_resume_never_doubles_a_row(tmp_path):
         assert rows(tmp_path) == [{"epoch": 0, "a": 0}, {"epoch": 1, "a": 1}]
         folder.metrics(2, {"a": 20})
     assert [row["a"] for row in rows(tmp_path)] == [0, 1, 20]
-    assert [(e.step, e.value) for e in events(tmp_path).Scalars("a")] == [(0, 0), (1, 1), (2, 20)]
+    assert [(e.step, e.value) for e in events(tmp_path).Scalars("other/a")] == [(0, 0), (1, 1), (2, 20)]
 
 
 HOLDER = """
@@ -231,7 +235,7 @@ def test_metrics_that_somebody_removes_are_written_again(tmp_path):
         shutil.rmtree(tmp_path / "tb")
         folder.metrics(1, {"a": 1})
     assert [row["epoch"] for row in rows(tmp_path)] == [0, 1]
-    assert [point.step for point in events(tmp_path).Scalars("a")] == [1]
+    assert [point.step for point in events(tmp_path).Scalars("other/a")] == [1]
 
 
 def test_a_folder_that_vanishes_is_not_made_anew_in_its_place(tmp_path):
@@ -252,7 +256,7 @@ def test_tensorboard_shows_all_points_whatever_the_clock_says(hours, tmp_path, m
             folder.truncate_metrics(first)
             for epoch in range(first, first + 3):  # the last one is to be replaced
                 folder.metrics(epoch, {"a": 10 * first + epoch})
-    points = [(point.step, point.value) for point in events(tmp_path).Scalars("a")]
+    points = [(point.step, point.value) for point in events(tmp_path).Scalars("other/a")]
     assert points == [(0, 0), (1, 1), (2, 22), (3, 23), (4, 44), (5, 45), (6, 46)]
 
 
@@ -260,8 +264,64 @@ def test_a_grid_is_a_file_and_a_point_of_tensorboard(tmp_path):
     pixels = np.random.default_rng(0).integers(0, 256, (48, 64, 3), np.uint8)
     with begin(tmp_path, "r", CONFIG) as folder:
         folder.grid(40, Image.fromarray(pixels))
-    assert np.array_equal(np.asarray(Image.open(tmp_path / "grids" / "epoch_0040.png")), pixels)
-    assert [(e.step, e.width, e.height) for e in events(tmp_path).Images("grids/epoch")] == [(40, 64, 48)]
+        folder.test_picture(40, Image.fromarray(pixels), Image.new("RGB", (32, 48)))
+    for name in ("epoch_0040", "test"):
+        assert np.array_equal(np.asarray(Image.open(tmp_path / "grids" / f"{name}.png")), pixels)
+    for tag, width in (("grids/epoch", 64), ("grids/test", 32)):
+        assert [(e.step, e.width, e.height) for e in events(tmp_path).Images(tag)] == [(40, width, 48)]
+
+
+def plugin_data(root, plugin):
+    """tag -> the summaries of a plugin of TensorBoard, in their order."""
+    found = {}
+    for path in sorted((root / "tb").iterdir()):
+        for event in EventFileLoader(str(path)).Load():
+            for value in event.summary.value:
+                if value.metadata.plugin_data.plugin_name == plugin:
+                    found.setdefault(value.tag, []).append(value)
+    return found
+
+
+def test_tensorboard_is_told_what_the_run_is(tmp_path):
+    options = {"lr": 0.1, "bn": 1, "relation": "paper", "flip": True, "none": None, "std": [0.5, 0.25]}
+    with RunFolder(tmp_path, "r") as folder:
+        folder.record(CONFIG, {"commit": "abc"}, options)
+        assert not list((tmp_path / "tb").iterdir())  # or a resumed run would begin where it does not
+        folder.metrics(0, {"acc1": 50.0, "lr": 0.1})
+        folder.summary({})
+    texts = plugin_data(tmp_path, "text")
+    assert texts["config.yaml/text_summary"][0].tensor.string_val[0].decode() == "    run:\n      seed: 3\n"
+    assert texts["env.json/text_summary"][0].tensor.string_val[0].decode() == "    commit: abc\n"
+    table = plugin_data(tmp_path, "hparams")
+    parsed = {
+        tag: HParamsPluginData.FromString(values[0].metadata.plugin_data.content) for tag, values in table.items()
+    }
+    experiment, begun, ended = (
+        parsed[f"_hparams_/{part}"] for part in ("experiment", "session_start_info", "session_end_info")
+    )
+    assert [metric.name.tag for metric in experiment.experiment.metric_infos] == ["accuracy/acc1", "accuracy/best_acc1"]
+    given = begun.session_start_info.hparams
+    assert (given["lr"].number_value, given["bn"].number_value, given["relation"].string_value) == (0.1, 1, "paper")
+    assert (given["flip"].string_value, given["none"].string_value, given["std"].string_value) == (
+        "True",
+        "None",
+        "[0.5, 0.25]",
+    )
+    assert ended.session_end_info.status == 1 and "accuracy/acc1" in events(tmp_path).Tags()["scalars"]
+
+
+def test_the_charts_of_tensorboard_find_the_metrics_that_runs_have(distil, tmp_path):
+    root = distil("--epochs", 1)
+    [layout] = plugin_data(root, "custom_scalars")["custom_scalars__config__"]
+    groups = Layout.FromString(layout.tensor.string_val[0]).category
+    charts = {chart.title: list(chart.multiline.tag) for group in groups for chart in group.chart}
+    tags = events(root).Tags()["scalars"]
+    assert {tag.split("/")[0] for tag in tags} == {"accuracy", "images", "seconds", "student", "synthesis"}
+    shown = {
+        name: [tag for tag in tags if any(re.search(part, tag) for part in parts)] for name, parts in charts.items()
+    }
+    assert {name for name, found in shown.items() if not found} == set() and len(shown["fractions"]) > 5
+    assert shown["student"] == [tag for tag in tags if re.fullmatch("student/(kd|cd_loss|striplet)", tag)]
 
 
 def test_table():

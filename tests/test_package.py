@@ -92,6 +92,8 @@ def test_the_installed_package_distils_digits_from_another_folder(installed, tmp
     steps = ["--ep_steps", "4", "--kd_steps", "2", "--g_steps", "2", "--synthesis_batch_size", "16"]
     logged = command("kd", "--teacher", "resnet8", "--student", "resnet8", *steps)
     accuracy = float(logged.split("Last: ")[1].split()[0])
+    page = python(installed / "bin" / "datafree-report", "runs", "--html", "x.html", cwd=tmp_path, path=installed)
+    assert page.returncode == 0 and (tmp_path / "x.html").is_file(), page.stderr
     script = """
 import datafree.registry
 network = datafree.load("runs/digits_rgal_resnet8_resnet8/seed0")

@@ -1,11 +1,15 @@
 """The table of finished runs."""
 
+import csv
+import io
 import json
+import re
 
 import pytest
 
-from datafree import report
-from datafree.errors import InputError
+from datafree import report, tables
+from datafree.errors import InputError, exit_on_input_error
+from datafree.intervals import t_quantile
 
 
 def write_run(root, run, seed, last, teacher=99.0, best=None, images=640, clock="12:00", **seconds):
@@ -277,7 +281,7 @@ ROW = ("run", "options", "n", "teacher", "last", "std", "best", "images", "s", "
 )
 def test_the_quantile_of_students_t(freedom, quantile):
     """Values of the usual printed table."""
-    assert report.t_quantile(freedom) == pytest.approx(quantile, abs=3e-4)
+    assert t_quantile(freedom) == pytest.approx(quantile, abs=3e-4)
 
 
 # Class-incremental learning.
@@ -309,3 +313,70 @@ def test_orders_of_the_classes_count_like_seeds_and_pair_the_runs(tmp_path):
     )
     [effect] = report.effects(report.group(report.read_summaries([tmp_path])), "triplet")
     assert effect["pairs"] == effect["seeds"] == 3 and effect["gain"] == pytest.approx(3)
+
+
+# Formats.
+
+
+def cells_of(text, form):
+    """Header and lines of a printed table, without its rules and the remarks below it."""
+    if form == "csv":
+        return list(csv.reader(io.StringIO(text)))
+    if form == "latex":
+        lines = [line.removesuffix(r" \\").split(" & ") for line in text.splitlines() if line.endswith(r"\\")]
+        return [[re.sub(r"\\([&%$#_{}])", r"\1", cell) for cell in line] for line in lines]
+    lines = [line[2:-2].split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return [[cell.replace("\\", "") for cell in line] for line in lines[:1] + lines[2:]]
+
+
+@pytest.mark.parametrize("form", ["md", "csv", "latex"])
+def test_every_format_has_the_cells_of_the_text(form, tmp_path, monkeypatch, capsys):
+    for tag, weight, seed, last in (("a", 0.1, 0, 90.0), ("a", 0.1, 1, 92.5), ("b", 0.3, 0, 1 / 3)):
+        write_options(tmp_path / tag, seed, {"triplet": weight, "seed": seed}, last, run="a_b&c%")
+    printed = {}
+    for name in ("text", form):
+        monkeypatch.setattr("sys.argv", ["report", "--format", name, str(tmp_path)])
+        report.main()
+        printed[name] = capsys.readouterr()
+    text, other = printed["text"].out.splitlines(), cells_of(printed[form].out, form)
+    assert other[0] == text[0].split()
+    assert "last, std: top-1" in "".join(printed[form])  # in words, below the table or beside it
+    for ours, theirs in zip(other[1:], (line.split() for line in text[2:4]), strict=True):
+        if form == "csv":
+            ours = [cell and f"{float(cell):.2f}" if "." in cell and "=" not in cell else cell or "-" for cell in ours]
+        assert ours == theirs
+
+
+def test_csv_keeps_every_digit_and_markdown_and_latex_escape_what_they_would_obey():
+    rows = [{"run": r"a_b|c*d`<e>[f]_\$^~", "last": 1 / 3, "std": None}]
+    assert tables.comma_separated(rows).splitlines()[1].endswith(f",{1 / 3!r},")
+    assert tables.markdown(rows).splitlines()[2] == r"| a_b\|c\*d\`\<e>\[f]\_\\$^~ | 0.33 | - |"
+    assert r"a\_b|c*d`<e>[f]\_\textbackslash{}\$\textasciicircum{}\textasciitilde{} & 0.33 & - \\" in tables.latex(rows)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (("RUNS", "--format", "html"), "--format cannot be html; it takes text, md, csv, latex"),
+        (("RUNS", "--format", "csv", "--effect", "ngf"), "--format csv is one table"),
+        (("RUNS", "--format"), "--format needs a value"),
+        (("RUNS", "--html", "--of"), "--html needs a value"),
+        (("RUNS", "--html="), "--html needs a value"),
+        (("--format", "md"), "give folders of runs"),
+    ],
+)
+def test_a_format_that_cannot_be_is_refused(words, message, tmp_path, monkeypatch, refused):
+    write_effects(tmp_path)
+    monkeypatch.setattr("sys.argv", ["report", *(str(tmp_path) if word == "RUNS" else word for word in words)])
+    assert message in refused(exit_on_input_error, report.main, code=2)
+
+
+def test_arguments_may_come_in_any_order():
+    words = "--format=md a=1 b --against x=1 y=2 --of acc5 c --effect=ngf lr"
+    assert report.read_arguments(words.split()) == {
+        "": ["a=1", "b", "c"],
+        "--format": ["md"],
+        "--against": ["x=1", "y=2"],
+        "--of": ["acc5"],
+        "--effect": ["ngf", "lr"],
+    }

@@ -76,6 +76,12 @@ def test_the_report_imports_nothing_slow(tmp_path):
     assert "error: there is no folder nowhere" in output and ended == "1" and imported == []
 
 
+def test_the_ledger_and_mistakes_about_an_experiment_import_nothing_slow(tmp_path):
+    for words, part in ((["--ledger"], "# Ledger of the experiments"), (["none.yaml"], "error: cannot read none.yaml")):
+        output, _, imported = start("module", "datafree.reproduce", *words, cwd=tmp_path)
+        assert part in output and imported == []
+
+
 def test_a_run_is_seen_to_import_torch(tmp_path):
     """The test of the tests above."""
     _, _, imported = start("path", ROOT / "datafree_kd.py", "--dataset", "digits", cwd=tmp_path)

@@ -3,6 +3,7 @@
 import os
 import unicodedata
 from collections import Counter
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import MISSING, asdict, dataclass, fields
 from difflib import get_close_matches
@@ -173,6 +174,37 @@ def _numbers(path: str | Path, key: str, values: Any) -> tuple[float, ...]:
         with suppress(TypeError, ValueError, OverflowError):
             return tuple(float(value) for value in values)
     raise InputError(f"{path}: {key} must be a list of one number per channel, not {shown(values)}")
+
+
+DIGITS = tuple("0123456789")
+# Not part of the cards: files of these data sets in class folders are taken in the folders' order, whatever they are
+# called, and the options of a run name its card by a digest.
+PUBLIC_CLASSES = {
+    **{"digits": DIGITS, "mnist": DIGITS, "svhn": DIGITS},
+    "cifar10": tuple("airplane automobile bird cat deer dog frog horse ship truck".split()),
+    "fashion_mnist": (
+        *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
+    ),
+    "cifar100": tuple(
+        """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can
+        castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+        elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster
+        man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck
+        pine_tree plain plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk
+        skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger
+        tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+    ),
+}
+
+
+def names_of(card: DatasetCard, folders: Sequence[str] = ()) -> tuple[str, ...]:
+    """The name of each class of ``card``: its own, or that of its folder, or the public one, or else its number.
+
+    folders: of the classes, in the order of their labels, if the images were found in such.
+    """
+    public = PUBLIC_CLASSES.get(card.name, ()) if not card.loader else ()
+    known = card.classes or tuple(folders) or public
+    return known if len(known) == card.num_classes else tuple(map(str, range(card.num_classes)))
 
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

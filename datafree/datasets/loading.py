@@ -243,17 +243,19 @@ def _folder_split(
         raise InputError(f"image files have 1 or 3 channels but the data card {card.name} states {card.channels}")
     listing = list_images(root, split, card)
     paths, labels, notes, num_classes = listing.paths, listing.labels, listing.notes, card.num_classes
+    folders = listing.classes
     if classes is not None:
         places, labels = chosen_images(labels, classes)
         paths, num_classes = [paths[place] for place in places.tolist()], len(classes)
+        folders = tuple(folders[k] for k in classes)
     channels, height, width = card.shape
     if height * width >= LARGE_IMAGE or len(paths) * channels * height * width > LARGE_SPLIT:
         sample = evenly_spaced(paths, SURVEY)
         changes = changes_in(sample, card.shape).items()
         notes += [f"{count} of {len(sample)} images sampled from {root} are {change}." for change, count in changes]
-        return LazySplit(paths, labels, card.shape, num_classes, device, workers, notes)
+        return LazySplit(paths, labels, card.shape, num_classes, device, workers, notes, folders)
     images, converted = decode(paths, card.shape)
-    return TensorSplit(images, labels, num_classes, [*notes, *converted]).to(device)
+    return TensorSplit(images, labels, num_classes, [*notes, *converted], folders).to(device)
 
 
 def _check_labels(card: DatasetCard, labels: Tensor, source: str) -> list[str]:

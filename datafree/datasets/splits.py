@@ -84,10 +84,14 @@ def chosen_images(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tenso
 
 
 class Split(Protocol):
-    """Images and labels of a split of a data set, on ``device``. notes: sentences about it for the log."""
+    """Images and labels of a split of a data set, on ``device``.
+
+    notes: sentences about it for the log. folders: of its classes, in the order of the labels, if it has any.
+    """
 
     num_classes: int
     notes: Sequence[str]
+    folders: Sequence[str]
 
     @property
     def device(self) -> torch.device: ...
@@ -98,6 +102,10 @@ class Split(Protocol):
 
     def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "Split":
         """The images of ``classes`` alone, relabelled: those of the k-th have the k-th of the new ``labels``."""
+        ...
+
+    def at(self, places: Tensor) -> Tensor:
+        """The images (float, in [0, 1]) at these places, as :meth:`batches` gives them."""
         ...
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -119,12 +127,13 @@ class Split(Protocol):
 
 @dataclass
 class TensorSplit:
-    """Images and labels on one device: uint8 (N, C, H, W) and int64 (N,). notes: sentences about them for the log."""
+    """Images and labels on one device: uint8 (N, C, H, W) and int64 (N,). notes, folders: as of a :class:`Split`."""
 
     images: Tensor
     labels: Tensor
     num_classes: int
     notes: Sequence[str] = ()
+    folders: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         self._shuffle = Shuffle(len(self), self.images.device)
@@ -147,6 +156,10 @@ class TensorSplit:
         places, positions = chosen_images(self.labels, classes)
         relabelled = torch.tensor(labels, device=self.device)[positions]
         return TensorSplit(self.images[places], relabelled, num_classes, self.notes)
+
+    def at(self, places: Tensor) -> Tensor:
+        """The images (float, in [0, 1]) at these places, as :meth:`batches` gives them."""
+        return self.images[places].float() / 255
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
@@ -184,8 +197,9 @@ class LazySplit:
         device: torch.device | str = "cpu",
         workers: int = 2,
         notes: Sequence[str] = (),
+        folders: Sequence[str] = (),
     ):
-        self.notes = notes
+        self.notes, self.folders = notes, folders
         self.paths, self.labels, self.shape, self.num_classes = paths, labels, shape, num_classes
         self.device, self.workers = torch.device(device), workers
         self._shuffle = Shuffle(len(paths))
@@ -200,6 +214,11 @@ class LazySplit:
         places, positions = chosen_images(self.labels, classes)
         paths, relabelled = [self.paths[place] for place in places.tolist()], torch.tensor(labels)[positions]
         return LazySplit(paths, relabelled, self.shape, num_classes, self.device, self.workers, self.notes)
+
+    def at(self, places: Tensor) -> Tensor:
+        """The images (float, in [0, 1]) at these places, as :meth:`batches` gives them."""
+        [(images, _)] = self._load([[(place, None) for place in places.tolist()]])
+        return images
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""

@@ -57,7 +57,7 @@ def replayed(run: "IncrementalRun", task: int) -> "Training":
     learner = ReplayedTask(student, teacher, session.augment, config, schedule.total_student_steps, images)
     old = student.restricted_to(range(teacher.num_classes))
     watch = Watch(source, teacher, old, config.relation, adversarial=bool(config.synthesis.adv))
-    return run.training(task, learner, source, schedule, images, options.replay_batch_size, watch)
+    return run.training(task, learner, source, schedule, images, options.replay_batch_size, watch, teacher)
 
 
 def on_real_images(run: "IncrementalRun", task: int) -> "Training":
