@@ -3,6 +3,7 @@
 import argparse
 import codecs
 import errno
+import json
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a chec
 # Where it may keep their average over the training: timm, torchvision's reference training, others.
 AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict_ema", "ema_model", "net_ema", "ema")
 KEY_OPTION = "--weights_key"
+FACTS = "datafree"  # in the header of safetensors: what this program's files state beside the weights, as JSON
 LAST_WEIGHTS = ("model_last.pth", "student_last.pth")  # of a run, and of one of an earlier version
 LONGEST_FACT = 100_000  # letters of a text beside the weights, or entries of a list
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them
@@ -126,7 +128,7 @@ def weights_file(path: str | Path) -> Path:
 def read_weights(
     path: str | Path, key: str = "", notes: list[str] | None = None, key_option: str = KEY_OPTION
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The state_dict in the file ``path``, and the plain values beside it (acc1, dataset, ...).
+    """The state_dict in the file ``path``, and the plain values beside it (acc1, dataset, options, ...).
 
     The file is a state_dict, a checkpoint that holds one under a key of WEIGHT_KEYS or else of AVERAGED_KEYS, or
     safetensors; or the folder of a run is given. key: of the state_dict instead, with dots where it is nested, or a
@@ -137,6 +139,8 @@ def read_weights(
     path = weights_file(path)
     contents, notes = load(path), [] if notes is None else notes
     metadata = {} if _is_state_dict(contents) else {n: v for n, v in contents.items() if _is_fact(v)}
+    if _are_facts(options := contents.get("options")):
+        metadata["options"] = options
     return _tensors(_chosen(contents, key, path, notes, key_option), path, notes), metadata
 
 
@@ -214,13 +218,22 @@ def _broken(path: str | Path) -> str:
 
 def _load_safetensors(path: str | Path) -> dict[str, Any]:
     try:
+        from safetensors import safe_open
         from safetensors.torch import load_file
     except ImportError as error:
         raise InputError(f"{path} needs the package safetensors: pip install safetensors") from error
     try:
-        return load_file(path)
+        weights = load_file(path)
+        with safe_open(path, "pt") as file:
+            stated = (file.metadata() or {}).get(FACTS)
     except Exception as error:
         raise InputError(f"{path} is truncated or no safetensors file; copy or download it again") from error
+    if stated is None:
+        return weights
+    try:
+        return {**dict(json.loads(stated)), "state_dict": weights}
+    except Exception as error:  # of whatever stands there
+        raise InputError(f"the header of {path} states what this version does not know ({error})") from error
 
 
 def _chosen(contents: dict[str, Any], key: str, path: Path, notes: list[str], key_option: str) -> dict[str, Any]:
@@ -302,6 +315,15 @@ def _is_fact(value: Any) -> bool:
     if isinstance(value, str):
         return len(value) <= LONGEST_FACT
     return isinstance(value, float) or (isinstance(value, int) and abs(value) < 2**63)
+
+
+def _are_facts(value: Any) -> bool:
+    """Whether it is a dict of such values by name, as the options of a run are."""
+    return (
+        isinstance(value, dict)
+        and len(value) <= LONGEST_FACT
+        and all(isinstance(name, str) and (fact is None or _is_fact(fact)) for name, fact in value.items())
+    )
 
 
 def _is_state_dict(value: Any) -> bool:

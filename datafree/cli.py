@@ -34,8 +34,8 @@ from datafree.untrusted import LONGEST_NAME, TextLoader, is_name, read_text
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 LONGEST_TEXT = 4000  # characters of a value; a path has at most 4,096 bytes
 LONGEST_CHAIN = 20  # of files that are based on one another
-INTRO = """Precedence, lowest first: defaults, the method's file, --config files, flags. --seed 1, --seed=1 and
---run.seed 1 are the same, and so is run: {seed: 1} in a YAML file; - and _ are equivalent. An option that
+INTRO = """Precedence, lowest first: defaults, the method's file, --config files, flags. --NAME 1, --NAME=1 and
+--SECTION.NAME 1 are the same, and so is SECTION: {NAME: 1} in a YAML file; - and _ are equivalent. An option that
 shows no value is on or off: --dry_run, --dry_run false, --no_dry_run. A name with a colon, such as net.py:small, is
 code, which is executed, even by --dry_run; read a YAML file or data card of somebody else before you use it."""
 
@@ -57,8 +57,11 @@ def parse(
     method_files: Mapping[str, Any] | None = None,
     other_configs: Iterable[type] = (),
     examples: str = "",
+    first: str = "",
 ) -> tuple[Any, Invocation]:
     """Read a command line into ``(config_class instance, Invocation)``.
+
+    first: the option that the first word gives if it is none itself.
 
     ``method_files`` maps the names that ``--method`` accepts to their YAML files, which may also have sections of
     ``other_configs``, the other programs' classes. If a user-defined class has ``Options``, the instance is of a
@@ -66,6 +69,8 @@ def parse(
     ``--help`` and ``--version`` print and exit. Raises OptionError, one line, for anything unknown, malformed or out of
     bounds, even if a later value replaces it, and InputError for a user-defined class that cannot be loaded.
     """
+    if first and argv and not _is_flag(argv[0]):
+        argv = [f"--{first}", *argv]
     options = {o.name: o for o in list_options(config_class, method_files)}
     named = _class_names(argv, options, method_files)
     config_class = with_custom_sections(config_class, named, _flag_table(options))
@@ -74,7 +79,7 @@ def parse(
         print(__version__)
         sys.exit(0)
     if {"-h", "--help"} & set(argv):
-        print(_help(options, config_class, description, method_files, examples))
+        print(_help(options, config_class, description, method_files, examples, first))
         sys.exit(0)
     flags = _read_flags(argv, options)
     files = [s.text for s in flags if s.option.name == "config"]
@@ -222,9 +227,10 @@ def _value(opt: Option, text: str) -> Any:
     if opt.custom and is_custom(text):
         return text
     text = opt.aliases.get(text, text)
+    if opt.choices and opt.kind is tuple:
+        return tuple(dict.fromkeys(_choice(opt, part.strip()) for part in text.split(","))) if text else ()
     if opt.choices:
-        word = {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(text.lower(), text.lower())
-        return opt.choices[opt.choices.index(text if text in opt.choices else word)]
+        return _choice(opt, text)
     if opt.kind is bool:
         return BOOLEANS[text.lower()]
     if opt.kind is tuple:
@@ -234,6 +240,11 @@ def _value(opt: Option, text: str) -> Any:
             raise ValueError("only a text that is empty by default may be empty")
         return text
     return _number(opt, opt.kind, text)
+
+
+def _choice(opt: Option, text: str) -> str:
+    word = {"true": "on", "yes": "on", "false": "off", "no": "off"}.get(text.lower(), text.lower())
+    return opt.choices[opt.choices.index(text if text in opt.choices else word)]
 
 
 def _number(opt: Option, kind: type, text: str) -> float:
@@ -259,6 +270,8 @@ def _read_flags(argv: Sequence[str], options: Options) -> list[Setting]:
         text: str | None = value
         if not equals:
             text = words.pop(0) if words and alone != "false" and not _is_flag(words[0]) else alone
+        while opt.choices and opt.kind is tuple and words and not _is_flag(words[0]):
+            text = f"{text},{words.pop(0)}"
         if text is None:
             raise _error(f"{flag} needs a value, {opt.allowed} (one that starts with - as {flag}=VALUE)")
         setting = Setting(opt, text, flag)
@@ -397,14 +410,21 @@ def _nearest(word: str, spellings: Mapping[str, str], otherwise: str = "; --help
 
 
 def _help(
-    options: Options, config_class: type, description: str, method_files: Mapping[str, Any] | None, examples: str
+    options: Options,
+    config_class: type,
+    description: str,
+    method_files: Mapping[str, Any] | None,
+    examples: str,
+    first: str,
 ) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
     from_method = {s.option: _convert(s) for s in _method_settings([], options, method_files)}
+    shown = options.get("seed") or next(o for o in options.values() if o.kind is int)
+    intro = INTRO.replace("SECTION", shown.section).replace("NAME", shown.name)
     blocks = [
-        f"usage: {Path(sys.argv[0]).name} [--option value ...]",
+        " ".join(["usage:", Path(sys.argv[0]).name, *([first.upper()] if first else []), "[--option value ...]"]),
         textwrap.fill(textwrap.dedent(description).strip(), width),
-        textwrap.fill(INTRO if method_files else INTRO.replace("the method's file, ", ""), width),
+        textwrap.fill(intro if method_files else intro.replace("the method's file, ", ""), width),
     ]
     for name, section in {"call": Invocation, "": None, **sections(config_class)}.items():
         title = f"{name}: {section.__doc__}" if section else "Outside the sections:"

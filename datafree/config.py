@@ -1044,6 +1044,95 @@ class IncrementalConfig:
         return [(self.incremental.model, self.incremental.weights)]
 
 
+@dataclass
+class Trained:
+    """The trained network. What its file states, as those of this program do, needs no option."""
+
+    weights: str = option("", "Folder of its run, or file of its weights; as the first word it needs no --weights.")
+    weights_key: str = option(
+        "",
+        "Key of the weights in that file, such as state_dict_ema for averaged ones, or prefix of their names; the "
+        "usual ones if empty.",
+    )
+    model: str = option(
+        "",
+        "Registered model, torchvision:NAME, timm:NAME, path/to/file.py:factory or package:factory, if the file does "
+        "not state it.",
+    )
+    dataset: str = option(
+        "", "Name of a registered data set, or of a folder in data_root, if the file does not state it."
+    )
+    card: str = option(
+        "", "YAML file with shape, classes, mean and std of its images, if the file does not state them."
+    )
+    mean: tuple[float, ...] = option(
+        (),
+        "Its input mean per channel, in [0, 1]; if empty, the one stored with its weights, or else the one that the "
+        "model itself states, or else the data card's.",
+        low=0,
+        high=1,
+    )
+    std: tuple[float, ...] = option(
+        (), "Its input standard deviation per channel; defaults like the mean.", low=1e-6, high=1
+    )
+
+
+@dataclass
+class Files:
+    """The files that are written."""
+
+    format: tuple[Literal["onnx", "pt2", "safetensors"], ...] = option(
+        ("onnx",),
+        "onnx, for onnxruntime and others; pt2, a program of torch.export, for torch without this package; "
+        "safetensors, the weights, for datafree.load. Several may follow.",
+    )
+    out: str = option(
+        "", "Their folder; if empty, export in the folder of the run, or NAME_export beside the file NAME."
+    )
+    input: Literal["floats", "bytes"] = option(
+        "floats",
+        "What the network takes: images as float32 (N, C, H, W) in [0, 1], or as uint8 (N, H, W, C), as decoders and "
+        "cameras give them.",
+        unused_when={"format": (("safetensors",),)},
+    )
+
+
+@dataclass
+class Comparison:
+    """How a file is compared with the network in torch."""
+
+    images: Literal["auto", "test", "pool", "noise"] = option(
+        "auto",
+        "Images: the test set; those of the run, from its pool or its generator; noise; or the first of these that "
+        "there is.",
+    )
+    data_root: str = option("data", "Folder that contains the data sets.", unused_when={"images": ("pool", "noise")})
+    tolerance: float | None = option(
+        None,
+        "Largest difference of a logit, relative to the largest one, with which the program does not fail. Empty: "
+        "1e-4, and of an integer network 0.1.",
+        low=0,
+    )
+    repeats: int = option(20, "Measurements of each latency, as far as half a minute allows.", low=1)
+    threads: int = option(0, "CPU threads; 0 leaves torch's default.", low=0, high=1024)
+
+
+@dataclass
+class ExportConfig:
+    """Options of datafree.export."""
+
+    trained: Trained = field(default_factory=Trained)
+    files: Files = field(default_factory=Files)
+    comparison: Comparison = field(default_factory=Comparison)
+
+    def validate(self) -> None:
+        """Raise an OptionError if there is nothing to export."""
+        if not self.trained.weights:
+            raise OptionError("name the folder of a run, or a file of weights, before the options")
+        if not self.files.format:
+            raise OptionError("--format is empty; give one or more of onnx, pt2, safetensors")
+
+
 CONFIGS = (
     DistillConfig,
     ScratchConfig,

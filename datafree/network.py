@@ -21,16 +21,18 @@ from datafree.models.factory import (
     AUXILIARY_HEADS,
     build_model,
     find_model,
-    is_from_library,
+    is_known,
     own_normalisation,
     torchvisions_networks,
 )
 from datafree.outputs import raw_logits, recognise
-from datafree.plugins import is_custom, short_name
+from datafree.plugins import short_name
 from datafree.runtime import autocast
 from datafree.trial import (
     HALF,
+    detach_results,
     device_of,
+    independent_copy,
     input_dtype,
     layout,
     materialise,
@@ -51,12 +53,12 @@ def _stated(metadata: dict[str, Any], key: str, path: Path) -> Any:
 def _stated_model(metadata: dict[str, Any], path: Path) -> str:
     """The registered model that a file of weights states; a user-defined one would run code that the file chooses."""
     model = _stated(metadata, "model", path)
-    if not isinstance(model, str) or (is_custom(model) and not is_from_library(model)):
+    if not isinstance(model, str) or not is_known(model):
         raise InputError(f"{path} states the model {shown(model)}, which is not a registered one; name the model")
     return model
 
 
-def _stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
+def stated_card(metadata: dict[str, Any], path: Path) -> DatasetCard:
     """The card of the images that a file of weights is for."""
     shape, classes, mean, std = (_stated(metadata, key, path) for key in ("shape", "num_classes", "mean", "std"))
     if not all(isinstance(values, (list, tuple)) for values in (shape, mean, std)) or len(shape) != 3:
@@ -115,6 +117,18 @@ def _checked(role: str, key: str, values: Any, card: DatasetCard) -> tuple[float
             f"the {role}'s {key} is {shown(values)}, not one number in [0, 1] for each of the {card.channels} channels "
             f"of {card.name}; correct {_option(role, key)}, or the file of its weights, if that states it"
         ) from None
+
+
+def model_name(model: str | nn.Module) -> str:
+    """The name of a model; that of an object, which no name can build, has the form of a user-defined one.
+
+    Of a :class:`Network` it is the one that the file of its weights states, if it is not user-defined.
+    """
+    if isinstance(model, str):
+        return model
+    stated = model.metadata.get("model", "") if isinstance(model, Network) else ""
+    kind = type(model.model if isinstance(model, Network) else model)
+    return stated if isinstance(stated, str) and is_known(stated) else f"object:{kind.__name__}"
 
 
 def shown_numbers(values: Sequence[float]) -> str:
@@ -186,7 +200,7 @@ class Network(nn.Module):
     @classmethod
     def build(
         cls,
-        model: str,
+        model: str | nn.Module,
         card: DatasetCard,
         *,
         num_classes: int = 0,
@@ -197,31 +211,40 @@ class Network(nn.Module):
         stages: Sequence[str] = (),
         weights: Callable[[nn.Module], Any] | None = None,
     ) -> "Network":
-        """The network called ``model``, randomly initialised, for the images of ``card``.
+        """The network called ``model``, randomly initialised, or a copy of that object, for the images of ``card``.
 
         num_classes, mean, std: instead of the card's. role: what messages call it. pretrained: with the weights that
-        its factory brings, and the mean and std that these state. stages: see the class. weights: loads weights into
-        the model, before it is tried.
+        its factory brings, and the mean and std that these state, as an object may. stages: see the class. weights:
+        loads weights into the model, before it is tried.
         """
-        module = build_model(model, num_classes or card.num_classes, card.channels, pretrained)
+        is_object = isinstance(model, nn.Module)
+        if isinstance(model, nn.Module):
+            module = independent_copy(model.model if isinstance(model, Network) else model, role)
+        else:
+            module = build_model(model, num_classes or card.num_classes, card.channels, pretrained)
         if weights:
             materialise(module, card.shape)
             weights(module)
-        own = own_normalisation(module) if pretrained or weights else {}
+        own = own_normalisation(module) if pretrained or weights or is_object else {}
         own = {key: v for key, v in own.items() if len(v) == card.channels}
         given = {"mean": mean, "std": std}
+        if isinstance(model, Network):
+            given = {key: given[key] or getattr(model, key).flatten().tolist() for key in given}
         used = {key: _checked(role, key, given[key] or own.get(key) or getattr(card, key), card) for key in given}
-        network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(model)}", stages=stages)
-        network.notes = [*_large_images(model, card), *_other_normalisation(role, own, given, used, card)]
+        name = model_name(model)
+        network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(name)}", stages=stages)
+        network.notes = [*_large_images(name, card), *_other_normalisation(role, own, given, used, card)]
         if pretrained:
             network.notes.append("its weights are those that the model brings")
+        if isinstance(model, Network):
+            network.metadata, network._classes = dict(model.metadata), model._classes
         return network
 
     @classmethod
     def from_file(
         cls,
         path: str | Path,
-        model: str = "",
+        model: str | nn.Module = "",
         card: DatasetCard | None = None,
         *,
         num_classes: int = 0,
@@ -234,13 +257,13 @@ class Network(nn.Module):
         """The network whose weights are in the file ``path``, or in the folder of a run.
 
         Files that this program writes state their model, shape, number of classes, mean and standard deviation, so that
-        nothing else is needed, except the ``model`` if it is user-defined. Arguments take the place of what the file
-        states; with a ``card`` so do its shape and its number of classes. Where the file states no mean and std, those
-        that the model itself states are used, or else the card's. key: of the weights in the file, see
-        :func:`datafree.checkpoint.read_weights`. Raises InputError for what is neither given nor stated, and for
+        nothing else is needed, except a user-defined ``model``: its name, or an object of it. Arguments take the place
+        of what the file states; with a ``card`` so do its shape and its number of classes. Where the file states no
+        mean and std, those that the model itself states are used, or else the card's. key: of the weights in the file,
+        see :func:`datafree.checkpoint.read_weights`. Raises InputError for what is neither given nor stated, and for
         weights that do not fit the model.
         """
-        if model:
+        if isinstance(model, str) and model:
             find_model(model)  # an unknown name is reported before a missing file
         notes: list[str] = []
         path, option = checkpoint.weights_file(path), _option(role, "weights_key")
@@ -249,7 +272,8 @@ class Network(nn.Module):
         grids: dict[str, Tensor] = {}
         if protocol:
             weights, grids = quantizer.split(weights)
-        model, card = model or _stated_model(metadata, path), card or _stated_card(metadata, path)
+        model = _stated_model(metadata, path) if model == "" else model
+        card = card or stated_card(metadata, path)
         given: dict[str, Any] = {"mean": mean or metadata.get("mean", ()), "std": std or metadata.get("std", ())}
 
         def load(module: nn.Module) -> None:
@@ -258,8 +282,8 @@ class Network(nn.Module):
         try:
             network = cls.build(model, card, num_classes=num_classes, role=role, stages=stages, weights=load, **given)
         except InputError as error:
-            raise _with_hint(error, model, weights, num_classes or card.num_classes) from error
-        if model.rpartition(":")[2] in AUXILIARY_HEADS and not mean:
+            raise _with_hint(error, model_name(model), weights, num_classes or card.num_classes) from error
+        if model_name(model).rpartition(":")[2] in AUXILIARY_HEADS and not mean:
             notes.append(
                 "if its weights come from torchvision's, which expect mean 0.5 and std 0.5 (transform_input), "
                 f"give these by {_option(role, 'mean')} and {_option(role, 'std')}"
@@ -399,10 +423,7 @@ class Network(nn.Module):
     def __deepcopy__(self, memo: dict[int, Any]) -> "Network":
         other = self.__class__.__new__(self.__class__)
         memo[id(self)] = other
-        for module in self.modules():
-            for value in vars(module).values():
-                if torch.is_tensor(value) and not value.is_leaf:  # torch copies none, such as weight_norm's weight
-                    memo[id(value)] = value.detach()
+        detach_results(self, memo)
         state = {key: value for key, value in self.__dict__.items() if key not in ("features", "_compiled_call_impl")}
         other.__dict__.update(copy.deepcopy(state, memo))
         return other._recompiled()

@@ -46,7 +46,8 @@ class Option:
     def allowed(self) -> str:
         """The values that it accepts, in words."""
         if self.choices:
-            return f"one of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.custom
+            number = "one or more" if self.kind is tuple else "one"
+            return f"{number} of {', '.join(self.choices)}" + ", or path/to/file.py:Class" * self.custom
         words = {
             bool: "true or false",
             int: "a whole number",
@@ -82,8 +83,9 @@ def list_options(config_class: type, method_files: Mapping[str, Any] | None = No
         for f in (f for f in fields(cls) if "help" in f.metadata):
             kind = _without_none(hints[f.name])
             choices: tuple[str, ...] = ()
-            if get_origin(kind) is Literal:
-                kind, choices = str, get_args(kind)
+            words = get_args(kind)[0] if get_origin(kind) is tuple else kind
+            if get_origin(words) is Literal:
+                kind, choices = str if words is kind else tuple, get_args(words)
             elif f.name == "method":
                 choices = tuple(sorted(method_files or ()))
             metadata = dict(f.metadata)
@@ -93,6 +95,8 @@ def list_options(config_class: type, method_files: Mapping[str, Any] | None = No
                 conditions = ()  # the option on which the section's others depend
             metadata["unused_when"] = (*conditions, *([custom[section]] if section in custom else []))
             found.append(Option(section, f.name, get_origin(kind) or kind, choices, f.default, **metadata))
+    if not any(opt.name == "device" for opt in found):
+        found = [opt for opt in found if opt.name != "gpu"]  # which is short for it
     return [opt if opt.section in custom else _without_others(opt, found) for opt in found]
 
 

@@ -202,15 +202,20 @@ def check_order(network: Network, card: DatasetCard) -> list[str]:
 
 
 def describe_network(network: Network) -> list[str]:
-    """Its stages, and what the trial found out and what is converted or left out."""
+    """Its stages, and :func:`describe_findings`."""
     tap = network.tap
     stages = [
         f"{name} ({channels}x{'x'.join(map(str, size))})"
         for name, channels, size in zip(tap.stage_names, tap.stage_channels, tap.stage_sizes)
     ]
     lines = [f"Stages of the {network.name}: {', '.join(stages)}."] if stages else []
-    lines += describe_notes(network)
-    for note in [*network.trial.notes, *tap.notes]:
+    return lines + describe_findings(network)
+
+
+def describe_findings(network: Network) -> list[str]:
+    """What the trial of a network found out, and what is guessed, converted or left out."""
+    lines = describe_notes(network)
+    for note in [*network.trial.notes, *network.tap.notes]:
         text = note.removeprefix("[Alarm] ")
         start = "The" if text == note else "[Alarm] the"
         lines.append(f"{start} {network.name}: {text}" + "." * (text[-1] != "?"))

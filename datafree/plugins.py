@@ -68,6 +68,11 @@ def load_custom(name: str) -> Callable[..., Any]:
     return load_object(name)
 
 
+def named_by_caller(name: str) -> None:
+    """Let :func:`load_custom` execute the code of ``name`` without a word, as that of a name on the command line."""
+    _announced.add(name.rpartition(":")[0])
+
+
 def construct(name: str, built_in: Mapping[str, str], base: type[T], **parts: Any) -> T:
     """The object of the class called ``name``: one of ``built_in`` (name -> module:class), or a user-defined one.
 

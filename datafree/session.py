@@ -1,24 +1,25 @@
 """What every program needs before its training: device, data card, splits, networks."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from datafree import checkpoint
 from datafree.augment import CropFlip
 from datafree.config import Data
-from datafree.datasets.cards import names_of
+from datafree.datasets.cards import DatasetCard, names_of
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
 from datafree.errors import InputError, out_of_memory_in, printable
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
 from datafree.models.factory import check_model
-from datafree.network import Network
+from datafree.network import Network, model_name
 from datafree.plan import check_order, describe_normalisation, describe_notes
 from datafree.plugins import digest, short_name
 from datafree.runtime import autocast, choose_device, require_compiler, same_rng, seed_everything, set_threads
@@ -34,27 +35,42 @@ class Session:
     the networks, and at last the images.
 
     config: of any program, with the sections run and data. derive_card: whether the training images may be opened to
-    derive the card of an unknown data set. write: whether files may be written: a derived card, a download.
+    derive the card of an unknown data set. write: whether files may be written: a derived card, a download. given:
+    networks as objects, by role; the options of their model and weights are then not read, but for the name. card: in
+    place of the one that the options name.
     digests: option -> hash of the contents of the file that it names; the result depends on these and not on the name.
     notes: what should be known of the data that were loaded, and of their classes, as sentences for the log.
     """
 
-    def __init__(self, config: Any, derive_card: bool = False, write: bool = True):
+    def __init__(
+        self,
+        config: Any,
+        derive_card: bool = False,
+        write: bool = True,
+        given: Mapping[str, nn.Module] | None = None,
+        card: DatasetCard | None = None,
+    ):
         self.config, self.run, self.data, self.write = config, config.run, config.data, write
+        self.given = given or {}
         self.device = choose_device(self.run.device)
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.compile != "off":
             require_compiler(self.device)
         if self.run.resume not in ("none", "auto") and not os.path.isfile(self.run.resume):
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
+        objects = set(map(model_name, self.given.values()))
         for model, weights in config.networks():
-            check_model(model)
+            if model not in objects:
+                check_model(model)
             if weights not in ("", OWN):
                 checkpoint.require_file(checkpoint.weights_file(weights))
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
-        self.card = resolve_card(
-            self.data.dataset, self.data.data_root, self.data.card, derive_card, write, self.data.image_size
+        size = self.data.image_size
+        self.card = (
+            card.resized(size)
+            if card
+            else resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write, size)
         )
         self.digests = {"card": digest(repr(replace(self.card, loader="")).encode())}
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
@@ -100,21 +116,22 @@ class Session:
     ) -> Network:
         """Build ``model``, load ``weights``, if given, and try it -> :class:`Network` on the device.
 
-        weights: a file, the folder of a run, or OWN, for those that the model's factory brings. Without ``mean`` and
-        ``std``, those stored with the weights are used, or else the model's own, or else the card's. num_classes:
-        instead of the card's, as for a teacher of the old classes alone. key: of the weights in their file. stages:
-        names of the modules that give its stages.
+        weights: a file, the folder of a run, or OWN, for those that the model's factory, or an object, brings. Without
+        ``mean`` and ``std``, those stored with the weights are used, or else the model's own, or else the card's.
+        num_classes: instead of the card's, as for a teacher of the old classes alone. key: of the weights in their
+        file. stages: names of the modules that give its stages.
         """
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
             if weights and weights != OWN:
                 network = Network.from_file(weights, model, self.card, key=key, **options)
             else:
-                network = Network.build(model, self.card, pretrained=weights == OWN, **options)
+                brought = weights == OWN and role not in self.given
+                network = Network.build(self.given.get(role, model), self.card, pretrained=brought, **options)
         if weights:
             tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
-            # As bytes, because NumPy has no bfloat16.
-            contents = (tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
+            # As bytes, because NumPy has no bfloat16; an object may be on a GPU.
+            contents = (tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
             self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*contents)
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
@@ -131,7 +148,7 @@ class Session:
     def load_teacher(self) -> Network:
         """The teacher with its weights, frozen."""
         options = self.config.teacher
-        weights: str | Path = options.teacher_weights
+        weights: str | Path = OWN if "teacher" in self.given else options.teacher_weights
         if not weights:
             weights = published_weights(self.card.name, options.teacher)
             if not os.path.exists(weights):

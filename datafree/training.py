@@ -59,12 +59,12 @@ class Training:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_training(session: Session, training: Training, dry_run: bool = False) -> None:
-    """Log the plan, train, and write the summary; a dry run prints the plan and writes nothing."""
+def run_training(session: Session, training: Training, dry_run: bool = False) -> Path | None:
+    """Log the plan, train, and write the summary -> the run's folder; a dry run prints the plan and writes nothing."""
     plan_lines = [printable(line) for line in (*training.plan, *session.notes)]
     if dry_run:
         print("\n".join(plan_lines))
-        return
+        return None
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)
@@ -87,6 +87,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
         summarise(session, engine, result, {**training.stored, **columns}, training.facts)
         if training.finish:
             training.finish(folder)
+        return folder.root
 
 
 def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFolder:

@@ -5,6 +5,7 @@ find to work, and leaves weights, buffers, modes and random states as they were.
 cause.
 """
 
+import copy
 import inspect
 import random
 import sys
@@ -127,6 +128,27 @@ def refuse_script(model: nn.Module) -> None:
                 f"the network {type(model).__name__} cannot be used: {what} a TorchScript module, whose features and "
                 "BatchNorm statistics cannot be read; give the Python class that it was made from"
             )
+
+
+def independent_copy(model: nn.Module, role: str) -> nn.Module:
+    """A copy of ``model`` with memory of its own; raises InputError if there can be none. role: for messages."""
+    memo: dict[int, Any] = {}
+    detach_results(model, memo)
+    try:
+        return copy.deepcopy(model, memo)
+    except Exception as error:  # an attribute of a user's class may be anything
+        raise InputError(
+            f"the {role} {type(model).__name__} cannot be copied ({first_line(error)}); give a network without "
+            "open files, locks and generators in its attributes"
+        ) from error
+
+
+def detach_results(model: nn.Module, memo: dict[int, Any]) -> None:
+    """Let ``memo`` of a deepcopy have the results of operations that modules keep, which torch does not copy."""
+    for module in model.modules():
+        for value in vars(module).values():
+            if torch.is_tensor(value) and not value.is_leaf:  # such as weight_norm's weight
+                memo[id(value)] = value.detach()
 
 
 def materialise(model: nn.Module, shape: Sequence[int]) -> None:

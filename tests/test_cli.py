@@ -886,3 +886,49 @@ def test_none_stands_for_nothing():
 def test_a_base_that_is_missing_names_the_file_that_is_based_on_it(file):
     message = refused("--config", file("base: nowhere.yaml", "top.yaml"), cls=DistillConfig)
     assert "top.yaml:1" in message and "nowhere.yaml" in message
+
+
+# An option of several words, and one that needs no flag.
+
+
+@dataclass
+class Several:
+    """What is written."""
+
+    path: str = option("", "From where.")
+    kinds: tuple[Literal["a", "b", "c"], ...] = option(("a",), "Which.")
+    count: int = option(1, "How many.")
+
+
+@dataclass
+class SeveralConfig:
+    several: Several = field(default_factory=Several)
+
+
+@pytest.mark.parametrize(
+    "words, kinds",
+    [
+        (["--kinds", "b", "c", "--count", "2"], ("b", "c")),
+        (["--kinds", "b,a"], ("b", "a")),
+        (["--kinds=c", "c"], ("c",)),
+        (["--kinds="], ()),
+        ([], ("a",)),
+    ],
+    ids=str,
+)
+def test_an_option_takes_several_of_its_choices(words, kinds, file):
+    config = read("x", *words, cls=SeveralConfig, first="path")
+    assert (config.several.path, config.several.kinds) == ("x", kinds)
+    assert read("--config", file(to_yaml(config)), cls=SeveralConfig) == config
+
+
+def test_mistakes_in_several_choices_and_in_the_first_word(capsys):
+    message = refused("--kinds", "a", "d", cls=SeveralConfig)
+    assert message == "--kinds cannot be 'a,d'; it takes one or more of a, b, c"
+    assert "unexpected argument 'x'" in refused("x", cls=SeveralConfig)
+    assert "unexpected argument 'y'" in refused("x", "y", cls=SeveralConfig, first="path")
+    assert "unknown option --gpu" in refused("--gpu", "0", cls=SeveralConfig)  # short for an option that is not there
+    with pytest.raises(SystemExit):
+        read("--help", cls=SeveralConfig, first="path")
+    printed = capsys.readouterr().out
+    assert " PATH [--option value ...]\n" in printed and "--several.count 1 are the same" in " ".join(printed.split())

@@ -11,14 +11,17 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-import datafree.export
 import registry
 from datafree.config import Quantizer
 from datafree.datasets.cards import DatasetCard
 from datafree.datasets.splits import TensorSplit
 from datafree.errors import InputError
 from datafree.evaluators import evaluate
-from datafree.export import OnnxNetwork, compare, export_onnx, quantize_onnx, require_packages
+from datafree.exporting import comparison, packages
+from datafree.exporting.comparison import compare
+from datafree.exporting.integers import quantize_onnx
+from datafree.exporting.onnx_file import OnnxNetwork, write_onnx
+from datafree.exporting.packages import PACKAGES, require_packages
 from datafree.network import Network
 from datafree.quantizer import quantise
 
@@ -52,9 +55,13 @@ def exported(tmp_path_factory):
     torch.manual_seed(0)
     network, images = settled(nets.toy()), shaded(128)
     fp32, int8 = folder / "fp32.onnx", folder / "int8.onnx"
-    export_onnx(network, fp32, {"card": {"classes": ["a", "ä"]}, "options": "--method rgal"})
+    write_onnx(network, fp32, metadata={"card": {"classes": ["a", "ä"]}, "options": "--method rgal"})
     protocol = quantize_onnx(fp32, int8, images.split(32))
     return SimpleNamespace(network=network, fp32=fp32, int8=int8, images=images, protocol=protocol)
+
+
+def files_of(exported):
+    return {"fp32": exported.fp32, "int8": exported.int8}
 
 
 def metadata(path):
@@ -134,7 +141,7 @@ def test_the_integer_file_means_what_the_standard_says(exported):
 
 def test_what_follows_the_last_weights_stays_in_float32(tmp_path):
     network = settled(nets.Ends(lambda x: x.softmax(1)))
-    export_onnx(network, tmp_path / "a.onnx")
+    write_onnx(network, tmp_path / "a.onnx")
     protocol = quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", [shaded(32)])
     integer, floating = protocol.partition("; float32: ")[::2]
     assert "Softmax" in floating and "Softmax" not in integer and "QGemm" in integer
@@ -147,7 +154,7 @@ def test_compare_measures_all_three_on_the_same_images(exported):
     labels = exported.network(exported.images).argmax(1)
     labels[:32] = (labels[:32] + 1) % 5
     split = TensorSplit((exported.images * 255).round().byte(), labels, 5)
-    rows = compare(exported.network, exported.fp32, exported.int8, exported.images, split, repeats=2)
+    rows = compare(exported.network, files_of(exported), exported.images, split, repeats=2)
     assert list(rows) == ["torch", "fp32", "int8"]
     accuracy = evaluate(exported.network, split)["acc1"]
     assert rows["torch"]["acc1"] == rows["fp32"]["acc1"] == accuracy and 70 <= accuracy <= 80
@@ -160,7 +167,7 @@ def test_compare_measures_all_three_on_the_same_images(exported):
 
 def test_compare_without_a_test_set_leaves_the_network_as_it_was(exported):
     network = exported.network.copy().train()
-    rows = compare(network, exported.fp32, exported.int8, exported.images[:3], repeats=1)
+    rows = compare(network, files_of(exported), exported.images[:3], repeats=1)
     assert network.training and "acc1" not in rows["torch"] and rows["torch"]["agreement"] == 100
     assert network.mean.grad_fn is None
 
@@ -169,17 +176,17 @@ def test_of_a_simulated_quantization_the_float_weights_are_exported(exported, tm
     student = quantise(exported.network, Quantizer(w_bits=3, a_bits=3))
     with student.model.observing():
         student(exported.images)
-    export_onnx(student, tmp_path / "a.onnx")
+    write_onnx(student, tmp_path / "a.onnx")
     images = shaded(8, seed=1)
     torch.testing.assert_close(OnnxNetwork(tmp_path / "a.onnx")(images), OnnxNetwork(exported.fp32)(images))
-    rows = compare(student, tmp_path / "a.onnx", exported.int8, exported.images, repeats=1)
+    rows = compare(student, {"fp32": tmp_path / "a.onnx"}, exported.images, repeats=1)
     assert rows["torch"]["agreement"] == 100 > rows["fp32"]["agreement"]  # with the simulation, which 3 bits change
 
 
 def test_the_runs_that_are_timed_take_turns(exported):
     calls = []
     runners = {"a": lambda x: calls.append("a"), "b": lambda x: calls.append("b")}
-    times = datafree.export._alternating(runners, exported.images, repeats=3)
+    times = comparison._alternating(runners, exported.images, repeats=3)
     assert calls == [*"aabb"] * 3 and [len(values) for values in times.values()] == [3, 3]
 
 
@@ -188,7 +195,7 @@ def test_export_is_quiet_and_changes_nothing(tmp_path, capfd):
     before, state, handlers = network.state_dict(), torch.get_rng_state(), logging.root.handlers[:]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        export_onnx(network, tmp_path / "a.onnx")
+        write_onnx(network, tmp_path / "a.onnx")
         quantize_onnx(tmp_path / "a.onnx", tmp_path / "b.onnx", [shaded(8)])
     assert capfd.readouterr() == ("", "") and logging.root.handlers == handlers
     assert all(module.training for module in network.modules())
@@ -216,7 +223,7 @@ class Random(nets.Trunk):
 @pytest.mark.parametrize(
     "model, message",
     [
-        (Branching(), "cannot be exported to ONNX .* without branches"),
+        (Branching(), "cannot be exported .* without branches"),
         (Looping(), "its forward fixes the batch size"),
         (Random(), "other logits in onnxruntime .* random numbers"),
         (nets.Overflows(4), "non-finite logits; check its weights"),
@@ -226,7 +233,7 @@ class Random(nets.Trunk):
 def test_a_network_that_cannot_be_exported_is_one_sentence_and_writes_no_file(model, message, tmp_path):
     network = Network(model, (3, 16, 16), MEAN, STD, "student x")
     with pytest.raises(InputError, match=f"^the student x .*{message}.*$") as error:
-        export_onnx(network, tmp_path / "a.onnx")
+        write_onnx(network, tmp_path / "a.onnx")
     assert "\n" not in str(error.value) and not list(tmp_path.iterdir())
 
 
@@ -258,10 +265,10 @@ def test_other_files_and_images_are_one_sentence(exported, tmp_path):
 
 
 def test_a_missing_package_is_named_before_anything_is_computed(monkeypatch):
-    monkeypatch.setattr(datafree.export, "find_spec", lambda name: None if name == "onnxruntime" else name)
+    monkeypatch.setattr(packages, "find_spec", lambda name: None if name == "onnxruntime" else name)
     calls = (
         lambda: require_packages(),
-        lambda: export_onnx(None, "a.onnx"),
+        lambda: write_onnx(None, "a.onnx"),
         lambda: quantize_onnx("a.onnx", "b.onnx", []),
         lambda: OnnxNetwork("a.onnx"),
     )
@@ -272,7 +279,7 @@ def test_a_missing_package_is_named_before_anything_is_computed(monkeypatch):
 
 def test_the_packages_are_those_of_the_requirements():
     lines = (ROOT / "requirements-export.txt").read_text().splitlines()
-    assert {line.split()[0] for line in lines if not line.startswith("-r")} == set(datafree.export.PACKAGES)
+    assert {line.split()[0] for line in lines if not line.startswith("-r")} == set().union(*PACKAGES.values())
 
 
 TORCHVISIONS = "resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 regnet_x_400mf densenet121 vgg11_bn".split()
@@ -283,7 +290,7 @@ TORCHVISIONS = "resnet18 mobilenet_v2 mobilenet_v3_small efficientnet_b0 regnet_
 def test_every_network_becomes_integers(name, tmp_path):
     side = 64 if ":" in name else 32
     network = Network.build(name, DatasetCard("x", 3, side, side, 10, MEAN, STD))
-    export_onnx(network, tmp_path / "fp32.onnx")
+    write_onnx(network, tmp_path / "fp32.onnx")
     images = torch.rand(8, 3, side, side)
     protocol = quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [images])
     floating = protocol.partition("; float32: ")[2]

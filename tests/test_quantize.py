@@ -12,9 +12,9 @@ from test_data_free import files_opened
 
 import datafree_quantize
 import registry
-from datafree import export
 from datafree.config import Quantizer
 from datafree.errors import InputError
+from datafree.exporting import integers
 from datafree.learners.base import Learner
 from datafree.learners.quantize import QuantizeLearner
 from datafree.network import Network
@@ -205,7 +205,7 @@ def test_a_file_in_float_is_not_left_under_the_name_of_an_integer_network(quanti
     def fail(*parts):
         raise InputError("an operator is unknown")
 
-    monkeypatch.setattr(export, "quantize_onnx", fail)
+    monkeypatch.setattr(integers, "quantize_onnx", fail)
     words = ("--w_bits", 8, "--a_bits", 8, "--onnx")
     refused(lambda: quantised(*words, length=("--epochs", 0, "--warmup", 1)), before_run=False)
     assert [path.name for path in Path("runs").glob("*/run/onnx/*.onnx")] == ["student_fp32.onnx"]

@@ -3,9 +3,9 @@
 import os
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -91,6 +91,10 @@ class DatasetCard:
         """(channels, height, width)."""
         return self.channels, self.height, self.width
 
+    def resized(self, image_size: int | None) -> "DatasetCard":
+        """The card of the same images with this height and width in pixels; itself if none is given."""
+        return replace(self, height=image_size, width=image_size) if image_size else self
+
     def to_yaml(self, path: str | Path) -> None:
         """Write the card to ``path``; raises InputError if the file cannot be written."""
         values = {key: list(value) if isinstance(value, tuple) else value for key, value in asdict(self).items()}
@@ -101,29 +105,35 @@ class DatasetCard:
     def from_yaml(cls, path: str | Path) -> "DatasetCard":
         """Read a card written by :meth:`to_yaml` or by hand; raises InputError naming file and key."""
         values = _read_mapping(path)
+        beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
+        if os.path.isfile(beside):  # a path in a card is relative to the card
+            values["loader"] = f"{beside}:{values['loader'].rpartition(':')[2]}"
+        return cls.from_mapping(values, str(path))
+
+    @classmethod
+    def from_mapping(cls, values: Mapping[Any, Any], place: str) -> "DatasetCard":
+        """The card of these values by key; raises InputError naming ``place``, where they are from, and key."""
+        values = dict(values)
         known = [f.name for f in fields(cls)]
         for key in values:
             if key not in known:
                 near = get_close_matches(str(key), known, n=1) or known
-                raise InputError(f"{path}: unknown key {shown(key)}; did you mean {' or '.join(near)}?")
+                raise InputError(f"{place}: unknown key {shown(key)}; did you mean {' or '.join(near)}?")
         missing = [f.name for f in fields(cls) if f.name not in values and f.default is MISSING]
         if missing:
-            raise InputError(f"{path}: {', '.join(missing)} missing; the keys of a data card are {', '.join(known)}")
+            raise InputError(f"{place}: {', '.join(missing)} missing; the keys of a data card are {', '.join(known)}")
         for key in ("mean", "std"):
-            values[key] = _numbers(path, key, values[key])
+            values[key] = _numbers(place, key, values[key])
         classes = values.get("classes") or ()
         if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) and name for name in classes):
             raise InputError(
-                f"{path}: classes must be a list of names in the order of the labels, not {shown(classes)}"
+                f"{place}: classes must be a list of names in the order of the labels, not {shown(classes)}"
             )
         values["classes"] = tuple(map(composed, classes))
-        beside = Path(path).parent / str(values.get("loader", "")).rpartition(":")[0]
-        if os.path.isfile(beside):  # a path in a card is relative to the card
-            values["loader"] = f"{beside}:{values['loader'].rpartition(':')[2]}"
         try:
             return cls(**values)
         except InputError as error:
-            raise InputError(f"{path}: {error}") from None
+            raise InputError(f"{place}: {error}") from None
 
 
 def composed(name: str) -> str:
@@ -168,12 +178,12 @@ def _as_text(node: Any) -> None:
         node.tag = "tag:yaml.org,2002:str"
 
 
-def _numbers(path: str | Path, key: str, values: Any) -> tuple[float, ...]:
+def _numbers(place: str, key: str, values: Any) -> tuple[float, ...]:
     # PyYAML reads 1e-3 as a string, hence float() instead of a type check.
     if isinstance(values, (list, tuple)) and not any(isinstance(value, bool) for value in values):
         with suppress(TypeError, ValueError, OverflowError):
             return tuple(float(value) for value in values)
-    raise InputError(f"{path}: {key} must be a list of one number per channel, not {shown(values)}")
+    raise InputError(f"{place}: {key} must be a list of one number per channel, not {shown(values)}")
 
 
 DIGITS = tuple("0123456789")

@@ -133,7 +133,7 @@ def resolve_card(
         raise OptionError(f"--data_root {data_root} is no folder; give the one that contains the data sets")
     card = _stated_card(name, Path(data_root), card_path)
     if card:
-        return replace(card, height=image_size, width=image_size) if image_size else card
+        return card.resized(image_size)
     root = _folder(Path(data_root), name)
     if not may_derive:
         raise InputError(

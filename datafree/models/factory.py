@@ -82,6 +82,11 @@ def is_from_library(name: str) -> bool:
     return name.partition(":")[0] in ("torchvision", "timm")
 
 
+def is_known(name: str) -> bool:
+    """Whether ``name`` alone tells which network it is, here and elsewhere: no user-defined one, of whatever file."""
+    return bool(name) and (not is_custom(name) or is_from_library(name))
+
+
 def torchvisions_networks(name: str) -> list[str]:
     """torchvision's networks that the registered ``name`` is a version of, and other versions of them."""
     if name not in MODELS:

@@ -50,6 +50,13 @@ class Generator(nn.Module):
         self.layers = nn.Sequential(*layers, nn.Conv2d(ngf, channels, 3, padding=1))
         self.reset()
 
+    @classmethod
+    def from_state(cls, state: dict[str, Tensor], shape: tuple[int, int, int]) -> "Generator":
+        """The generator of images of ``shape`` whose state_dict that is; nz and ngf follow from its tensors."""
+        generator = cls(state["project.weight"].shape[1], state["layers.0.weight"].shape[0] // 2, shape)
+        generator.load_state_dict(state)
+        return generator
+
     def reset(self) -> None:
         """Re-initialise: N(0, 0.02) for convolutions and linear layers, N(1, 0.02) for BN scales, zero biases."""
         _initialise(self)

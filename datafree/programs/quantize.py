@@ -22,7 +22,8 @@ python datafree_quantize.py --config configs/digits/quantize_resnet8.yaml --meth
 def quantization(session: "Session") -> "Iterator[Training]":
     """The teacher on a grid: ranges observed on images of a source, then training in turns with their synthesis."""
     from datafree.diagnostics import Watch
-    from datafree.export import require_packages, write_integer_network
+    from datafree.exporting.integers import write_integer_network
+    from datafree.exporting.packages import require_packages
     from datafree.learners.quantize import QuantizeLearner
     from datafree.plan import describe_quantization, describe_quantized
     from datafree.quantizer import QuantizedModel, quantise
