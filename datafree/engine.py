@@ -100,7 +100,7 @@ class Engine:
                     )
                     raise SystemExit(128 + signal.Signals[self.stop.received])
                 with self.progress.phase("closing"):
-                    self._close_epoch()
+                    self.close_epoch()
                     self.progress.advance(1)
         return self.result
 
@@ -166,7 +166,7 @@ class Engine:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
 
-    def _close_epoch(self) -> None:
+    def close_epoch(self) -> None:
         """Evaluate, log, draw and save; then the next epoch begins."""
         epoch = self.position["epoch"]
         last = epoch == self.schedule.epochs - 1

@@ -45,9 +45,15 @@ def run(
     config.validate()
     # These import torch, which takes seconds; --help and mistakes in the form of options are answered before.
     from datafree.session import Session
-    from datafree.training import run_training
 
     session = Session(config, derive_card=derive_card, write=not call.dry_run)
     with closing(trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
+        if call.dry_run:
+            from datafree.cost import preview
+
+            preview(session, in_turn)
+            return
+        from datafree.training import run_training
+
         for training in in_turn:
-            run_training(session, training, dry_run=call.dry_run)
+            run_training(session, training)

@@ -54,12 +54,9 @@ class Training:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_training(session: Session, training: Training, dry_run: bool = False) -> None:
-    """Log the plan, train, and write the summary; a dry run prints the plan and writes nothing."""
+def run_training(session: Session, training: Training) -> None:
+    """Log the plan, train, and write the summary."""
     plan_lines = [printable(line) for line in (*training.plan, *session.notes)]
-    if dry_run:
-        print("\n".join(plan_lines))
-        return
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)

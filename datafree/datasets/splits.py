@@ -168,6 +168,16 @@ class TensorSplit:
         self._shuffle.load_state_dict(state)
 
 
+class StandIn(TensorSplit):
+    """One image in place of many, which are missing: it takes the memory of one."""
+
+    def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "StandIn":
+        """As many images as there are of ``classes``, relabelled."""
+        _, positions = chosen_images(self.labels, classes)
+        relabelled = torch.tensor(labels, device=self.device)[positions]
+        return StandIn(self.images[:1].expand(len(relabelled), -1, -1, -1), relabelled, num_classes)
+
+
 class LazySplit:
     """A split of image files that are decoded on demand by ``workers`` processes (0: by this one).
 
