@@ -12,6 +12,7 @@ PROGRAMS = {
     "quantize": ("datafree.programs.quantize", "a trained network in few bits, without its data"),
     "incremental": ("datafree.programs.incremental", "classes that arrive in tasks, without the old images"),
     "train": ("datafree.programs.train", "a network trained on real images: a teacher, or an upper bound"),
+    "doctor": ("datafree.doctor", "what a long run of the others would stumble over, in less than a minute"),
     "report": ("datafree.report", "a table of runs: means, deviations and paired gains over seeds"),
     "curves": ("datafree.curves", "a picture of runs over their epochs"),
 }
@@ -38,7 +39,7 @@ def main() -> None:
 
 
 # Entry points of the installed commands.
-kd, quantize, incremental, train, report, curves = (partial(start, name) for name in PROGRAMS)
+kd, quantize, incremental, train, doctor, report, curves = (partial(start, name) for name in PROGRAMS)
 
 if __name__ == "__main__":
     exit_on_input_error(main)

@@ -3,7 +3,7 @@
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
 from pathlib import Path
@@ -92,27 +92,40 @@ class Cost:
 def preview(session: Session, trainings: Iterable[Training]) -> None:
     """A dry run: print the plans of ``trainings`` and what they will cost, and write nothing.
 
-    Trainings with the same kinds of learner and source share what was measured of the first one. What is missing is
-    named, and the InputError with which a run would end is raised when all is said.
+    What is missing is named, and the InputError with which a run would end is raised when all is said.
     """
-    measured, costs, told = dict[Any, Rates](), list[Cost](), set[str]()
-    for training in trainings:
+    costs, told = list[Cost](), set[str]()
+    for training, rates, cost in forecasts(session, trainings):
         lines = [*training.plan, *(note for note in session.notes if note not in told)]
         told.update(session.notes)
-        kind = (type(training.learner), type(training.source))
-        if kind not in measured:
-            measured[kind] = measure_training(session, training)
-            lines += plan.describe_rates(measured[kind].phases)
-        costs.append(total(session, training, measured[kind]))
+        lines += plan.describe_rates(rates.phases) if rates else []
+        costs.append(cost)
         print("\n".join(map(printable, lines)), flush=True)
-    lines = [f"Missing: {error}." for error in session.missing]
-    lines += ["The plan has random weights and noise in place of what is missing."] * bool(lines)
-    if costs:
-        free = free_memory(session.device), free_disk(session.run.save_dir)
-        lines += plan.describe_costs(costs, free[0], session.run.save_dir, free[1])
-    print("\n".join(map(printable, lines)), flush=True)
+    lines = [*session.to_download, *(f"Missing: {error}." for error in session.missing)]
+    lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
+    print("\n".join(map(printable, [*lines, *describe(session, costs)])), flush=True)
     if session.missing:
         raise session.missing[0]
+
+
+def forecasts(session: Session, trainings: Iterable[Training]) -> Iterator[tuple[Training, Rates | None, Cost]]:
+    """Each training with its rates, which are None where those of an earlier one hold, and its cost.
+
+    They hold for all trainings with the same kinds of learner and source.
+    """
+    measured = dict[Any, Rates]()
+    for training in trainings:
+        kind = (type(training.learner), type(training.source))
+        known = kind in measured
+        if not known:
+            measured[kind] = measure_training(session, training)
+        yield training, None if known else measured[kind], total(session, training, measured[kind])
+
+
+def describe(session: Session, costs: Sequence[Cost]) -> list[str]:
+    """The lines of :func:`datafree.plan.describe_costs` for this machine as it is now."""
+    folder = session.run.save_dir
+    return plan.describe_costs(costs, free_memory(session.device), folder, free_disk(folder)) if costs else []
 
 
 def measure_training(session: Session, training: Training) -> Rates:

@@ -38,7 +38,8 @@ class Session:
     derive the card of an unknown data set. write: whether files may be written: a derived card, a download.
     digests: option -> hash of the contents of the file that it names; the result depends on these and not on the name.
     notes: what should be known of the data that were loaded, and of their classes, as sentences for the log.
-    missing: weights and images that a plan is made without, each with the error that ends a run which may write.
+    missing, to_download: weights and images that a plan is made without: with the error that a run would end with, or
+    as sentences on what it would download.
     """
 
     def __init__(self, config: Any, derive_card: bool = False, write: bool = True):
@@ -50,6 +51,7 @@ class Session:
         if self.run.resume not in ("none", "auto") and not os.path.isfile(self.run.resume):
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
         self.missing: list[MissingError] = []
+        self.to_download: list[str] = []
         for model, weights in config.networks():
             check_model(model)
             self._if_there(weights)
@@ -99,7 +101,7 @@ class Session:
             if self.write or self.run.evaluate_only:
                 raise
             if downloads and self.card.name in TORCHVISION and not self.card.loader:
-                self.notes.append(f"The {downloads} of {self.card.name} are not here; the run downloads them.")
+                self.to_download.append(f"The {downloads} of {self.card.name} are not here; the run downloads them.")
             elif str(error) not in map(str, self.missing):
                 self.missing.append(error)
 

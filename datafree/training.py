@@ -8,7 +8,7 @@ from typing import Any
 from datafree import checkpoint, plan, quantizer
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
-from datafree.engine import LAST, Engine, Monitor
+from datafree.engine import LAST, Engine, Monitor, obey_alarms
 from datafree.errors import InputError, printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over
@@ -92,14 +92,16 @@ def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFo
 
 
 def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> dict[str, float]:
-    """Log the teacher's test accuracy, with a warning if it is weak -> columns of the summary."""
+    """Log the teacher's test accuracy, with an alarm if it is weak -> columns of the summary."""
     scores = session.score(teacher)
     if scores is None:
         folder.log("No test set (--eval none): neither teacher nor student is evaluated.")
         return {}
     folder.log(f"[Eval] teacher {scores_line(scores)}")
-    for warning in plan.check_teacher(scores["acc1"], session.config.teacher.teacher_acc, session.card.num_classes):
-        folder.log(warning)
+    alarms = plan.check_teacher(scores["acc1"], session.config.teacher.teacher_acc, session.card.num_classes)
+    for alarm in alarms:
+        folder.log(alarm)
+    obey_alarms(session.run, folder, alarms)
     return {"teacher_acc1": scores["acc1"]}
 
 

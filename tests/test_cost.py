@@ -262,7 +262,7 @@ def test_without_its_teacher_a_dry_run_tells_the_plan_and_how_to_get_it(refused,
         assert (
             "Plan: " in printed.out and told(printed.out) and f"Missing: {line.removeprefix('error: ')}." in printed.out
         )
-        assert "random weights and noise in place of what is missing" in printed.out
+        assert "random weights and noise in place of what is not there" in printed.out
     named = refused(call, datafree_kd, *small, "--teacher_weights", "none.pth", "--student", TINY, *SHORT, *SYNTHESIS)
     assert "there is no file none.pth" in named
     assert not list(tmp_path.iterdir())

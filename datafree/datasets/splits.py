@@ -83,6 +83,11 @@ def chosen_images(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tenso
     return places, position[labels[places]]
 
 
+def some_places(size: int, n: int) -> Tensor:
+    """Up to ``n`` of range(size), the same ones each time, in their order."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:n].sort().values
+
+
 class Split(Protocol):
     """Images and labels of a split of a data set, on ``device``. notes: sentences about it for the log."""
 
@@ -98,6 +103,10 @@ class Split(Protocol):
 
     def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "Split":
         """The images of ``classes`` alone, relabelled: those of the k-th have the k-th of the new ``labels``."""
+        ...
+
+    def some(self, n: int) -> "Split":
+        """Up to ``n`` of its images, the same ones each time, as if drawn at random."""
         ...
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -147,6 +156,11 @@ class TensorSplit:
         places, positions = chosen_images(self.labels, classes)
         relabelled = torch.tensor(labels, device=self.device)[positions]
         return TensorSplit(self.images[places], relabelled, num_classes, self.notes)
+
+    def some(self, n: int) -> "TensorSplit":
+        """Up to ``n`` of its images, the same ones each time, as if drawn at random."""
+        places = some_places(len(self), n).to(self.device)
+        return TensorSplit(self.images[places], self.labels[places], self.num_classes, self.notes)
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
@@ -210,6 +224,14 @@ class LazySplit:
         places, positions = chosen_images(self.labels, classes)
         paths, relabelled = [self.paths[place] for place in places.tolist()], torch.tensor(labels)[positions]
         return LazySplit(paths, relabelled, self.shape, num_classes, self.device, self.workers, self.notes)
+
+    def some(self, n: int) -> "LazySplit":
+        """Up to ``n`` of its images, the same ones each time, as if drawn at random."""
+        places = some_places(len(self), n)
+        paths = [self.paths[place] for place in places.tolist()]
+        return LazySplit(
+            paths, self.labels[places], self.shape, self.num_classes, self.device, self.workers, self.notes
+        )
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
