@@ -8,14 +8,13 @@ million views. On the CPU the peak is known on Linux alone.
 
 import subprocess
 import sys
-from pathlib import Path
 
 import torch
 
 from benchmarks.step import Ours
 from datafree.errors import InputError, exit_on_input_error, usage
 from datafree.logger import table
-from datafree.runtime import choose_device, peak_memory, seed_everything
+from datafree.runtime import choose_device, peak_memory, reset_peak, seed_everything
 
 SETTINGS = (
     "resnet20>resnet8,16,10,16,64",
@@ -39,15 +38,6 @@ def measure(setting, phase):
     for _ in range(2):
         ours.synthesis_step() if phase == "synthesis" else ours.student_step()
     print(round(peak_memory(device) - before))
-
-
-def reset_peak(device):
-    """Let the peak be that of what follows -> MB in use now."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-        return torch.cuda.memory_allocated(device) / 1e6
-    Path("/proc/self/clear_refs").write_text("5")  # Linux: resets the peak of this process to its current use
-    return peak_memory(device)
 
 
 def build(setting):

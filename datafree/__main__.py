@@ -13,6 +13,7 @@ PROGRAMS = {
     "incremental": ("datafree.programs.incremental", "classes that arrive in tasks, without the old images"),
     "train": ("datafree.programs.train", "a network trained on real images: a teacher, or an upper bound"),
     "export": ("datafree.export", "a trained network as ONNX, pt2 or safetensors, compared with torch"),
+    "doctor": ("datafree.doctor", "what a long run of the others would stumble over, in less than a minute"),
     "report": ("datafree.report", "a table of runs: means, deviations and paired gains over seeds"),
     "curves": ("datafree.curves", "a picture of runs over their epochs"),
     "reproduce": ("datafree.reproduce", "an experiment again, compared with what its file expects"),
@@ -40,7 +41,7 @@ def main() -> None:
 
 
 # Entry points of the installed commands.
-kd, quantize, incremental, train, export, report, curves, reproduce = (partial(start, name) for name in PROGRAMS)
+kd, quantize, incremental, train, export, doctor, report, curves, reproduce = (partial(start, name) for name in PROGRAMS)
 
 if __name__ == "__main__":
     exit_on_input_error(main)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree import fitting
-from datafree.errors import InputError, short
+from datafree.errors import InputError, MissingError, short
 from datafree.files import replacing
 from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
 
@@ -110,7 +110,7 @@ def require(state: dict[str, Any], *keys: str, path: str | Path) -> None:
 def weights_file(path: str | Path) -> Path:
     """The file of weights that ``path`` names: itself, or the last weights in the folder of a run.
 
-    Raises InputError for a folder without one. Runs of earlier versions call the file student_last.pth.
+    Raises MissingError for a folder without one. Runs of earlier versions call the file student_last.pth.
     """
     if not os.path.isdir(path):
         return Path(path)
@@ -120,7 +120,7 @@ def weights_file(path: str | Path) -> Path:
                 return found
     inside = next(Path(path).glob(f"**/{LAST_WEIGHTS[0]}"), None)
     hint = f", such as {inside.parent.parent}" if inside else ""
-    raise InputError(
+    raise MissingError(
         f"{path} is a folder without checkpoints/{LAST_WEIGHTS[0]}; name a file of weights or the folder of a run{hint}"
     )
 
@@ -187,11 +187,11 @@ def stored_accuracy(path: str | Path, model: str) -> float | None:
 
 
 def require_file(path: str | Path) -> None:
-    """Raise InputError unless ``path`` is a file that may be read."""
+    """Raise InputError unless ``path`` is a file that may be read; MissingError if there is none."""
     if not os.path.isfile(path):
         renamed = Path(path).with_name(Path(path).name.replace("student_", "model_"))
         hint = f"it is called {renamed} now" if os.path.isfile(renamed) else "check the path"
-        raise InputError(f"there is no file {path}; {hint}")
+        raise MissingError(f"there is no file {path}; {hint}")
     if not os.access(path, os.R_OK):
         raise InputError(f"{path} may not be read; change its permissions")
 

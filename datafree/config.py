@@ -140,6 +140,12 @@ class Run:
     grid_every: int = option(
         10, "Epochs between two image grids; the first and the last epoch always have one.", low=1, affects_result=False
     )
+    on_alarm: Literal["warn", "stop"] = option(
+        "warn",
+        "What an alarm does, about images, a weak teacher or a weak first task: a line in the log, or the run is saved "
+        "and stops with exit code 3.",
+        affects_result=False,
+    )
     workers: int = option(
         2,
         "Processes that decode images of data sets too large for memory.",

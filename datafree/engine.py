@@ -40,6 +40,7 @@ from datafree.synthesis.base import BaseSynthesis
 from datafree.update import is_scalar
 
 LAST = "last.pth"  # the one file that a run is resumed from; the others in its folder follow from it
+ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
 
@@ -101,8 +102,10 @@ class Engine:
                     )
                     raise SystemExit(128 + signal.Signals[self.stop.received])
                 with self.progress.phase("closing"):
-                    self._close_epoch()
+                    alarms = self.close_epoch()
                     self.progress.advance(1)
+                if at["epoch"] < s.epochs:
+                    obey_alarms(self.run, self.folder, alarms)
         return self.result
 
     def _epoch(self) -> None:
@@ -167,18 +170,20 @@ class Engine:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
 
-    def _close_epoch(self) -> None:
-        """Evaluate, log, draw and save; then the next epoch begins."""
+    def close_epoch(self) -> list[str]:
+        """Evaluate, log, draw and save; then the next epoch begins -> the alarms about the images of this one."""
         epoch = self.position["epoch"]
         last = epoch == self.schedule.epochs - 1
         if epoch < self.schedule.warmup:
             self.learner.end_warmup_epoch(lambda: self.source.batch(self.schedule.batch_size))
         metrics: dict[str, Any] = require_finite(self.means.values(), "mean of")
+        alarms: list[str] = []
         if self.monitor:
-            of_images, warnings = self.monitor()
+            of_images, found = self.monitor()
             metrics.update({f"images/{name}": value for name, value in of_images.items()})
-            for warning in warnings if epoch >= self.schedule.warmup else ():
-                self.folder.log(f"[Alarm] {warning}")
+            alarms = found if epoch >= self.schedule.warmup else []
+            for alarm in alarms:
+                self.folder.log(f"[Alarm] {alarm}")
         if self.evaluate and (last or (epoch + 1) % self.run.eval_every == 0):
             self._evaluate(self.evaluate, epoch, metrics)
         metrics.update(
@@ -196,6 +201,7 @@ class Engine:
         self.position.update(epoch=epoch + 1, round=0, step=0)
         self.means = Means()
         self._save_epoch()
+        return alarms
 
     def _evaluate(self, evaluate: Callable[[], dict[str, float]], epoch: int, metrics: dict[str, Any]) -> None:
         """Add the test scores, log them, and remember the epoch if it is the best so far."""
@@ -348,6 +354,16 @@ class Engine:
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
                 f"{self.schedule.epochs} to continue from it"
             )
+
+
+def obey_alarms(run: Run, folder: RunFolder, alarms: Sequence[str]) -> None:
+    """With --on_alarm stop, end a run that is saved and has alarms, by a line that states the first of them."""
+    if run.on_alarm == "stop" and alarms:
+        folder.log(
+            f"Stopped by an alarm (--on_alarm stop): {alarms[0].removeprefix('[Alarm] ')}; what was done is saved, "
+            "--resume auto --on_alarm warn continues from here."
+        )
+        raise SystemExit(ALARM)
 
 
 def require_same_options(

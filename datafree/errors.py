@@ -23,6 +23,10 @@ class InputError(Exception):
     exit_code = 1
 
 
+class MissingError(InputError):
+    """Weights or images that are not there, or not yet: a dry run goes on without them."""
+
+
 class OptionError(InputError):
     """An unknown option, or an invalid value of one."""
 

@@ -16,7 +16,7 @@ from datafree.cli import to_yaml
 from datafree.config import Incremental
 from datafree.datasets.cards import DatasetCard, names_of
 from datafree.datasets.splits import Split
-from datafree.engine import Monitor, require_same_options
+from datafree.engine import Monitor, obey_alarms, require_same_options
 from datafree.errors import InputError, out_of_memory_in, shown
 from datafree.grids import draw_matrix
 from datafree.learners.base import Learner
@@ -263,7 +263,7 @@ class IncrementalRun:
 
     def finish(self, task: int, images: Split) -> None:
         """Judge the network after ``task``, which was trained on ``images``, and record that this is finished."""
-        folder, test = self.folder, self.test_images(task)
+        folder, test, alarms = self.folder, self.test_images(task), list[str]()
         assert folder
         if self.settings.learner == "fetril":
             checkpoint.save(folder.checkpoints / MEANS, {"means": self.means_after(task, images).cpu()})
@@ -274,14 +274,16 @@ class IncrementalRun:
                 task_accuracies(self.student(task), test, self.tasks, task, self.session.evaluation_batch)
             )
             folder.picture(PICTURE, draw_matrix(self.results.matrix, "after task", "accuracy (%) on task"))
-            for warning in self._warnings(task):
-                folder.log(warning)
+            alarms = self._alarms(task)
+            for alarm in alarms:
+                folder.log(alarm)
         numbers = self.results.numbers()
         folder.metrics(task, {"classes": self.tasks.ends[task], **numbers})
         self.finished = task + 1
         folder.write_json(RESULTS, self._record())  # last, for it says that the task is finished
         shown = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
         folder.log(f"Task {task + 1} of {len(self.tasks)} is finished: {shown or 'there is no test set'}.")
+        obey_alarms(self.session.run, folder, alarms)
 
     def summarise(self) -> None:
         """Write the summary of a run all of whose tasks are finished, and log its results."""
@@ -369,7 +371,7 @@ class IncrementalRun:
             self.finish(0, images)
         self.finished = 1
 
-    def _warnings(self, task: int) -> list[str]:
+    def _alarms(self, task: int) -> list[str]:
         """Whether the base task is too weak for what follows."""
         accuracy, classes = self.results.matrix[-1][0], self.tasks.ends[0]
         if task > 0 or accuracy >= max(self.settings.base_acc, least_useful(classes)):

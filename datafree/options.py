@@ -18,7 +18,9 @@ class Invocation:
     version: bool = option(False, "Show the version and exit.")
     config: str = option("", "YAML file with options, in sections as below; may be given several times.")
     print_config: bool = option(False, "Print all options as YAML that --config reads, and exit.")
-    dry_run: bool = option(False, "Check everything, print the plan, and exit.")
+    dry_run: bool = option(
+        False, "Check everything, print the plan and its cost, measured in a few steps, name what is missing, and exit."
+    )
     gpu: int | None = option(None, "Short for --device cuda:N.", low=0)
 
 

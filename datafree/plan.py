@@ -1,11 +1,13 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig
 from datafree.datasets.cards import DatasetCard, composed
 from datafree.errors import short
 from datafree.learners import LearnersOfOtherOptions
+from datafree.logger import table
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
 from datafree.pool import ImagePool
@@ -18,6 +20,7 @@ from datafree.synthesis.optimised import OptimisedSynthesis
 from datafree.view_cache import ViewCache
 
 if TYPE_CHECKING:
+    from datafree.cost import Cost, Rate
     from datafree.incremental import Tasks
 
 SHOWN = 5  # names of parameters at most in a line
@@ -268,6 +271,83 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
         made, megabytes = schedule.total_synthesis_rounds * images, pool.images.nbytes / 1e6
         cost += f"; {made:,} images, {pool.capacity:,} of them kept in the pool ({megabytes:.0f} MB)"
     return f"Cost: {cost}."
+
+
+PHASES = {  # of datafree.cost.Rates, in the order in which they are shown
+    "warmup": "synthesis, warm-up",
+    "synthesis": "synthesis",
+    "student": "student",
+    "views": "- of it: new views",  # what the view cache saves where it knows them
+    "evaluation": "evaluation",
+    "teacher": "- of the teacher",
+    "ranges": "observing ranges",
+    "closing": "end of an epoch",
+    "grid": "image grid",
+}
+
+
+def describe_rates(phases: "Mapping[str, Rate]") -> list[str]:
+    """A table of what a step of each phase takes on this machine."""
+    rows = [
+        {
+            "a step of": PHASES[name],
+            "takes": duration(rate.seconds),
+            "FLOP": magnitude(rate.flop, "") if rate.flop else None,
+            "of images": rate.images,
+            "measured on": rate.measured,
+        }
+        for name, rate in ((name, phases[name]) for name in PHASES if name in phases)
+    ]
+    return ["Measured here:", *table(rows).splitlines()]
+
+
+def describe_costs(costs: "Sequence[Cost]", free: float, folder: str, free_on_disk: float) -> list[str]:
+    """What all trainings of a run take together, with an alarm if it does not fit. free, free_on_disk: bytes."""
+    by_kind = {kind: sum(cost.seconds[kind] for cost in costs) for kind in costs[0].seconds}
+    shares = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in by_kind.items() if seconds)
+    known, flop = max(cost.known for cost in costs), sum(cost.flop for cost in costs)
+    lines = [
+        f"Time: about {duration(sum(by_kind.values()))} at this rate ({shares}), and {magnitude(flop, 'FLOP')}"
+        + f"; the view cache knows {known:.0%} of the views" * (known > 0)
+        + "."
+    ]
+    peaks = [(cost.memory, cost.in_use) for cost in costs if cost.memory is not None]
+    if peaks:
+        most, in_use = max(peaks)
+        lines.append(
+            f"Memory: about {magnitude(most, 'B')} at most, of which {magnitude(in_use, 'B')} are in use now; "
+            f"{magnitude(free, 'B')} are free."
+        )
+        if most - in_use > free:
+            lines.append(
+                "[Alarm] The memory does not suffice; lower --synthesis_batch_size, --batch_size or --pool_size."
+            )
+    else:
+        lines.append("Memory: not known, because it can be measured on Linux and on a GPU alone.")
+    disk = sum(cost.disk for cost in costs)
+    lines.append(f"Disk: up to {magnitude(disk, 'B')} in {folder}; {magnitude(free_on_disk, 'B')} are free.")
+    if disk > free_on_disk:
+        lines.append("[Alarm] The disk does not suffice; make room, or give another --save_dir.")
+    return lines
+
+
+def duration(seconds: float) -> str:
+    """Seconds in the unit that a reader expects."""
+    for unit, size in (("days", 172_800), ("hours", 7200), ("minutes", 120)):
+        if seconds >= size:
+            return f"{seconds / {'days': 86_400, 'hours': 3600, 'minutes': 60}[unit]:.1f} {unit}"
+    return f"{seconds:.1f} s" if seconds >= 1 else f"{1000 * seconds:.3g} ms"
+
+
+def magnitude(number: float, unit: str) -> str:
+    """A number with a decimal prefix: 1.24 GB."""
+    for prefix in ("", "k", "M", "G", "T", "P"):
+        if number < 1000:
+            break
+        number /= 1000
+    else:
+        prefix = "E"
+    return f"{number:,.3g} {prefix}{unit}"
 
 
 def check_teacher(accuracy: float, expected: float, num_classes: int) -> list[str]:

@@ -3,33 +3,41 @@
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from datafree import cli
 from datafree.config import CONFIGS
 from datafree.errors import exit_on_input_error
+from datafree.options import Invocation
 
-__all__ = ["exit_on_input_error", "run"]
+__all__ = ["Runner", "exit_on_input_error", "read", "run"]
 
 if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.training import Training
 
+Trainings = Callable[["Session"], "Iterator[Training]"]
 
-def run(
-    config_class: type,
-    trainings: "Callable[[Session], Iterator[Training]]",
-    *,
-    description: str,
-    method_files: Mapping[str, Any] | None = None,
-    examples: str = "",
-    derive_card: bool = False,
-) -> None:
-    """Read the command line into a ``config_class``, then run what ``trainings`` yields, in turn.
 
-    trainings: session -> the trainings of the program; between two of them it may use the result of the first.
-    derive_card: whether the training images may be opened to derive the data card.
-    """
+class Runner(Protocol):
+    """What a program is given to, as :func:`run`: it does something with what the program consists of."""
+
+    def __call__(
+        self,
+        config_class: type,
+        trainings: Trainings,
+        *,
+        description: str,
+        method_files: Mapping[str, Any] | None = None,
+        examples: str = "",
+        derive_card: bool = False,
+    ) -> None: ...
+
+
+def read(
+    config_class: type, *, description: str, method_files: Mapping[str, Any] | None = None, examples: str = ""
+) -> tuple[Any, Invocation]:
+    """The command line as a valid ``config_class`` and what else it asks for; --print_config prints it and exits."""
     others = [other for other in CONFIGS if other is not config_class]
     config, call = cli.parse(
         config_class,
@@ -41,13 +49,37 @@ def run(
     )
     if call.print_config:
         print(cli.to_yaml(config), end="")
-        return
+        sys.exit()
     config.validate()
+    return config, call
+
+
+def run(
+    config_class: type,
+    trainings: Trainings,
+    *,
+    description: str,
+    method_files: Mapping[str, Any] | None = None,
+    examples: str = "",
+    derive_card: bool = False,
+) -> None:
+    """Read the command line into a ``config_class``, then run what ``trainings`` yields, in turn.
+
+    trainings: session -> the trainings of the program; between two of them it may use the result of the first.
+    derive_card: whether the training images may be opened to derive the data card.
+    """
+    config, call = read(config_class, description=description, method_files=method_files, examples=examples)
     # These import torch, which takes seconds; --help and mistakes in the form of options are answered before.
     from datafree.session import Session
-    from datafree.training import run_training
 
     session = Session(config, derive_card=derive_card, write=not call.dry_run)
     with closing(trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
+        if call.dry_run:
+            from datafree.cost import preview
+
+            preview(session, in_turn)
+            return
+        from datafree.training import run_training
+
         for training in in_turn:
-            run_training(session, training, dry_run=call.dry_run)
+            run_training(session, training)

@@ -1,5 +1,6 @@
 """The machine under a run: device, precision, seeds, signals, and a record of them."""
 
+import ctypes
 import importlib.util
 import os
 import platform
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -129,6 +130,20 @@ def peak_memory(device: torch.device) -> int | None:
         return None
     kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return round(kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e6)
+
+
+def reset_peak(device: torch.device) -> float | None:
+    """Let :func:`peak_memory` be that of what follows -> MB in use now; None where the system does not allow it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak_memory(device)
+    try:
+        with suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # of glibc: what was freed is in use no longer
+        Path("/proc/self/clear_refs").write_text("5")
+    except OSError:  # not on Linux
+        return None
+    return peak_memory(device)
 
 
 def free_memory(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """What every program needs before its training: device, data card, splits, networks."""
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +15,10 @@ from datafree import checkpoint
 from datafree.augment import CropFlip
 from datafree.config import Data
 from datafree.datasets.cards import DatasetCard, names_of
-from datafree.datasets.loading import load_split, resolve_card
+from datafree.datasets.loading import load_split, resolve_card, stand_in
 from datafree.datasets.splits import Split
-from datafree.errors import InputError, out_of_memory_in, printable
+from datafree.datasets.torchvision_files import TORCHVISION
+from datafree.errors import InputError, MissingError, out_of_memory_in, printable
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
 from datafree.models.factory import check_model
 from datafree.network import Network, model_name
@@ -40,6 +42,8 @@ class Session:
     place of the one that the options name.
     digests: option -> hash of the contents of the file that it names; the result depends on these and not on the name.
     notes: what should be known of the data that were loaded, and of their classes, as sentences for the log.
+    missing, to_download: weights and images that a plan is made without: with the error that a run would end with, or
+    as sentences on what it would download.
     """
 
     def __init__(
@@ -58,12 +62,13 @@ class Session:
             require_compiler(self.device)
         if self.run.resume not in ("none", "auto") and not os.path.isfile(self.run.resume):
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
+        self.missing: list[MissingError] = []
+        self.to_download: list[str] = []
         objects = set(map(model_name, self.given.values()))
         for model, weights in config.networks():
             if model not in objects:
                 check_model(model)
-            if weights not in ("", OWN):
-                checkpoint.require_file(checkpoint.weights_file(weights))
+            self._if_there(weights)
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         size = self.data.image_size
@@ -98,10 +103,38 @@ class Session:
         user-defined loader draws.
         """
         download, workers = self.data.download and self.write, self.run.workers
-        with same_rng():
+        split: Split | None = None
+        with same_rng(), self._planning(downloads=f"{name} images" if self.data.download else ""):
             split = load_split(self.card, self.data.data_root, name, download, self.device, workers, classes)
+        if split is None:
+            split = stand_in(self.card, name, self.device, classes)
         self.notes += split.notes
         return split
+
+    @contextmanager
+    def _planning(self, downloads: str = "") -> Iterator[None]:
+        """In a dry run, what the block misses is noted, and the plan goes on without it.
+
+        downloads: what that is, if a run downloads it for those data sets for which that is possible.
+        """
+        try:
+            yield
+        except MissingError as error:
+            if self.write or self.run.evaluate_only:
+                raise
+            if downloads and self.card.name in TORCHVISION and not self.card.loader:
+                self.to_download.append(f"The {downloads} of {self.card.name} are not here; the run downloads them.")
+            elif str(error) not in map(str, self.missing):
+                self.missing.append(error)
+
+    def _if_there(self, weights: str | Path) -> str | Path:
+        """The file ``weights``; nothing if a plan is made without it."""
+        if weights in ("", OWN):
+            return weights
+        with self._planning():
+            checkpoint.require_file(checkpoint.weights_file(weights))
+            return weights
+        return ""
 
     def network(
         self,
@@ -121,6 +154,7 @@ class Session:
         num_classes: instead of the card's, as for a teacher of the old classes alone. key: of the weights in their
         file. stages: names of the modules that give its stages.
         """
+        weights = self._if_there(weights)
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
             if weights and weights != OWN:
@@ -151,15 +185,19 @@ class Session:
         weights: str | Path = OWN if "teacher" in self.given else options.teacher_weights
         if not weights:
             weights = published_weights(self.card.name, options.teacher)
-            if not os.path.exists(weights):
-                raise InputError(
-                    f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
-                    f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
-                )
+            with self._planning():
+                if not os.path.exists(weights):
+                    raise MissingError(
+                        f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
+                        f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
+                    )
+            weights = weights if os.path.exists(weights) else ""
         mean, std, key = options.teacher_mean, options.teacher_std, options.teacher_weights_key
         stages = [name.strip() for name in options.teacher_stages.split(",") if name.strip()]
         network = self.network("teacher", options.teacher, weights, mean, std, key=key, stages=stages)
-        network.freeze().require_moderate_values()
+        network.freeze()
+        if not self.missing:  # random weights may give anything
+            network.require_moderate_values()
         return network
 
     @property

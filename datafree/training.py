@@ -8,7 +8,7 @@ from typing import Any
 from datafree import checkpoint, plan, quantizer
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
-from datafree.engine import LAST, Engine, Monitor
+from datafree.engine import LAST, Engine, Monitor, obey_alarms
 from datafree.errors import InputError, printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over
@@ -59,12 +59,9 @@ class Training:
     facts: Mapping[str, str] = field(default_factory=dict)
 
 
-def run_training(session: Session, training: Training, dry_run: bool = False) -> Path | None:
-    """Log the plan, train, and write the summary -> the run's folder; a dry run prints the plan and writes nothing."""
+def run_training(session: Session, training: Training) -> Path:
+    """Log the plan, train, and write the summary -> the run's folder."""
     plan_lines = [printable(line) for line in (*training.plan, *session.notes)]
-    if dry_run:
-        print("\n".join(plan_lines))
-        return None
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)
@@ -101,14 +98,16 @@ def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFo
 
 
 def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> dict[str, float]:
-    """Log the teacher's test accuracy, with a warning if it is weak -> columns of the summary."""
+    """Log the teacher's test accuracy, with an alarm if it is weak -> columns of the summary."""
     scores = session.score(teacher)
     if scores is None:
         folder.log("No test set (--eval none): neither teacher nor student is evaluated.")
         return {}
     folder.log(f"[Eval] teacher {scores_line(scores)}")
-    for warning in plan.check_teacher(scores["acc1"], session.config.teacher.teacher_acc, session.card.num_classes):
-        folder.log(warning)
+    alarms = plan.check_teacher(scores["acc1"], session.config.teacher.teacher_acc, session.card.num_classes)
+    for alarm in alarms:
+        folder.log(alarm)
+    obey_alarms(session.run, folder, alarms)
     return {"teacher_acc1": scores["acc1"]}
 
 

@@ -5,6 +5,8 @@ give an image only 2 (2 padding + 1)^2 views. So cached outputs are right up to 
 far as tried, unlike one output per image for all of its views.
 """
 
+import math
+from collections import deque
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -17,6 +19,7 @@ from datafree.features import Features
 from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.runtime import free_memory
+from datafree.schedule import Schedule
 
 if TYPE_CHECKING:
     from datafree.learners.base import Learner
@@ -25,13 +28,15 @@ if TYPE_CHECKING:
 
 # Misses are padded to a multiple of 32, so that the same kernels (and rounding) are used as for full batches.
 PAD_TO = 32
+MOST_ROUNDS = 10_000  # that are reckoned one by one
 
 
 class ViewCache:
     """Runs the teacher on new views only. Memory is bounded: a view overwrites another one with the same place.
 
     teacher: a frozen Network. fields: which of "logits", "embed" and "pooled" to keep. possible: how many views exist
-    at a time. megabytes: limit of the memory, which the CPU allocates as it fills, and a GPU at once.
+    at a time. megabytes: limit of the memory, which the CPU allocates as it fills, and a GPU at once. lookups: views
+    since the last call of :meth:`hit_rate`.
     """
 
     def __init__(self, teacher: Network, fields: Collection[str], possible: int, megabytes: int):
@@ -46,7 +51,7 @@ class ViewCache:
         self.places = max(1, min(possible, megabytes * 10**6 // self.bytes_per_view))
         self.values = torch.empty(self.places + 1, width, device=device)  # the last row is never read
         self.keys = torch.full((self.places,), -1, device=device)
-        self._hits, self._lookups = torch.zeros((), dtype=torch.long, device=device), 0
+        self._hits, self.lookups = torch.zeros((), dtype=torch.long, device=device), 0
 
     def __len__(self) -> int:
         return self.places
@@ -61,15 +66,20 @@ class ViewCache:
             values[new] = fresh = self._run_teacher(views, new)
             self._keep(places[new], keys[new], fresh)
         self._hits += known.sum()
-        self._lookups += len(keys)
+        self.lookups += len(keys)
         return self._unpack(values)
 
     def hit_rate(self) -> float | None:
         """Fraction of the views that were cached, since the last call; None if there were no views."""
-        rate = self._hits.item() / self._lookups if self._lookups else None
+        rate = self._hits.item() / self.lookups if self.lookups else None
         self._hits.zero_()
-        self._lookups = 0
+        self.lookups = 0
         return rate
+
+    def forget(self) -> None:
+        """Empty it, and count from 0."""
+        self.keys.fill_(-1)
+        self.hit_rate()
 
     def _run_teacher(self, views: Tensor, new: Tensor) -> Tensor:
         padded = new[torch.arange(-(-len(new) // PAD_TO) * PAD_TO, device=new.device) % len(new)]
@@ -87,6 +97,36 @@ class ViewCache:
         found = {name: [next(parts) for _ in widths] for name, widths in self.widths.items()}
         logits, embed = (found[name][0] if name in found else None for name in ("logits", "embed"))
         return Features(logits, embed, pooled=found.get("pooled"))
+
+
+def expected_new_views(schedule: Schedule, views: int, images: int, capacity: int, count: int, places: int) -> float:
+    """How many views of a whole run a :class:`ViewCache` will not know, if all that exist are equally likely.
+
+    views: of a student step. images: that a round of synthesis adds to the pool. capacity: of the pool. count: views of
+    an image. places: of the cache.
+    """
+    first, rounds = schedule.warmup * schedule.rounds, schedule.epochs * schedule.rounds
+    making = schedule.total_synthesis_rounds
+    chunk = -(-rounds // MOST_ROUNDS)
+    held, unseen, faded, new = 0, 0.0, 0.0, 0.0
+    parts: deque[tuple[int, float]] = deque()  # of the pool: images, and ``faded`` when they came
+    for begun in range(first, rounds, chunk):
+        done = min(begun + chunk, rounds)
+        came = (min(done, making) - min(begun, making) * (begun > first)) * images
+        parts.append((came, faded))
+        held, unseen = held + came, unseen + came * count
+        while held > capacity:
+            size, then = parts.popleft()
+            gone = min(size, held - capacity)
+            held, unseen = held - gone, unseen - gone * count * math.exp(faded - then)
+            if size > gone:
+                parts.appendleft((size - gone, then))
+        drawn, exist = views * schedule.kd_steps * (done - begun), held * count
+        fresh = unseen * -math.expm1(-drawn / exist)  # the first draw of each view
+        kept = min(1.0, places / max(exist - unseen, 1.0))  # of several views with one place the last one is there
+        new += fresh * kept + drawn * (1 - kept)
+        unseen, faded = unseen - fresh, faded - drawn / exist
+    return new
 
 
 def build_cache(

@@ -18,12 +18,18 @@ import datafree_kd  # noqa: E402
 import datafree_quantize  # noqa: E402
 import registry  # noqa: E402
 import train_scratch  # noqa: E402
-from datafree import cli  # noqa: E402
+from datafree import cli, cost  # noqa: E402
 from datafree.config import CONFIGS, DistillConfig  # noqa: E402
 from datafree.errors import InputError, exit_on_input_error  # noqa: E402
 from datafree.synthesis import traits_of  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def few_measured_steps(monkeypatch):
+    """A dry run measures no longer than it must."""
+    monkeypatch.setattr(cost, "SECONDS", 0)
 
 
 def call(program, *words):

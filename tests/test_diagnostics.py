@@ -7,12 +7,17 @@ from dataclasses import fields
 import numpy as np
 import pytest
 import torch
+from conftest import rows
+from test_engine import Pupil
 from torch import nn
 
-from datafree.config import DistillConfig, Relation, sections
+from datafree.config import DistillConfig, Relation, Run, sections
 from datafree.diagnostics import Watch, alarms, describe
+from datafree.engine import Engine
+from datafree.logger import RunFolder
 from datafree.network import Network
 from datafree.plan import check_teacher
+from datafree.schedule import Schedule
 from datafree.synthesis import CONTROL
 from datafree.synthesis.base import BaseSynthesis
 
@@ -237,6 +242,97 @@ class Control(Source):
     """The same images, as those of a control."""
 
     traits = CONTROL
+
+
+# Each alarm, provoked in a run by what its images are: (images of epoch 0, of the later ones), targets, student, words.
+
+EACH = torch.arange(30) % 3
+GOOD = as_images((torch.eye(3)[EACH] + 0.8 * torch.rand(30, 3, generator=torch.Generator().manual_seed(1))).numpy())
+ONE_CLASS = as_images((torch.eye(3)[[0] * 30] + 0.6 * torch.rand(30, 3)).numpy())
+TROUBLES = {
+    "few classes": ((ONE_CLASS, ONE_CLASS), torch.zeros(30, dtype=torch.long), TEACHER, "sees few classes"),
+    "other targets": ((GOOD, GOOD), (EACH + 1) % 3, TEACHER, "agrees with only 0% of the target classes"),
+    "fading": ((GOOD, 0.45 * GOOD), EACH, TEACHER, "half as diverse as in the first epoch"),
+    "copies": ((GOOD[EACH], GOOD[EACH]), EACH, TEACHER, "100% of the images are near-duplicates"),
+    "a student at chance": ((GOOD, GOOD), EACH, [TEACHER[1], TEACHER[2], TEACHER[0]], "the student agrees with the"),
+}
+
+
+class Given(BaseSynthesis):
+    """A source whose latest images are given, for its first round and for the later ones."""
+
+    def __init__(self, first, later, targets):
+        super().__init__()
+        self.images, self.targets, self.rounds = (first, later), targets, 0
+
+    def synthesize(self):
+        self.rounds += 1
+
+    def sample(self, n):
+        return torch.rand(n, 1, 8, 8), None
+
+    def latest(self):
+        return self.images[self.rounds > 1], self.targets
+
+    def state_dict(self):
+        return {**super().state_dict(), "rounds": self.rounds}
+
+    def load_state_dict(self, state):
+        super().load_state_dict(state)
+        self.rounds = state["rounds"]
+
+
+@pytest.fixture
+def watched(tmp_path):
+    """An engine with a source of these images, a watch, and this --on_alarm."""
+
+    def make(trouble, on_alarm, resume=False):
+        images, targets, student, _ = TROUBLES[trouble]
+        source, teacher = Given(*images, targets), linear(TEACHER).freeze()
+        watch = Watch(source, teacher, linear(student), Relation())
+        folder = RunFolder(tmp_path / "run", "run", resume)
+        return Engine(Pupil([]), source, Schedule(3, 1, 1, 4), folder, Run(on_alarm=on_alarm), monitor=watch)
+
+    return make
+
+
+@pytest.mark.parametrize("trouble", TROUBLES)
+def test_each_alarm_stops_the_run_if_it_is_to_and_the_run_goes_on_from_there(trouble, watched, tmp_path):
+    log, epoch = tmp_path / "run" / "log.txt", 2 if trouble == "fading" else 1
+    engine = watched(trouble, "stop")
+    with engine.folder, pytest.raises(SystemExit) as end:
+        engine.train()
+    lines = log.read_text().splitlines()
+    assert end.value.code == 3 and engine.position["epoch"] == epoch
+    assert sum("[Alarm]" in line for line in lines) == 1 and TROUBLES[trouble][-1] in lines[-2]
+    assert "Stopped by an alarm (--on_alarm stop): " in lines[-1] and TROUBLES[trouble][-1] in lines[-1]
+    engine = watched(trouble, "warn", resume=True)
+    with engine.folder:
+        engine.load(tmp_path / "run" / "checkpoints" / "last.pth")
+        engine.train()
+    assert engine.position["epoch"] == 3 and log.read_text().count("[Alarm]") == 4 - epoch
+    assert log.read_text().count("Stopped by an alarm") == 1
+
+
+def test_an_alarm_of_the_last_epoch_stops_nothing(watched, tmp_path):
+    engine = watched("copies", "stop")
+    engine.schedule = Schedule(1, 1, 1, 4)
+    with engine.folder:
+        engine.train()
+    assert "[Alarm]" in (tmp_path / "run" / "log.txt").read_text()
+
+
+def test_a_weak_teacher_stops_a_run_before_its_training_if_it_is_to(distil, tmp_path):
+    with pytest.raises(SystemExit) as end:
+        distil("--teacher_acc", 100, "--on_alarm", "stop")
+    [folder] = (tmp_path / "runs").glob("*/run")
+    log = (folder / "log.txt").read_text()
+    assert (
+        end.value.code == 3
+        and "(--on_alarm stop): the teacher reaches only" in log
+        and not list(folder.glob("*.jsonl"))
+    )
+    assert len(rows(distil("--teacher_acc", 100, "--epochs", 1, "--resume", "auto"))) == 1
 
 
 def test_watch_compares_with_the_first_epoch():

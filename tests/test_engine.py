@@ -605,7 +605,7 @@ def test_a_picture_that_fails_does_not_end_the_run(make_engine, tmp_path, monkey
 def test_the_checkpoint_is_written_before_the_process_may_end(make_engine, tmp_path, monkeypatch):
     """Whatever follows the end of an epoch, its row and its checkpoint agree."""
     engine = make_engine([])
-    at_call(monkeypatch, Engine, "_close_epoch", 2, kill)
+    at_call(monkeypatch, Engine, "close_epoch", 2, kill)
     with pytest.raises(Killed):
         engine.train()
     state = torch.load(tmp_path / "run" / "checkpoints" / "last.pth", weights_only=True)

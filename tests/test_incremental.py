@@ -444,6 +444,16 @@ def test_a_weak_base_task_is_called_out(learn):
     )
 
 
+def test_a_weak_base_task_stops_the_run_if_it_is_to(learn):
+    with pytest.raises(SystemExit) as end:
+        learn("--base_acc", 99.9, "--on_alarm", "stop", method="finetune")
+    folder = run_folder()
+    assert end.value.code == 3 and results_of(folder)["finished"] == 1
+    assert "(--on_alarm stop): the first task reaches only" in (folder / "log.txt").read_text()
+    again = learn("--base_acc", 99.9, "--on_alarm", "stop", "--resume", "auto", method="finetune")
+    assert results_of(again)["finished"] == 3  # of the later tasks
+
+
 def test_the_base_may_have_epochs_of_its_own_and_replay_may_go_on(learn):
     folder = learn("--base_epochs", 3, "--synthesis_rounds", "", method="abd")
     assert [len(rows(task)) for task in tasks_of(folder)] == [3, 2, 2]

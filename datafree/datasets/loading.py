@@ -26,9 +26,9 @@ from datafree.datasets.folders import (
     listed,
     survey,
 )
-from datafree.datasets.splits import LazySplit, TensorSplit, chosen_images
+from datafree.datasets.splits import LazySplit, StandIn, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
-from datafree.errors import InputError, OptionError, printable
+from datafree.errors import InputError, MissingError, OptionError, printable
 from datafree.plugins import FAILURES, first_line, load_custom
 from datafree.screen import show
 from datafree.untrusted import is_name
@@ -37,6 +37,16 @@ OTHER_FOLDER_NAMES = {"tiny_imagenet": "tiny-imagenet-200"}
 LARGE_IMAGE = 128 * 128  # pixels
 LARGE_SPLIT = 4 * 2**30  # bytes
 CARD_FILE = "card.yaml"
+PUBLISHED = {  # training and test images of the registered data sets
+    "mnist": (60_000, 10_000),
+    "fashion_mnist": (60_000, 10_000),
+    "svhn": (73_257, 26_032),
+    "cifar10": (50_000, 10_000),
+    "cifar100": (50_000, 10_000),
+    "tiny_imagenet": (100_000, 10_000),
+    "imagenet": (1_281_167, 50_000),
+}
+ASSUMED = 1000  # images of a split of any other one
 CARD_SAMPLE, SURVEY = 5000, 500  # images
 LARGEST_DERIVED = 512  # pixels a side; larger images need --image_size
 
@@ -56,7 +66,8 @@ def load_split(
     ``data_root/<name>/{train,test}/<class>/*``, the digits that ship here, torchvision's files in ``data_root`` or
     ``data_root/<name>``; missing ones are downloaded into the latter if ``download``. Returns a TensorSplit on
     ``device``, or, for folders with images of at least 128x128 pixels or more than 4 GiB of pixels, a LazySplit with
-    ``workers`` processes. Raises InputError for data that is missing, corrupt or inconsistent with the card.
+    ``workers`` processes. Raises MissingError for data that is missing, and InputError for data that is corrupt or
+    inconsistent with the card.
     With ``classes``, labels are positions among them, and files in the folders of other classes are not opened.
     """
     if split not in SPLIT_FOLDERS:
@@ -87,6 +98,17 @@ def load_split(
         )
     whole = TensorSplit(images, labels, card.num_classes, _check_labels(card, labels, source))
     return (whole if classes is None else whole.of_classes(classes, range(len(classes)), len(classes))).to(device)
+
+
+def stand_in(
+    card: DatasetCard, split: str, device: torch.device | str = "cpu", classes: Sequence[int] | None = None
+) -> StandIn:
+    """Noise in place of a split that is missing, for a plan: as many images as are published, or else ASSUMED."""
+    size = PUBLISHED[card.name][split == "test"] if card.name in PUBLISHED else ASSUMED
+    image = torch.randint(256, card.shape, dtype=torch.uint8, generator=torch.Generator().manual_seed(0)).to(device)
+    labels = torch.arange(max(size, card.num_classes), device=device) % card.num_classes
+    whole = StandIn(image.expand(len(labels), *card.shape), labels, card.num_classes)
+    return whole if classes is None else whole.of_classes(classes, range(len(classes)), len(classes))
 
 
 def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
@@ -270,13 +292,13 @@ def _check_labels(card: DatasetCard, labels: Tensor, source: str) -> list[str]:
     return [f"{source} have no images of {len(absent)} of {card.num_classes} classes: {listed(absent)}."] * bool(absent)
 
 
-def _missing(name: str, data_root: str | Path, split: str, reason: str = "") -> InputError:
+def _missing(name: str, data_root: str | Path, split: str, reason: str = "") -> MissingError:
     root = Path(data_root) / name
     public = name in TORCHVISION
     files = f" and for torchvision's files {split_files(name, split)} in {data_root} and {root}" if public else ""
     folders = [Path(data_root) / folder for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
     layouts = " or ".join(f"{folder / part}/<class>/*.png" for folder in folders for part in SPLIT_FOLDERS[split])
-    return InputError(
+    return MissingError(
         f"no {split} images of {name}: looked for {layouts} (or another image format){files}{reason}; "
         f"give their folder with --data_root{WITHOUT[split]}"
     )

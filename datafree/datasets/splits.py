@@ -83,6 +83,11 @@ def chosen_images(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tenso
     return places, position[labels[places]]
 
 
+def some_places(size: int, n: int) -> Tensor:
+    """Up to ``n`` of range(size), the same ones each time, in their order."""
+    return torch.randperm(size, generator=torch.Generator().manual_seed(0))[:n].sort().values
+
+
 class Split(Protocol):
     """Images and labels of a split of a data set, on ``device``.
 
@@ -106,6 +111,10 @@ class Split(Protocol):
 
     def at(self, places: Tensor) -> Tensor:
         """The images (float, in [0, 1]) at these places, as :meth:`batches` gives them."""
+        ...
+
+    def some(self, n: int) -> "Split":
+        """Up to ``n`` of its images, the same ones each time, as if drawn at random."""
         ...
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -161,6 +170,11 @@ class TensorSplit:
         """The images (float, in [0, 1]) at these places, as :meth:`batches` gives them."""
         return self.images[places].float() / 255
 
+    def some(self, n: int) -> "TensorSplit":
+        """Up to ``n`` of its images, the same ones each time, as if drawn at random."""
+        places = some_places(len(self), n).to(self.device)
+        return TensorSplit(self.images[places], self.labels[places], self.num_classes, self.notes)
+
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""
         for images, labels in zip(self.images.split(batch_size), self.labels.split(batch_size)):
@@ -179,6 +193,16 @@ class TensorSplit:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue the stream where ``state`` was taken; raises InputError if it is of another number of images."""
         self._shuffle.load_state_dict(state)
+
+
+class StandIn(TensorSplit):
+    """One image in place of many, which are missing: it takes the memory of one."""
+
+    def of_classes(self, classes: Sequence[int], labels: Sequence[int], num_classes: int) -> "StandIn":
+        """As many images as there are of ``classes``, relabelled."""
+        _, positions = chosen_images(self.labels, classes)
+        relabelled = torch.tensor(labels, device=self.device)[positions]
+        return StandIn(self.images[:1].expand(len(relabelled), -1, -1, -1), relabelled, num_classes)
 
 
 class LazySplit:
@@ -219,6 +243,14 @@ class LazySplit:
         """The images (float, in [0, 1]) at these places, as :meth:`batches` gives them."""
         [(images, _)] = self._load([[(place, None) for place in places.tolist()]])
         return images
+
+    def some(self, n: int) -> "LazySplit":
+        """Up to ``n`` of its images, the same ones each time, as if drawn at random."""
+        places = some_places(len(self), n)
+        paths = [self.paths[place] for place in places.tolist()]
+        return LazySplit(
+            paths, self.labels[places], self.shape, self.num_classes, self.device, self.workers, self.notes
+        )
 
     def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield images (float, in [0, 1]) and labels of the whole split, in order."""

@@ -164,5 +164,5 @@ def custom_learner(config: DistillConfig) -> list[str]:
     return [config.distill.learner] if is_custom(config.distill.learner) else []
 
 
-def main() -> None:
-    program.run(DistillConfig, distillation, description=__doc__, method_files=registry.METHODS, examples=EXAMPLES)
+def main(run: program.Runner = program.run) -> None:
+    run(DistillConfig, distillation, description=__doc__, method_files=registry.METHODS, examples=EXAMPLES)

@@ -83,8 +83,8 @@ def on_real_images(run: "IncrementalRun", task: int) -> "Training":
     return run.training(task, learner, TaskImages(images), schedule, images)
 
 
-def main() -> None:
-    program.run(
+def main(run: program.Runner = program.run) -> None:
+    run(
         IncrementalConfig,
         incremental,
         description=__doc__,

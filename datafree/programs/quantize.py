@@ -72,7 +72,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
     )
 
 
-def main() -> None:
-    program.run(
+def main(run: program.Runner = program.run) -> None:
+    run(
         QuantizeConfig, quantization, description=__doc__, method_files=registry.QUANTIZATION_METHODS, examples=EXAMPLES
     )

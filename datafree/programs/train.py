@@ -50,5 +50,5 @@ def supervised(session: "Session") -> "Iterator[Training]":
     )
 
 
-def main() -> None:
-    program.run(ScratchConfig, supervised, description=__doc__, examples=EXAMPLES, derive_card=True)
+def main(run: program.Runner = program.run) -> None:
+    run(ScratchConfig, supervised, description=__doc__, examples=EXAMPLES, derive_card=True)

@@ -1,0 +1,404 @@
+"""What a run will cost, measured before it: a few of its own steps, on fewer images where they are slow, and scaled."""
+
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, is_dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from datafree import plan
+from datafree.config import Run
+from datafree.datasets.splits import Split
+from datafree.engine import LAST, Engine
+from datafree.errors import out_of_memory_in, printable
+from datafree.files import writing
+from datafree.learners.base import Learner
+from datafree.logger import RunFolder
+from datafree.network import Network
+from datafree.pool import ImagePool
+from datafree.runtime import free_memory, peak_memory, reset_peak
+from datafree.schedule import Schedule
+from datafree.session import Session
+from datafree.training import Training, weights_metadata
+from datafree.trial import trial_images, unchanged
+from datafree.view_cache import expected_new_views
+
+SECONDS = 4.0  # of a phase, after which no more images are tried
+REPEATS = 5  # timed steps at most, spread over the run, in which terms of a loss come and go
+SMALLEST = 8  # images to begin with, or an eighth of a batch
+ROUND = 2  # synthesis steps of a measured round
+BATCHES = ("synthesis_batch_size", "batch_size", "replay_batch_size")  # options that steps read
+FAR = 10**9  # an epoch that never comes
+KINDS = {  # of work, and the phases that it consists of
+    "synthesis": ("warmup", "synthesis"),
+    "student": ("student", "views"),
+    "evaluation": ("evaluation", "teacher"),
+    "ends of epochs": ("ranges", "closing", "grid"),
+}
+
+Step = Callable[[int, float], Any]  # (images, position in the run): take a step on so many images
+
+
+class Rate(NamedTuple):
+    """What one step of a phase takes at its full size; ``measured`` of its ``images`` were tried.
+
+    seconds. flop: two per multiplication, at the beginning of the run. peak: MB in use at most, by the whole process
+    (on a GPU by tensors); None where that is not known.
+    """
+
+    seconds: float
+    flop: float
+    peak: float | None
+    images: int = 1
+    measured: int = 1
+
+
+class Rates(NamedTuple):
+    """What was measured of a training: a :class:`Rate` for each phase, MB in use between the steps, bytes of files.
+
+    phases: "warmup" and "synthesis" for a step of synthesis (of a source that counts none, a round), "student" for one
+    of the student with new views, "views" for the teacher's pass over these, which the view cache saves, "evaluation"
+    and "teacher" for a batch of the test set, "ranges" for observing those of a quantised network after an epoch of
+    warm-up, "closing" for the rest of the end of an epoch, "grid" for a picture of the images.
+    """
+
+    phases: dict[str, Rate]
+    in_use: float | None
+    checkpoint: int
+    weights: int
+    picture: int
+
+
+@dataclass
+class Cost:
+    """Of a whole training: seconds by kind of work, FLOP, bytes of memory in use at most (None: not known) and now,
+    bytes on the disk at most, and the share of the views that the view cache will know."""
+
+    seconds: dict[str, float]
+    flop: float
+    memory: float | None
+    in_use: float
+    disk: float
+    known: float
+
+
+def preview(session: Session, trainings: Iterable[Training]) -> None:
+    """A dry run: print the plans of ``trainings`` and what they will cost, and write nothing.
+
+    What is missing is named, and the InputError with which a run would end is raised when all is said.
+    """
+    costs, told = list[Cost](), set[str]()
+    for training, rates, cost in forecasts(session, trainings):
+        lines = [*training.plan, *(note for note in session.notes if note not in told)]
+        told.update(session.notes)
+        lines += plan.describe_rates(rates.phases) if rates else []
+        costs.append(cost)
+        print("\n".join(map(printable, lines)), flush=True)
+    lines = [*session.to_download, *(f"Missing: {error}." for error in session.missing)]
+    lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
+    print("\n".join(map(printable, [*lines, *describe(session, costs)])), flush=True)
+    if session.missing:
+        raise session.missing[0]
+
+
+def forecasts(session: Session, trainings: Iterable[Training]) -> Iterator[tuple[Training, Rates | None, Cost]]:
+    """Each training with its rates, which are None where those of an earlier one hold, and its cost.
+
+    They hold for all trainings with the same kinds of learner and source.
+    """
+    measured = dict[Any, Rates]()
+    for training in trainings:
+        kind = (type(training.learner), type(training.source))
+        known = kind in measured
+        if not known:
+            measured[kind] = measure_training(session, training)
+        yield training, None if known else measured[kind], total(session, training, measured[kind])
+
+
+def describe(session: Session, costs: Sequence[Cost]) -> list[str]:
+    """The lines of :func:`datafree.plan.describe_costs` for this machine as it is now."""
+    folder = session.run.save_dir
+    return plan.describe_costs(costs, free_memory(session.device), folder, free_disk(folder)) if costs else []
+
+
+def measure_training(session: Session, training: Training) -> Rates:
+    """Take a few steps of each phase of ``training``, and close an epoch in a folder that is removed.
+
+    The trained network and the random states are afterwards as before; source and optimisers are not.
+    """
+    learner, source, schedule, device = training.learner, training.source, training.schedule, session.device
+    source.g_steps = min(schedule.g_steps, ROUND)
+    work, test, phases = schedule.work_until(schedule.epochs), training.test or session.test, dict[str, Rate]()
+    steps = _Steps(session.config, training)
+    images, few = steps.images, eighth(schedule.batch_size)
+    with unchanged(learner.network), out_of_memory_in("the measured steps", "the batch sizes"):
+        if not source.traits.synthesises:
+            work.update(warmup=0, synthesis=0)
+        if work["warmup"] or work["synthesis"]:
+            steps.synthesise(not work["warmup"])(eighth(images), 0)  # or there were no images to learn from
+        if work["warmup"] and type(learner).end_warmup_epoch is not Learner.end_warmup_epoch:
+            phases["ranges"] = measure(steps.observe, schedule.batch_size, device, tries=1)
+        if work["student"]:
+            steps.train(few, 0)
+        files = _close_epochs(session, training, phases)
+        in_use = reset_peak(device)
+        if test:
+            count = min(session.evaluation_batch, len(test))
+            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device)
+            if training.teacher:
+                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device)
+        if work["student"]:
+            phases["student"] = measure(steps.train, schedule.batch_size, device)
+            if learner.cache:
+                views = round(steps.views * schedule.batch_size)
+                phases["views"] = measure(_passes(learner.cache.teacher), views, device)
+        for kind in ("warmup", "synthesis"):
+            if work[kind]:
+                rate = measure(steps.synthesise(kind == "synthesis"), images, device)
+                phases[kind] = rate._replace(seconds=rate.seconds / steps.ticks, flop=rate.flop / steps.ticks)
+    return Rates(phases, in_use, *files)
+
+
+class _Steps:
+    """The steps of a training on any number of images.
+
+    images: of a synthesis step. ticks: steps of the latest round, 1 if the source counts none. views: of an image of a
+    student step, for which the view cache is asked.
+    """
+
+    def __init__(self, config: Any, training: Training):
+        self.config, self.learner, self.source = config, training.learner, training.source
+        self.batch, self.warmup = training.schedule.batch_size, training.schedule.warmup
+        self.images = config.synthesis.synthesis_batch_size if hasattr(config, "synthesis") else 1
+        self.ticks, self.views = 1, 0.0
+
+    def synthesise(self, with_student: bool) -> Step:
+        def step(images: int, progress: float) -> None:
+            ticks: list[None] = []
+            self.source.tick = lambda: ticks.append(None)  # type: ignore[method-assign]
+            with _share_of_batches(self.config, images / self.images):
+                self.source.round(self.warmup, with_student)
+            self.ticks = max(len(ticks), 1)
+
+        return step
+
+    def observe(self, images: int, progress: float) -> None:
+        self.learner.end_warmup_epoch(lambda: self.source.batch(images))
+
+    def train(self, images: int, progress: float) -> None:
+        cache = self.learner.cache
+        if cache:
+            cache.forget()
+        with _share_of_batches(self.config, images / self.batch):
+            self.learner.step(self.source.batch(images), progress)
+        self.views = cache.lookups / images if cache else 0.0
+
+
+@contextmanager
+def _share_of_batches(config: Any, share: float) -> Iterator[None]:
+    """Inside, the batch sizes among the options are a share of what they are."""
+    sections = [section for section in vars(config).values() if is_dataclass(section)]
+    before = [
+        (section, name, getattr(section, name)) for section in sections for name in BATCHES if name in vars(section)
+    ]
+    try:
+        for section, name, size in before:
+            setattr(section, name, max(1, round(share * size)))
+        yield
+    finally:
+        for section, name, size in before:
+            setattr(section, name, size)
+
+
+def measure(step: Step, images: int, device: torch.device, tries: int = 2) -> Rate:
+    """The rate of ``step`` on so many images, measured on an eighth of them, a quarter, ... while that is quick.
+
+    tries: sizes at least. Beyond what was tried, seconds and FLOP grow with the images, and memory as it did from the
+    last but one size to the last.
+    """
+    sizes = sorted({max(eighth(images), images // part) for part in (8, 4, 2, 1)})
+    started, peaks, seconds = now(device), dict[int, float | None](), 0.0
+    with FlopCounterMode(display=False) as counter:
+        step(sizes[0], 0)
+    for size in sizes:
+        if len(peaks) >= tries and now(device) - started + 4 * seconds > SECONDS:
+            break
+        reset_peak(device)
+        if peaks:
+            step(size, 0)  # the first one of a size is slower
+        seconds = seconds_of(step, size, 0.5, device)
+        peaks[size] = peak_memory(device)
+    tried = max(peaks)
+    repeats = min(REPEATS, int((SECONDS - now(device) + started) / max(seconds, 1e-9)))
+    if repeats > 0:
+        seconds = sum(seconds_of(step, tried, (i + 0.5) / repeats, device) for i in range(repeats)) / repeats
+    flop = counter.get_total_flops() * images / sizes[0]
+    return Rate(seconds * images / tried, flop, _at(images, peaks), images, tried)
+
+
+def _at(images: int, peaks: dict[int, float | None]) -> float | None:
+    """The peak at ``images``, on the line through the two largest sizes of which it is known."""
+    *_, (size, peak) = points = [(0, None), *peaks.items()][-2:]
+    before, lower = points[0]
+    if peak is None or lower is None or size >= images:
+        return peak
+    return peak + max(0.0, peak - lower) * (images - size) / (size - before)
+
+
+def eighth(images: int) -> int:
+    """The fewest images on which a step of so many is tried."""
+    return min(images, max(SMALLEST, images // 8))
+
+
+def now(device: torch.device) -> float:
+    """Seconds of a clock, when the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def seconds_of(step: Step, images: int, progress: float, device: torch.device) -> float:
+    started = now(device)
+    step(images, progress)
+    return now(device) - started
+
+
+def _evaluation(network: Network, test: Split) -> Step:
+    """The network's pass over images of the test set, as an evaluation makes it."""
+    batches: dict[int, Iterator[tuple[Tensor, Tensor]]] = {}
+
+    def endless(images: int) -> Iterator[tuple[Tensor, Tensor]]:
+        while True:
+            yield from test.batches(images)
+
+    @torch.no_grad()
+    def step(images: int, progress: float) -> None:
+        network.eval()
+        network(next(batches.setdefault(images, endless(images)))[0])
+
+    return step
+
+
+def _passes(teacher: Network) -> Step:
+    """The teacher's pass over views, without their cache."""
+
+    @torch.no_grad()
+    def step(views: int, progress: float) -> None:
+        teacher.features(trial_images(teacher.shape, views, teacher.device))
+
+    return step
+
+
+class _Silent(RunFolder):
+    """The folder of a run that nobody reads."""
+
+    def log(self, message: str) -> None:
+        pass
+
+
+def _close_epochs(session: Session, training: Training, phases: dict[str, Rate]) -> tuple[int, int, int]:
+    """Add the rates of the end of an epoch without evaluation -> bytes of a checkpoint, of weights, of a grid."""
+    device, network = session.device, training.learner.network
+    metadata = weights_metadata(session, network, training.model, "") | dict(training.stored)
+    with writing(tempfile.gettempdir(), "set TMPDIR to a folder that may be written", after=""):
+        place = tempfile.mkdtemp()
+    try:
+        with _Silent(place, "trial") as folder:
+            engine = Engine(
+                training.learner,
+                training.source,
+                replace(training.schedule, epochs=FAR),
+                folder,
+                replace(session.run, grid_every=1),
+                monitor=training.monitor,
+                classes=session.card.classes,
+                metadata=metadata,
+            )
+            engine.position["epoch"] = training.schedule.warmup + 1
+            engine.close_epoch()  # which imports what the first one needs
+            with_grid = seconds_of(lambda *_: engine.close_epoch(), 1, 0, device)
+            engine.run.grid_every = FAR
+            closing = seconds_of(lambda *_: engine.close_epoch(), 1, 0, device)
+            phases["closing"] = Rate(closing, 0, None)
+            pictures = [path.stat().st_size for path in folder.grids.iterdir()]
+            if pictures:
+                phases["grid"] = Rate(max(0.0, with_grid - closing), 0, None)
+            files = (folder.checkpoints / name for name in (LAST, "model_last.pth"))
+            checkpoint, weights = (path.stat().st_size for path in files)
+            return checkpoint, weights, max(pictures, default=0)
+    finally:
+        shutil.rmtree(place, ignore_errors=True)
+
+
+def total(session: Session, training: Training, rates: Rates) -> Cost:
+    """The cost of the whole of ``training``."""
+    phases, tested = rates.phases, len(training.test or session.test or ())
+    known = 0.0
+    if "views" in phases:
+        known = known_views(training, phases["views"].images, session.config.synthesis.synthesis_batch_size)
+    amounts = amounts_of(training.schedule, session.run, tested, known, phases)
+    seconds = {phase: amounts[phase] * rate.seconds for phase, rate in phases.items()}
+    by_kind = {kind: sum(seconds.get(phase, 0.0) for phase in parts) for kind, parts in KINDS.items()}
+    flop = sum(amounts[phase] * rate.flop for phase, rate in phases.items())
+    pool = getattr(training.source, "pool", None)
+    to_come, all_of_it = _bytes_of_pool(pool) if isinstance(pool, ImagePool) else (0, 0)
+    memory = None
+    if rates.in_use is not None:
+        peaks = [1e6 * rate.peak for rate in phases.values() if rate.peak is not None]
+        memory = max([1e6 * rates.in_use + all_of_it, *peaks])  # a checkpoint takes a copy of the pool
+        if session.device.type == "cpu":  # which grants memory as it is filled
+            memory += to_come
+            if cache := training.learner.cache:
+                new = (1 - known) * amounts["student"] * phases["views"].images
+                memory += min(new, len(cache)) * cache.bytes_per_view
+    copies = 3 if tested else 2  # last.pth, the new one beside it, best.pth
+    disk = copies * (rates.checkpoint + to_come + rates.weights) + 2 * amounts["grid"] * rates.picture
+    return Cost(by_kind, flop, memory, 1e6 * (rates.in_use or 0), disk, known)
+
+
+def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: Mapping[str, Rate]) -> dict[str, float]:
+    """How many steps of each phase a training takes; known: share of the views whose outputs are cached."""
+    epochs, work, steps = schedule.epochs, schedule.work_until(schedule.epochs), schedule.g_steps or 1
+    evaluations = -(-epochs // run.eval_every)
+    batches = {name: tested / phases[name].images for name in ("evaluation", "teacher") if name in phases}
+    return {
+        "warmup": work["warmup"] * steps,
+        "synthesis": work["synthesis"] * steps,
+        "student": work["student"],
+        "views": -known * work["student"],
+        "evaluation": evaluations * batches.get("evaluation", 0),
+        "teacher": batches.get("teacher", 0),
+        "ranges": schedule.warmup,
+        "closing": epochs,
+        "grid": -(-epochs // run.grid_every) + ((epochs - 1) % run.grid_every > 0),
+    }
+
+
+def known_views(training: Training, views: int, images: int) -> float:
+    """The share of the ``views`` of a student step whose outputs the view cache will know. images: of a round."""
+    cache, pool, schedule = training.learner.cache, getattr(training.source, "pool", None), training.schedule
+    assert cache and isinstance(pool, ImagePool)
+    count = cache.possible // pool.capacity
+    new = expected_new_views(schedule, views, images, pool.capacity, count, len(cache))
+    return 1 - new / max(schedule.total_student_steps * views, 1)
+
+
+def _bytes_of_pool(pool: ImagePool) -> tuple[int, int]:
+    """Bytes of the images that are still to come into the pool, and of all that it holds then."""
+    of_one = pool.images[:1].nbytes + pool.targets[:1].nbytes
+    return (pool.capacity - len(pool)) * of_one, pool.capacity * of_one
+
+
+def free_disk(folder: str | Path) -> int:
+    """Bytes that are free where ``folder`` is, or will be."""
+    place = Path(folder).absolute()
+    while not place.exists():
+        place = place.parent
+    return shutil.disk_usage(place).free
