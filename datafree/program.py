@@ -5,9 +5,10 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
-from datafree import cli
+from datafree import cli, launch
 from datafree.config import CONFIGS
 from datafree.errors import exit_on_input_error
+from datafree.screen import silence
 
 __all__ = ["exit_on_input_error", "run"]
 
@@ -27,18 +28,28 @@ def run(
 ) -> None:
     """Read the command line into a ``config_class``, then run what ``trainings`` yields, in turn.
 
+    Of several processes, which torchrun starts, all do so.
+
     trainings: session -> the trainings of the program; between two of them it may use the result of the first.
     derive_card: whether the training images may be opened to derive the data card.
     """
+    options = {"description": description, "method_files": method_files, "examples": examples}
+    if launch.processes() == 1:
+        _run(config_class, trainings, derive_card, **options)
+        return
+    if launch.rank():
+        silence("stdout")  # the first process speaks for all
+    from datafree import distributed
+
+    with distributed.one_run():
+        _run(config_class, trainings, derive_card, **options)
+
+
+def _run(
+    config_class: type, trainings: "Callable[[Session], Iterator[Training]]", derive_card: bool, **options: Any
+) -> None:
     others = [other for other in CONFIGS if other is not config_class]
-    config, call = cli.parse(
-        config_class,
-        sys.argv[1:],
-        description=description,
-        method_files=method_files,
-        other_configs=others,
-        examples=examples,
-    )
+    config, call = cli.parse(config_class, sys.argv[1:], other_configs=others, **options)
     if call.print_config:
         print(cli.to_yaml(config), end="")
         return

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.augment import CropFlip
+from datafree.cli import to_yaml
 from datafree.config import Data
 from datafree.datasets.loading import load_split, resolve_card
 from datafree.datasets.splits import Split
@@ -41,6 +42,7 @@ class Session:
     def __init__(self, config: Any, derive_card: bool = False, write: bool = True):
         self.config, self.run, self.data, self.write = config, config.run, config.data, write
         self.device = choose_device(self.run.device)
+        distributed.start(self.run, self.device, to_yaml(config))
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.compile != "off":
             require_compiler(self.device)
@@ -52,13 +54,18 @@ class Session:
                 checkpoint.require_file(checkpoint.weights_file(weights))
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
-        self.card = resolve_card(
-            self.data.dataset, self.data.data_root, self.data.card, derive_card, write, self.data.image_size
-        )
+        with distributed.in_turn():
+            self.card = resolve_card(
+                self.data.dataset, self.data.data_root, self.data.card, derive_card, write, self.data.image_size
+            )
         self.digests = {"card": digest(repr(replace(self.card, loader="")).encode())}
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
         self.notes: list[str] = []
+        if distributed.count() > 1:
+            self.notes.append(
+                f"{distributed.count()} processes: each computes its share of every batch, whose size is that of all."
+            )
         if self.data.card and self.data.dataset not in (Data.dataset, self.card.name):
             self.notes.append(
                 f"The data set is {self.card.name}, as {self.data.card} names it, not {self.data.dataset}."

@@ -8,6 +8,8 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from datafree import launch
+
 # Ctrl-C; a scheduler, and its warning before that; a terminal that is closed.
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 Handler = Callable[[int, FrameType | None], None]
@@ -29,11 +31,6 @@ class StopSignal:
 
     def __exit__(self, *exception: Any) -> None:
         self._handled.__exit__(*exception)
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.received:
-            raise Stopped
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
@@ -66,6 +63,10 @@ def leave(number: int, frame: FrameType | None = None) -> None:
 
 
 def answer(line: str) -> None:
-    """Write a line to stderr by the system's call alone, as a handler may have interrupted any other."""
-    with suppress(OSError):
-        os.write(2, f"\n{line}\n".encode())
+    """Write a line to stderr by the system's call alone, as a handler may have interrupted any other.
+
+    Of several processes, which all get the signals that torchrun gets, the first one does.
+    """
+    if launch.rank() == 0:
+        with suppress(OSError):
+            os.write(2, f"\n{line}\n".encode())
