@@ -22,6 +22,7 @@ from datafree import launch
 from datafree.config import Run
 from datafree.errors import InputError, OptionError
 from datafree.plugins import first_line
+from datafree.signals import let_error_end
 
 TIMEOUT = timedelta(minutes=30)  # of waiting for another process; one that is gone is noticed at once
 LOST = r"peer|connection|socket|broken pipe|timed? ?out|abort|NCCL"  # in what the backends say of another process
@@ -144,6 +145,7 @@ def call(collective: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     except RuntimeError as error:
         if not re.search(LOST, str(error), re.IGNORECASE):
             raise
+        let_error_end()
         raise ProcessLost(
             "lost the connection to another process of the run, which was killed or has ended (torchrun says how); "
             "--resume auto continues from the last checkpoint"

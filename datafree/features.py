@@ -60,9 +60,10 @@ class Features:
     @cached_property
     def stages(self) -> list[Tensor]:
         """[(N, C_l, H_l, W_l)], one map for each stage of the trunk."""
-        return list(map(self._whole, self._present(self._stages, "stages")))
+        stages = self._present(self._stages, "stages")
+        return list(map(self._gather, stages)) if self._gather else stages
 
-    @property
+    @cached_property
     def pooled(self) -> Sequence[Tensor]:
         """[(N, C_l)], the stages averaged over space, in fp32; each is computed when it is read."""
         if self._pooled is None and self._stages is not None:

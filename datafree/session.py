@@ -11,6 +11,7 @@ import torch
 
 from datafree import checkpoint, distributed
 from datafree.augment import CropFlip
+from datafree.batchnorm import is_batch_independent
 from datafree.cli import to_yaml
 from datafree.config import Data
 from datafree.datasets.loading import load_split, resolve_card
@@ -125,6 +126,11 @@ class Session:
                 + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
         self.notes += check_order(network, self.card)
+        if distributed.count() > 1 and not network.trial.repeatable and is_batch_independent(network.model):
+            self.notes.append(
+                f"[Alarm] The outputs of the {network.name} for an image are not the same in any batch, and of several "
+                "processes each has another batch; with one the numbers would be others."
+            )
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)

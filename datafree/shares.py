@@ -66,17 +66,17 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, part: Tensor, total: int) -> Tensor:
         ctx.total = total
-        longest = max(sizes(total))
-        padded = (
-            torch.cat([part, part.new_zeros(longest - len(part), *part.shape[1:])]) if len(part) < longest else part
-        )
-        parts = [part.new_empty(padded.shape) for _ in sizes(total)]
-        call(dist.all_gather, parts, padded.contiguous())
-        return torch.cat([rows[:size] for rows, size in zip(parts, sizes(total))])
+        counts = sizes(total)
+        missing = max(counts) - len(part)
+        own = torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part.contiguous()
+        gathered = part.new_empty(max(counts) * len(counts), *part.shape[1:])
+        rows = list(gathered.split(max(counts)))
+        call(dist.all_gather, rows, own)
+        return gathered if len(gathered) == total else torch.cat([r[:count] for r, count in zip(rows, counts)])
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        gradient = gradient.contiguous().clone()
+        gradient = gradient.clone(memory_format=torch.contiguous_format)
         call(dist.all_reduce, gradient)
         return gradient[own_rows(ctx.total)], None
 

@@ -13,6 +13,7 @@ from datafree import launch
 # Ctrl-C; a scheduler, and its warning before that; a terminal that is closed.
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 Handler = Callable[[int, FrameType | None], None]
+_is_ending = False  # by an error, whose line a signal must not cut off
 
 
 class Stopped(BaseException):
@@ -53,11 +54,20 @@ def handled(handler: Handler) -> Iterator[None]:
             signal.signal(number, before or signal.SIG_DFL)  # None: a handler that was not set from Python
 
 
+def let_error_end() -> None:
+    """From now on :func:`leave` does nothing: torchrun sends SIGTERM as soon as a process is gone, when the others are
+    about to say so and to end."""
+    global _is_ending
+    _is_ending = True
+
+
 def leave(number: int, frame: FrameType | None = None) -> None:
     """The handler outside the loop, where there is nothing to save: a line, and exit code 128 + the signal's number.
 
     At once, because an exception that comes while packages are imported may be caught or changed there.
     """
+    if _is_ending:
+        return
     answer(f"{signal.Signals(number).name}: stopped; --resume auto continues a run from its last checkpoint")
     os._exit(128 + number)
 

@@ -65,9 +65,7 @@ def run_training(session: Session, training: Training, dry_run: bool = False) ->
             folder.log(line)
         network, here, test = training.learner.network, environment(session.device), training.test or session.test
         metadata = weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored)
-        distributed.require_same(
-            metadata, "has other weights, another data card or other code; give all the same files"
-        )
+        distributed.require_same(metadata["options"], "has other weights, card or code; give all the same files")
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
         engine = Engine(
             training.learner,
