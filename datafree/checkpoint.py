@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from datafree import fitting
+from datafree import distributed, fitting
 from datafree.errors import InputError, MissingError, short
 from datafree.files import replacing
 from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
@@ -48,8 +48,11 @@ HARMLESS: list[Any] = [
 def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write ``state`` beside ``path``, then put it in its place: ``path`` is always whole, old or new.
 
-    Its folder is created, but not the one above it, which a run whose folder has vanished would else make anew.
+    Its folder is created, but not the one above it, which a run whose folder has vanished would else make anew. Of
+    several processes the first one writes.
     """
+    if distributed.rank():
+        return
     with replacing(path) as beside, _short_writes():
         beside.parent.mkdir(exist_ok=True)
         with open(beside, "xb") as file:
@@ -57,7 +60,12 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
 
 
 def link(source: str | Path, path: str | Path) -> None:
-    """Let ``path`` hold what ``source`` holds now, as a hard link where the file system has them."""
+    """Let ``path`` hold what ``source`` holds now, as a hard link where the file system has them.
+
+    Of several processes the first one does this.
+    """
+    if distributed.rank():
+        return
     with replacing(path) as beside:
         try:
             os.link(source, beside)  # safe, because save() replaces files and never writes into one

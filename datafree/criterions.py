@@ -120,11 +120,11 @@ class StageProjection(nn.Module):
             nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs
         )
 
-    def channel(self, student_stages: Sequence[Tensor], teacher_pooled: Sequence[Tensor]) -> Tensor:
+    def channel(self, student_pooled: Sequence[Tensor], teacher_pooled: Sequence[Tensor]) -> Tensor:
         """L_cd: sum over stages of mse(GAP(conv1x1(S)), GAP(T)); averaging commutes with the projection."""
         with autocast(teacher_pooled[-1].device, "none"):
             terms = [
-                F.mse_loss(project(pooled(student_stages[s]).float()), teacher_pooled[t].float())
+                F.mse_loss(project(pooled(student_pooled[s]).float()), teacher_pooled[t].float())
                 for project, (s, t) in zip(self.project, self.pairs)
             ]
         return sum(terms)  # type: ignore[return-value]

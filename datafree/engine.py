@@ -24,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.config import Run
 from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import scores_line
@@ -86,6 +86,7 @@ class Engine:
         self.result: dict[str, Any] = {}
         self.progress = Progress(schedule, self.position)
         self._may_stop = False  # within a round of synthesis
+        self._signal: str | None = None  # that ends the run
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
@@ -95,12 +96,13 @@ class Engine:
             while at["epoch"] < s.epochs:
                 self.progress.epoch(at["epoch"])
                 self._epoch()
-                if self.stop.received:
+                if self._is_stopped():
+                    assert self._signal
                     self._save_run()
                     self.folder.log(
-                        f"Stopped by {self.stop.received}; everything is saved, --resume auto continues from here."
+                        f"Stopped by {self._signal}; everything is saved, --resume auto continues from here."
                     )
-                    raise SystemExit(128 + signal.Signals[self.stop.received])
+                    raise SystemExit(128 + signal.Signals[self._signal])
                 with self.progress.phase("closing"):
                     alarms = self.close_epoch()
                     self.progress.advance(1)
@@ -108,10 +110,15 @@ class Engine:
                     obey_alarms(self.run, self.folder, alarms)
         return self.result
 
+    def _is_stopped(self) -> bool:
+        """Whether a signal has come, to this process or another one of the run, which all stop at the same step."""
+        self._signal = self._signal or distributed.any_signal(self.stop.received)
+        return self._signal is not None
+
     def _epoch(self) -> None:
-        at, s, stop = self.position, self.schedule, self.stop
+        at, s = self.position, self.schedule
         warm = at["epoch"] < s.warmup
-        while at["round"] < s.rounds and not stop.received:
+        while at["round"] < s.rounds and not self._is_stopped():
             if at["step"] == 0 and s.synthesises(at["epoch"], at["round"]):
                 try:
                     self._synthesize(warm)
@@ -119,7 +126,7 @@ class Engine:
                     return
             with self.progress.phase("student"), self._clock("student"):
                 # Once a round's images are made, one step follows, or resuming would make them again.
-                while at["step"] < s.kd_steps and not warm and not (stop.received and at["step"]):
+                while at["step"] < s.kd_steps and not warm and not (at["step"] and self._is_stopped()):
                     self._student_step()
             if warm or at["step"] == s.kd_steps:
                 require_finite(self.means.values(), "mean of")
@@ -155,8 +162,8 @@ class Engine:
         """Called by the source after each of its steps."""
         if self.schedule.g_steps:
             self.progress.advance(1 / self.schedule.g_steps, steps=1)
-        if self._may_stop:
-            self.stop.check()
+        if self._may_stop and self._is_stopped():
+            raise Stopped
 
     def _student_step(self) -> None:
         at, s = self.position, self.schedule
@@ -262,6 +269,7 @@ class Engine:
             "learner": self.learner.state_dict(),
             "source": self.source.state_dict(),
             "rng": rng_state(),
+            "processes": distributed.gathered(rng_state()) if distributed.count() > 1 else [],
             "position": dict(self.position),
             "means": self.means.state_dict(),
             "monitor": self.monitor.state_dict() if self.monitor else {},
@@ -277,7 +285,7 @@ class Engine:
 
         Raises InputError for one that does not fit, and the engine is as before.
         """
-        state = {"paces": {}, **checkpoint.load(path)}  # earlier versions did not save them
+        state = {"paces": {}, "processes": [], **checkpoint.load(path)}  # earlier versions did not save them
         checkpoint.require(state, "learner", "source", path=path)
         if state.get("format") != FORMAT:
             raise InputError(
@@ -304,6 +312,12 @@ class Engine:
             f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
             f"student step {self.position['step']}."
         )
+        wrote, now = max(1, len(state["processes"])), distributed.count()
+        if wrote != now:
+            self.folder.log(
+                f"It was written by {wrote} process{'es' * (wrote > 1)} and is continued by {now}: the numbers are the "
+                "same up to rounding, and up to what networks draw at random, such as dropout."
+            )
         last = self.folder.checkpoints / LAST
         if not (last.is_file() and last.samefile(path)):  # or --resume auto would begin anew
             self._save_run()
@@ -320,7 +334,8 @@ class Engine:
         for name in ("position", "best", "seconds", "result"):
             setattr(self, name, state[name])
         self.progress = Progress(self.schedule, self.position, state["paces"])
-        load_rng_state(state["rng"])
+        as_many = len(state["processes"]) == distributed.count()
+        load_rng_state(state["processes"][distributed.rank()] if as_many else {**state["rng"], "own": []})
 
     def _check_form(self, state: dict[str, Any], ours: dict[str, Any], path: Path) -> None:
         """Raise InputError unless the parts that every run has are such as this version writes."""

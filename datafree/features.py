@@ -4,8 +4,8 @@ No model has to return its features, so torchvision's, timm's and user-defined n
 are teachers and students as they are.
 """
 
-from collections.abc import Iterable, Sequence
-from functools import partial
+from collections.abc import Callable, Iterable, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -31,6 +31,8 @@ class Features:
 
     Reading an absent field raises an InputError that names it, so that a loss term which reads what it does not
     declare fails wherever it runs, and not only where features come from a cache.
+
+    gather: makes the rows of all processes of those of this one, when a field is first read (:mod:`datafree.shares`).
     """
 
     def __init__(
@@ -38,32 +40,34 @@ class Features:
         logits: Tensor | None = None,
         embed: Tensor | None = None,
         stages: list[Tensor] | None = None,
-        pooled: list[Tensor] | None = None,
+        pooled: Sequence[Tensor] | None = None,
         batch_norm: list[LayerStatistics] | None = None,
+        gather: Callable[[Tensor], Tensor] | None = None,
     ):
         self._logits, self._embed, self._stages, self._pooled = logits, embed, stages, pooled
-        self._batch_norm = batch_norm
+        self._batch_norm, self._gather = batch_norm, gather
 
-    @property
+    @cached_property
     def logits(self) -> Tensor:
         """(N, classes)."""
-        return self._present(self._logits, "logits")
+        return self._whole(self._present(self._logits, "logits"))
 
-    @property
+    @cached_property
     def embed(self) -> Tensor:
         """(N, D), what the classification head is given."""
-        return self._present(self._embed, "embed")
+        return self._whole(self._present(self._embed, "embed"))
 
-    @property
+    @cached_property
     def stages(self) -> list[Tensor]:
         """[(N, C_l, H_l, W_l)], one map for each stage of the trunk."""
-        return self._present(self._stages, "stages")
+        stages = self._present(self._stages, "stages")
+        return list(map(self._gather, stages)) if self._gather else stages
 
-    @property
-    def pooled(self) -> list[Tensor]:
-        """[(N, C_l)], the stages averaged over space, in fp32."""
+    @cached_property
+    def pooled(self) -> Sequence[Tensor]:
+        """[(N, C_l)], the stages averaged over space, in fp32; each is computed when it is read."""
         if self._pooled is None and self._stages is not None:
-            self._pooled = [pooled(stage) for stage in self._stages]
+            return _Pooled(self._stages, self._whole)
         return self._present(self._pooled, "pooled")
 
     @property
@@ -73,7 +77,27 @@ class Features:
 
     def with_batch_norm(self, statistics: list[LayerStatistics]) -> "Features":
         """These features with the statistics that a :class:`datafree.batchnorm.BatchNormTap` collected."""
-        return Features(self._logits, self._embed, self._stages, self._pooled, statistics)
+        return Features(self._logits, self._embed, self._stages, self._pooled, statistics, self._gather)
+
+    def gathered(self, gather: Callable[[Tensor], Tensor]) -> "Features":
+        """These features, of this process's share of a batch, as those of the whole batch."""
+        return Features(self._logits, self._embed, self._stages, self._pooled, self._batch_norm, gather)
+
+    @classmethod
+    def joined(cls, parts: Sequence["Features"]) -> "Features":
+        """Logits, embeddings and stages of several batches as those of one."""
+        logits, embed, stages = zip(*((part._logits, part._embed, part._stages) for part in parts))
+
+        def gather(rows: Tensor) -> Tensor:
+            pieces = rows.split([len(part) for part in logits])
+            return torch.cat([part._whole(piece) for part, piece in zip(parts, pieces)])
+
+        joined = [torch.cat(maps) for maps in zip(*stages)]
+        divided = any(part._gather for part in parts)
+        return cls(torch.cat(logits), torch.cat(embed), joined, gather=gather if divided else None)
+
+    def _whole(self, rows: Tensor) -> Tensor:
+        return self._gather(rows) if self._gather else rows
 
     def only(self, fields: Iterable[str]) -> "Features":
         """These features without the fields that are not named."""
@@ -89,6 +113,19 @@ class Features:
                 f"computed here; add '{name}' to the fields of its Term"
             )
         return value
+
+
+class _Pooled(Sequence[Tensor]):
+    """The means over space of ``stages``, each computed, and gathered, when it is read."""
+
+    def __init__(self, stages: Sequence[Tensor], gather: Callable[[Tensor], Tensor]):
+        self.stages, self.gather = stages, gather
+
+    def __len__(self) -> int:
+        return len(self.stages)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.gather(pooled(self.stages[index]))
 
 
 class FeatureTap:

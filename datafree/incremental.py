@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.cli import to_yaml
 from datafree.config import Incremental
 from datafree.datasets.cards import DatasetCard, names_of
@@ -173,6 +173,7 @@ class IncrementalRun:
         self.results = Results([self._count(task) for task in range(len(tasks))] if session.test else [])
         if folder:
             self._resume(folder)
+            distributed.require_same(self.finished, "sees other finished tasks; give a --save_dir that all share")
             folder.record(to_yaml(session.config), environment(session.device), self.options)
             folder.write_json(RESULTS, self._record())
         self._images = self._load()
@@ -281,6 +282,7 @@ class IncrementalRun:
         folder.metrics(task, {"classes": self.tasks.ends[task], **numbers})
         self.finished = task + 1
         folder.write_json(RESULTS, self._record())  # last, for it says that the task is finished
+        distributed.wait_for_all()  # the others read what the first process writes
         shown = ", ".join(f"{name} {value:.2f}" for name, value in numbers.items())
         folder.log(f"Task {task + 1} of {len(self.tasks)} is finished: {shown or 'there is no test set'}.")
         obey_alarms(self.session.run, folder, alarms)

@@ -188,6 +188,19 @@ class RunFolder(AbstractContextManager):
             self._last_epoch = epoch
 
 
+class ReadOnlyFolder(RunFolder):
+    """The folder of a run as its processes beside the first one have it: they hold and write nothing."""
+
+    def __init__(self, root: str | Path, name: str):
+        self.root, self.name = Path(root), name
+        self.checkpoints, self.grids = self.root / "checkpoints", self.root / "grids"
+
+    def _write_nothing(self, *args: Any, **kwargs: Any) -> None:
+        pass
+
+    record = log = metrics = truncate_metrics = grid = write_json = picture = close = _write_nothing
+
+
 class Points:
     """A new event file of TensorBoard in ``folder``, which replaces all points from ``first`` on of the earlier files.
 

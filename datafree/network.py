@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datafree import checkpoint, fitting, quantizer
+from datafree import checkpoint, fitting, quantizer, shares
 from datafree.datasets.cards import DatasetCard
 from datafree.determinism import nondeterministic_operations, require_deterministic
 from datafree.errors import InputError, shown
@@ -306,10 +306,16 @@ class Network(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """Views (N, C, H, W) in [0, 1] -> logits (N, classes)."""
-        return self._logits(raw_logits(self.model(self.normalise(views)), self.model))
+        return shares.divided(self._forward, views)
 
     def features(self, views: Tensor) -> Features:
         """Views (N, C, H, W) in [0, 1] -> :class:`datafree.features.Features`."""
+        return shares.divided(self._features, views)
+
+    def _forward(self, views: Tensor) -> Tensor:
+        return self._logits(raw_logits(self.model(self.normalise(views)), self.model))
+
+    def _features(self, views: Tensor) -> Features:
         features = self.tap(self.normalise(views))
         stages, embed = features.stages, features.embed
         if self.trial.dtype != torch.float32:

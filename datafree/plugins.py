@@ -16,6 +16,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, TypeVar
 
+from datafree import launch
 from datafree.errors import InputError, cut, printable, short, shown
 from datafree.untrusted import LONGEST_NAME, is_name
 
@@ -64,7 +65,8 @@ def load_custom(name: str) -> Callable[..., Any]:
     source = name.rpartition(":")[0]
     if source not in _announced and not any(word.endswith(name) for word in sys.argv):
         _announced.add(source)
-        print(f"Code of {short(source)} is executed: a file names it, the command line does not.", file=sys.stderr)
+        if launch.local_rank() == 0:
+            print(f"Code of {short(source)} is executed: a file names it, the command line does not.", file=sys.stderr)
     return load_object(name)
 
 

@@ -5,10 +5,11 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from typing import TYPE_CHECKING, Any, Protocol
 
-from datafree import cli
+from datafree import cli, launch
 from datafree.config import CONFIGS
 from datafree.errors import exit_on_input_error
 from datafree.options import Invocation
+from datafree.screen import silence
 
 __all__ = ["Runner", "exit_on_input_error", "read", "run"]
 
@@ -65,10 +66,25 @@ def run(
 ) -> None:
     """Read the command line into a ``config_class``, then run what ``trainings`` yields, in turn.
 
+    Of several processes, which torchrun starts, all do so.
+
     trainings: session -> the trainings of the program; between two of them it may use the result of the first.
     derive_card: whether the training images may be opened to derive the data card.
     """
-    config, call = read(config_class, description=description, method_files=method_files, examples=examples)
+    options = {"description": description, "method_files": method_files, "examples": examples}
+    if launch.processes() == 1:
+        _run(config_class, trainings, derive_card, **options)
+        return
+    if launch.rank():
+        silence("stdout")  # the first process speaks for all
+    from datafree import distributed
+
+    with distributed.one_run():
+        _run(config_class, trainings, derive_card, **options)
+
+
+def _run(config_class: type, trainings: Trainings, derive_card: bool, **options: Any) -> None:
+    config, call = read(config_class, **options)
     # These import torch, which takes seconds; --help and mistakes in the form of options are answered before.
     from datafree.session import Session
 

@@ -9,6 +9,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from datafree import launch
 from datafree.schedule import Schedule
 from datafree.screen import silence
 
@@ -39,11 +40,11 @@ class Progress(AbstractContextManager):
         self._kind, self._started, self._begun, self._epoch = "", 0.0, 0.0, "epoch"
         self._steps, self._all_steps = schedule.steps_until(**position), schedule.steps_until(schedule.epochs)
         self._bar: tqdm | None = None
-        self._shown = now()
+        self._shown, self._is_silent = now(), launch.rank() > 0  # the first of several processes speaks for all
 
     def __enter__(self) -> "Progress":
         """Begin the bar, where there is a terminal."""
-        if sys.stderr is not None and sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty() and not self._is_silent:
             form = "{desc}: {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]"
             self._bar = tqdm(total=self._all_steps, initial=self._steps, dynamic_ncols=True, bar_format=form)
         return self
@@ -116,7 +117,7 @@ class Progress(AbstractContextManager):
             bar.set_description(self._epoch, refresh=False)
             bar.set_postfix_str(self._text(), refresh=False)
             self._written(lambda: bar.update(steps))
-        elif now() - self._shown >= LINE_EVERY:
+        elif now() - self._shown >= LINE_EVERY and not self._is_silent:
             self._shown = now()
             line = f"{self._epoch}: {self._steps:,} of {self._all_steps:,} steps, {self._text()}"
             self._written(lambda: print(line, file=sys.stderr, flush=True))

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from datafree import distributed
 from datafree.calls import LAYERS, Calls, find_sites, require_gradients
 from datafree.config import QuantizeConfig, Quantizer
 from datafree.errors import InputError, OptionError
@@ -75,12 +76,16 @@ class QuantizedModel(nn.Module):
 
     @contextmanager
     def observing(self) -> Iterator[None]:
-        """Inside, passes observe the ranges anew: of weights in the first one, of activations in all."""
+        """Inside, passes observe the ranges anew: of weights in the first one, of activations in all.
+
+        Each process observes whole batches, as extremes and errors of a share are not those of its batch.
+        """
         for grid in self.activations:
             grid.forget()
         self._observing, self._to_fit = True, set(range(len(self.sites.layers)))
         try:
-            yield
+            with distributed.apart():
+                yield
         finally:
             self._observing, self._to_fit = False, set()
 

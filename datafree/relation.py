@@ -180,8 +180,8 @@ def relation_loss(
 
 
 def triplet_layers(features: Features, triplets: Relation) -> list[Tensor]:
-    """The chosen stages of a network's Features, or the embedding if it has no stages."""
-    return [features.stages[i] for i in triplet_stages(len(features.stages), triplets)] or [features.embed]
+    """The chosen stages of a network's Features, pooled, or the embedding if it has no stages."""
+    return [features.pooled[i] for i in triplet_stages(len(features.pooled), triplets)] or [features.embed]
 
 
 def triplet_stages(count: int, triplets: Relation) -> range:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from datafree import shares
 from datafree.config import Quantizer
 
 FLOAT = 32  # bits of a number that is not quantised
@@ -80,12 +81,14 @@ class LearnedStep(torch.autograd.Function):
         return grad * inside, (grad * slope).sum_to_size(scale.shape), None, None, None
 
 
-def round_by_learned_step(x: Tensor, scale: Tensor, zero: Tensor, bounds: tuple[int, int], axis: int | None) -> Tensor:
+def round_by_learned_step(
+    x: Tensor, scale: Tensor, zero: Tensor, bounds: tuple[int, int], axis: int | None, values: float
+) -> Tensor:
     """:func:`round_to_grid` with a gradient for the scale, too (LSQ; Esser et al., ICLR 2020).
 
-    That gradient is divided by sqrt(values per scale * highest integer), as there.
+    That gradient is divided by sqrt(values per scale * highest integer), as there. values: how many x has.
     """
-    share = (x.numel() / scale.numel() * bounds[1]) ** -0.5
+    share = (values / scale.numel() * bounds[1]) ** -0.5
     scale = scale * share + (scale * (1 - share)).detach()
     if axis is not None:
         shape = [-1 if i == axis else 1 for i in range(x.dim())]
@@ -129,8 +132,13 @@ class Grid(nn.Module):
     def rounded(self, x: Tensor) -> Tensor:
         if self.learned:
             scale = self.scale.abs().clamp_min(TINY)  # a step of training may take it below 0
-            return round_by_learned_step(x, scale, self.zero, grid(self.bits, self.symmetric), self.axis)
+            bounds, values = grid(self.bits, self.symmetric), self.values_in(x)
+            return round_by_learned_step(x, scale, self.zero, bounds, self.axis, values)
         return round_to_grid(x, self.scale, self.zero, grid(self.bits, self.symmetric), self.axis)
+
+    def values_in(self, x: Tensor) -> float:
+        """How many values x has, in all processes."""
+        return x.numel()
 
     def extremes(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Minimum and maximum of each range of x."""
@@ -216,6 +224,9 @@ class ActivationGrid(Grid):
         self.range += rate * (observed - self.range)
         self.set_range(*self.range)
         self._numbers = None
+
+    def values_in(self, x: Tensor) -> float:
+        return shares.in_whole_batch(x.numel())
 
     def forget(self) -> None:
         """Observe anew."""

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 import torchvision
 
-from datafree import __version__
+from datafree import __version__, distributed, launch
 from datafree.errors import InputError, OptionError
 
 try:
@@ -34,14 +34,23 @@ SOURCE = Path(__file__).resolve().parent.parent
 def choose_device(name: str) -> torch.device:
     """The device called ``auto``, ``cpu``, ``cuda`` or ``cuda:N``; ``auto`` is the first GPU, or else the CPU.
 
-    Raises OptionError for another name and InputError if there is no such GPU.
+    Of several processes each has the GPU of its number on its machine. Raises OptionError for another name and
+    InputError if there is no such GPU.
     """
     count = torch.cuda.device_count() if torch.cuda.is_available() else 0
     if name == "cpu" or (name == "auto" and count == 0):
         return torch.device("cpu")
     if not re.fullmatch(r"auto|cuda(:\d+)?", name):
         raise OptionError(f"--device {name} is not one of auto, cpu, cuda, cuda:N")
-    index = int(name.partition(":")[2] or 0)
+    number = name.partition(":")[2]
+    if number and launch.processes() > 1:
+        raise OptionError(f"--device {name} is one GPU for {launch.processes()} processes; give --device cuda")
+    index = int(number or launch.local_rank())
+    if index >= count and count and launch.processes() > 1:
+        raise InputError(
+            f"process {index} of this machine has no GPU, torch finds {count}; start as many processes as there are "
+            "GPUs, or give --device cpu"
+        )
     if index >= count:
         raise InputError(f"--device {name}: no such GPU, torch finds {count}; --device cpu runs without one")
     return torch.device("cuda", index)
@@ -73,6 +82,7 @@ def seed_everything(seed: int, deterministic: bool) -> None:
     random.seed(seed)
     np.random.seed(seed % 2**32)
     torch.manual_seed(seed)
+    distributed.seed_own(seed)
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is not reproducible without it
     torch.use_deterministic_algorithms(deterministic)
@@ -86,7 +96,8 @@ def rng_state() -> dict[str, Any]:
         "python": random.getstate(),
         "numpy": (kind, keys.tolist(), *rest),  # type: ignore[attr-defined]
         "torch": torch.get_rng_state(),
-        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else [],
+        "cuda": [torch.cuda.get_rng_state(n) for n in distributed.gpus()] if torch.cuda.is_initialized() else [],
+        "own": distributed.own_state(),
     }
 
 
@@ -95,8 +106,9 @@ def load_rng_state(state: dict[str, Any]) -> None:
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
     torch.set_rng_state(state["torch"])
-    for index, gpu_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+    for index, gpu_state in zip(distributed.gpus(), state["cuda"]):
         torch.cuda.set_rng_state(gpu_state, index)
+    distributed.load_own_state(state.get("own", []))  # which earlier versions did not save
 
 
 @contextmanager
@@ -183,6 +195,7 @@ def environment(device: torch.device | None = None) -> dict[str, Any]:
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "cpu": cpu[1] if cpu else platform.processor() or platform.machine(),
         "threads": torch.get_num_threads(),
+        "processes": distributed.count(),
         "command": shlex.join(sys.orig_argv),
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
     }

@@ -11,8 +11,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from datafree import checkpoint
+from datafree import checkpoint, distributed
 from datafree.augment import CropFlip
+from datafree.batchnorm import is_batch_independent
+from datafree.cli import to_yaml
 from datafree.config import Data
 from datafree.datasets.cards import DatasetCard, names_of
 from datafree.datasets.loading import load_split, resolve_card, stand_in
@@ -57,6 +59,7 @@ class Session:
         self.config, self.run, self.data, self.write = config, config.run, config.data, write
         self.given = given or {}
         self.device = choose_device(self.run.device)
+        distributed.start(self.run, self.device, to_yaml(config))
         autocast(self.device, self.run.precision)  # refuses a precision that the device lacks
         if self.run.compile != "off":
             require_compiler(self.device)
@@ -72,15 +75,20 @@ class Session:
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         size = self.data.image_size
-        self.card = (
-            card.resized(size)
-            if card
-            else resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write, size)
-        )
+        with distributed.in_turn():
+            self.card = (
+                card.resized(size)
+                if card
+                else resolve_card(self.data.dataset, self.data.data_root, self.data.card, derive_card, write, size)
+            )
         self.digests = {"card": digest(repr(replace(self.card, loader="")).encode())}
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
         self.notes: list[str] = []
+        if distributed.count() > 1:
+            self.notes.append(
+                f"{distributed.count()} processes: each computes its share of every batch, whose size is that of all."
+            )
         if self.data.card and self.data.dataset not in (Data.dataset, self.card.name):
             self.notes.append(
                 f"The data set is {self.card.name}, as {self.data.card} names it, not {self.data.dataset}."
@@ -175,6 +183,11 @@ class Session:
                 + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
         self.notes += check_order(network, self.card)
+        if distributed.count() > 1 and not network.trial.repeatable and is_batch_independent(network.model):
+            self.notes.append(
+                f"[Alarm] The outputs of the {network.name} for an image are not the same in any batch, and of several "
+                "processes each has another batch; with one the numbers would be others."
+            )
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)

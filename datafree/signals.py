@@ -8,9 +8,12 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
+from datafree import launch
+
 # Ctrl-C; a scheduler, and its warning before that; a terminal that is closed.
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 Handler = Callable[[int, FrameType | None], None]
+_is_ending = False  # by an error, whose line a signal must not cut off
 
 
 class Stopped(BaseException):
@@ -29,11 +32,6 @@ class StopSignal:
 
     def __exit__(self, *exception: Any) -> None:
         self._handled.__exit__(*exception)
-
-    def check(self) -> None:
-        """Raise Stopped if a signal has come."""
-        if self.received:
-            raise Stopped
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT and self.received:
@@ -56,16 +54,29 @@ def handled(handler: Handler) -> Iterator[None]:
             signal.signal(number, before or signal.SIG_DFL)  # None: a handler that was not set from Python
 
 
+def let_error_end() -> None:
+    """From now on :func:`leave` does nothing: torchrun sends SIGTERM as soon as a process is gone, when the others are
+    about to say so and to end."""
+    global _is_ending
+    _is_ending = True
+
+
 def leave(number: int, frame: FrameType | None = None) -> None:
     """The handler outside the loop, where there is nothing to save: a line, and exit code 128 + the signal's number.
 
     At once, because an exception that comes while packages are imported may be caught or changed there.
     """
+    if _is_ending:
+        return
     answer(f"{signal.Signals(number).name}: stopped; --resume auto continues a run from its last checkpoint")
     os._exit(128 + number)
 
 
 def answer(line: str) -> None:
-    """Write a line to stderr by the system's call alone, as a handler may have interrupted any other."""
-    with suppress(OSError):
-        os.write(2, f"\n{line}\n".encode())
+    """Write a line to stderr by the system's call alone, as a handler may have interrupted any other.
+
+    Of several processes, which all get the signals that torchrun gets, the first one does.
+    """
+    if launch.rank() == 0:
+        with suppress(OSError):
+            os.write(2, f"\n{line}\n".encode())

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from datafree import checkpoint, plan, quantizer
+from datafree import checkpoint, distributed, plan, quantizer
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine, Monitor, obey_alarms
@@ -14,7 +14,7 @@ from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over
 from datafree.grids import Gallery
 from datafree.learners.base import Learner
-from datafree.logger import RunFolder, table
+from datafree.logger import ReadOnlyFolder, RunFolder, table
 from datafree.network import Network
 from datafree.options import result_options
 from datafree.plugins import short_name
@@ -65,8 +65,10 @@ def run_training(session: Session, training: Training) -> Path:
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)
-        columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
         network, here, test = training.learner.network, environment(session.device), training.test or session.test
+        metadata = weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored)
+        distributed.require_same(metadata["options"], "has other weights, card or code; give all the same files")
+        columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
         engine = Engine(
             training.learner,
             training.source,
@@ -76,7 +78,7 @@ def run_training(session: Session, training: Training) -> Path:
             evaluate=(lambda: session.score(network, OF_DIVERGENCE, test) or {}) if test else None,
             monitor=training.monitor,
             gallery=Gallery(training.classes or session.class_names, training.judge or training.teacher, test),
-            metadata=weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored),
+            metadata=metadata,
         )
         resume(session, engine)
         folder.record(to_yaml(session.config), here, engine.metadata["options"])
@@ -92,6 +94,8 @@ def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFo
     run = session.run
     name = "_".join([session.card.name, *map(short_name, parts)])
     root = Path(run.save_dir) / name / (run.log_tag or f"seed{run.seed}") / task
+    if distributed.rank():
+        return ReadOnlyFolder(root, f"{name} {task}".strip())
     # The checkpoint of another folder starts a run here, which must not overwrite one that is here.
     inside = run.resume != "none" and Path(run.resume).resolve().is_relative_to(root.resolve())
     return RunFolder(root, f"{name} {task}".strip(), resume=run.resume == "auto" or inside)
@@ -131,6 +135,10 @@ def weights_metadata(session: Session, network: Network, model: str, commit: str
 def resume(session: Session, engine: Engine) -> None:
     """Load the checkpoint that --resume names, if it does."""
     name, last = session.run.resume, engine.folder.checkpoints / LAST
+    if name == "auto":
+        distributed.require_same(
+            last.is_file(), f"sees another {engine.folder.root} than the first one; give a --save_dir that they share"
+        )
     if name == "auto" and not last.is_file():
         engine.folder.truncate_metrics(0)
         engine.folder.log("Nothing to resume yet: the run starts from the beginning.")
@@ -169,8 +177,11 @@ def summarise(
 def publish_weights(session: Session, folder: RunFolder, model: str) -> None:
     """Copy the last weights to where other programs look for a teacher, unless better ones are there.
 
-    Two runs that publish one teacher at a time take turns, so that the better one stays.
+    Two runs that publish one teacher at a time take turns, so that the better one stays. Of the processes of a run the
+    first one publishes.
     """
+    if distributed.rank():
+        return
     source, place = checkpoint.weights_file(folder.root), published_weights(session.card.name, model)
     weights, where = checkpoint.load(source), f"; the new weights are {source}"
     try:

@@ -16,7 +16,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from datafree import distributed
 from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
 from datafree.outputs import Output, check_rows, raw_logits, recognise, where_logits_are
@@ -256,13 +258,28 @@ def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
 
 
 def try_backward(model: nn.Module, raw: Tensor) -> None:
-    """A backward pass from the outputs ``raw`` of ``model``; raises InputError if it fails."""
+    """A backward pass from the outputs ``raw`` of ``model``.
+
+    Raises InputError if it fails, and in several processes if it computes BatchNorm again: what these exchange in a
+    pass, they do not exchange then.
+    """
+    again: list[nn.Module] = []
+    norms = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+    hooks = [norm.register_forward_pre_hook(lambda module, _: again.append(module)) for norm in norms]
     try:
         _weighted_sum(raw).backward()
     except Exception as error:
         raise InputError(
             f"the network {type(model).__name__} fails in the backward pass of its training ({first_line(error)})"
         ) from error
+    finally:
+        for hook in hooks:
+            hook.remove()
+    if again and distributed.count() > 1:
+        raise InputError(
+            f"the network {type(model).__name__} computes BatchNorm again in the backward pass, as activation "
+            "checkpointing does, which several processes cannot; switch that off in it, or start one process"
+        )
 
 
 def _weighted_sum(raw: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from datafree import shares
 from datafree.errors import InputError
 from datafree.network import Network
 from datafree.runtime import autocast
@@ -15,6 +16,8 @@ Result = TypeVar("Result")
 
 class Update:
     """Forward pass in the run's precision, backward pass, step; with gradient scaling in fp16.
+
+    Of several processes each computes its share; the gradients are those of the whole batch.
 
     network: its device is used, and whether it is compiled.
     """
@@ -36,13 +39,14 @@ class Update:
         """
         if self.network.compile_mode is not None:
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous step may be overwritten
-        with autocast(self.network.device, self.precision):
+        with autocast(self.network.device, self.precision), shares.averaged_gradients():
             loss, result = compute()
         if not loss.requires_grad:
             raise InputError("the loss does not depend on anything that is trained; check for detach() and no_grad()")
         for optimizer in optimizers:
             optimizer.zero_grad()
         self.scaler.scale(loss).backward()
+        loss = shares.average_gradients(optimizers, loss.detach())
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)
         if before_step:
@@ -50,7 +54,7 @@ class Update:
         for optimizer in optimizers:
             self.scaler.step(optimizer)
         self.scaler.update()
-        return loss.detach(), result
+        return loss, result
 
 
 def load_part(part: Any, state: Any) -> None:

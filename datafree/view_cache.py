@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from datafree import distributed
 from datafree.batchnorm import is_batch_independent
 from datafree.errors import InputError, OptionError
 from datafree.features import Features
@@ -26,7 +27,8 @@ if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.synthesis.base import BaseSynthesis
 
-# Misses are padded to a multiple of 32, so that the same kernels (and rounding) are used as for full batches.
+# Misses are padded to a multiple of 32, so that the same kernels (and rounding) are used as for full batches; of
+# several processes each has such a multiple.
 PAD_TO = 32
 MOST_ROUNDS = 10_000  # that are reckoned one by one
 
@@ -82,7 +84,8 @@ class ViewCache:
         self.hit_rate()
 
     def _run_teacher(self, views: Tensor, new: Tensor) -> Tensor:
-        padded = new[torch.arange(-(-len(new) // PAD_TO) * PAD_TO, device=new.device) % len(new)]
+        multiple = PAD_TO * distributed.count()
+        padded = new[torch.arange(-(-len(new) // multiple) * multiple, device=new.device) % len(new)]
         features = self.teacher.features(views[padded])
         parts = {"logits": [features.logits], "embed": [features.embed], "pooled": features.pooled}
         return torch.cat([part.float() for name in self.widths for part in parts[name]], 1)[: len(new)]
@@ -149,6 +152,7 @@ def build_cache(
     if not wanted or not fields or not isinstance(pool, ImagePool) or not repeatable:
         return None
     free = max(0, free_memory(session.device) - pool.images.nbytes) // 10**6  # which the pool has not touched yet
+    free = distributed.least(free)  # so that all processes know the same views
     possible = pool.capacity * session.augment.count
     cache = ViewCache(teacher, fields, possible, free // 4 if megabytes is None else min(megabytes, free))
     if megabytes and megabytes > free and len(cache) < possible:

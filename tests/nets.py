@@ -1,5 +1,7 @@
 """Small networks for the tests, named on command lines as path/to/tests/nets.py:FACTORY."""
 
+import os
+import signal
 from pathlib import Path
 
 import torch
@@ -46,6 +48,21 @@ def halved(num_classes, in_channels=3, pretrained=True):
 def small(num_classes, in_channels=3):
     """Like tiny, with other widths."""
     return tiny(num_classes, in_channels, width=6)
+
+
+class Deadly(nn.Module):
+    """Like small; the second of two processes is killed in its 20th pass of training, unless that has happened."""
+
+    def __init__(self, num_classes, in_channels=3):
+        super().__init__()
+        self.model, self.passes = small(num_classes, in_channels), 0
+
+    def forward(self, views):
+        self.passes += self.training
+        if self.passes == 20 and os.environ.get("RANK") == "1" and not os.path.exists("killed"):
+            Path("killed").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return self.model(views)
 
 
 def plain(num_classes, in_channels=3):

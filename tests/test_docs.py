@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from conftest import ROOT, call
+from torch.distributed.run import get_args_parser
 
 import datafree_incremental
 import datafree_kd
@@ -59,12 +60,23 @@ def texts():
 
 
 def commands(text):
-    """The words of each line that starts with python or bash, without prompt, settings before and "$@"."""
+    """The words of each line that starts with python, bash or torchrun, without prompt, settings before and "$@".
+
+    A command by torchrun is yielded as one by python.
+    """
     for line in re.sub(r"\\\n\s*", " ", text).splitlines():
-        line = re.sub(r"^(\$ |[A-Z_]+=(\"[^\"]*\"|\S*) )+", "", line.strip()).replace('"$@"', "")
-        line = re.sub(r" \$\w*options", "", line).replace('"$seed"', "0")  # of loops
-        if re.match(r"(python|bash) ", line):
-            yield tuple(shlex.split(re.split(r" [|<>&]|;", line)[0], comments=True))
+        line = re.sub(r"^(\$ |srun |[A-Z_]+=(\"[^\"]*\"|\S*) )+", "", line.strip()).replace('"$@"', "")
+        line = re.sub(r" \$\w*options", "", line)
+        line = re.sub(r'"\$(seed|SLURM_ARRAY_TASK_ID)"', "0", line)  # of loops and arrays
+        if re.match(r"(python|bash|torchrun) ", line):
+            words = shlex.split(re.split(r" [|<>&]|;", line)[0], comments=True)
+            yield tuple(words) if words[0] != "torchrun" else ("python", *launched(words[1:]))
+
+
+def launched(words):
+    """The program and its options, or -m and a module, that torchrun is to start by these words."""
+    given = get_args_parser().parse_args(words)
+    return [*["-m"] * given.module, given.training_script, *given.training_script_args]
 
 
 def python_blocks(page):
@@ -91,7 +103,8 @@ def test_commands_are_found_in_every_kind_of_file():
     assert {"quickstart.sh", "test.sh", "rgal_cifar10.sh", "rgal_cifar100.sh", "datafree_kd.py"} <= found
     assert not any(path.name == "README.md" for path in PAGES) or "README.md" in found
     text = '$ A=b python x.py --a 1 \\\n  "$@" | tee log  # why\npythonic prose\nbash s.sh'
-    assert list(commands(text)) == [("python", "x.py", "--a", "1"), ("bash", "s.sh")]
+    text += "\nsrun torchrun --nnodes 2 x.py --b 2"
+    assert list(commands(text)) == [("python", "x.py", "--a", "1"), ("bash", "s.sh"), ("python", "x.py", "--b", "2")]
 
 
 @pytest.mark.parametrize("words", SHOWN)

@@ -200,7 +200,7 @@ def test_the_loss_is_the_weighted_sum_and_the_terms_are_the_criterions():
     labels = teacher.logits.argmax(1)
     expected = {
         "kd": criterions.distillation(student.logits, teacher.logits, 20.0),
-        "cd_loss": learner.projection.channel(student.stages, [stage.mean((2, 3)) for stage in teacher.stages]),
+        "cd_loss": learner.projection.channel(student.pooled, [stage.mean((2, 3)) for stage in teacher.stages]),
         "gram_loss": learner.projection.gram(student.stages, teacher.stages),
         "at_loss": criterions.attention(student.stages, teacher.stages, [(0, 0), (1, 1)]),
         "striplet": relation.relation_loss([student.embed], labels, teacher.embed, 0.2, "uniform", relation.SEPARATE),
@@ -271,7 +271,7 @@ def test_pairs_show_every_image_under_two_augmentations(monkeypatch):
     assert views.shape == (16, *SHAPE) and not torch.equal(views[:8], views[8:])
 
 
-@pytest.mark.parametrize("feature, shape", [("global", (8, 12)), ("logits", (8, CLASSES)), ("features", (8, 12, 4, 4))])
+@pytest.mark.parametrize("feature, shape", [("global", (8, 12)), ("logits", (8, CLASSES)), ("features", (8, 12))])
 @pytest.mark.parametrize("space", ["embedding", "logits"])
 def test_the_triplets_use_the_chosen_features(feature, shape, space, monkeypatch):
     chosen = dict(striplet_feature=feature, sampling_space=space, start_layer=1, end_layer=2)
@@ -283,7 +283,7 @@ def test_the_triplets_use_the_chosen_features(feature, shape, space, monkeypatch
     learner.step(batch)
     ((layers, labels, negatives_from, margin, sampling, direction), _) = calls[0]
     teacher = learner.teacher.features(batch.images)
-    used = {"global": student.embed, "logits": student.logits, "features": student.stages[1]}[feature]
+    used = {"global": student.embed, "logits": student.logits, "features": student.pooled[1]}[feature]
     assert used.shape == shape and [torch.allclose(layer, used, atol=1e-5) for layer in layers] == [True]
     assert torch.equal(labels, teacher.logits.argmax(1))
     expected = teacher.embed if space == "embedding" else student.logits

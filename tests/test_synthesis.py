@@ -229,7 +229,7 @@ def test_the_triplets_use_the_chosen_features(direction, sign, target, space, mo
         t, s = teacher.features(views), student.features(views)
     ((layers, labels, negatives_from, margin, sampling, given), _) = calls[0]
     assert len(layers) == 1
-    torch.testing.assert_close(layers[0], (s if target == "student" else t).stages[1])
+    torch.testing.assert_close(layers[0], (s if target == "student" else t).pooled[1])
     assert torch.equal(labels, t.logits.argmax(1))
     torch.testing.assert_close(negatives_from, t.embed if space == "embedding" else t.logits)
     assert not negatives_from.requires_grad and (margin, sampling, given) == (0.3, "uniform", sign)
@@ -239,7 +239,7 @@ def test_the_triplets_use_the_chosen_features(direction, sign, target, space, mo
     "start, end, expected", [(0, 4, [0, 1]), (1, 2, [1]), (2, 4, [1]), (-1, 4, [1]), (-2, -1, [0])]
 )
 def test_stages_are_chosen_and_the_last_one_if_there_are_too_few(start, end, expected):
-    features = Features(None, "embedding", [0, 1])
+    features = Features(None, "embedding", pooled=[0, 1])
     assert relation.triplet_layers(features, config.Relation(start_layer=start, end_layer=end)) == expected
 
 
@@ -492,8 +492,8 @@ def test_statistics_are_averaged_over_rounds():
     for _ in range(3):
         views = torch.rand(BATCH, *SHAPE)
         term = objective(views, views, None)[1]["bn"]
-        now = [layer[:2] for layer in objective.bn_tap.statistics]
-        running = [layer[2:] for layer in objective.bn_tap.statistics]
+        now = [layer[:2] for layer in objective.statistics]
+        running = [layer[2:] for layer in objective.statistics]
         average = (
             now
             if not statistics

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from datafree import distributed
 from datafree.datasets.cards import CARDS, SMALLEST_STD, DatasetCard, composed
 from datafree.datasets.digits import read_digits
 from datafree.datasets.folders import (
@@ -82,7 +83,8 @@ def load_split(
     elif card.name in TORCHVISION:
         source = f"torchvision's files {split_files(card.name, split)}"
         try:
-            images, labels = read_torchvision(card.name, Path(data_root), split, download)
+            with distributed.in_turn():
+                images, labels = read_torchvision(card.name, Path(data_root), split, download)
         except Missing as error:
             reasons = [str(error), "" if download else "--download false and a dry run download nothing"]
             raise _missing(card.name, data_root, split, f" ({'; '.join(filter(None, reasons))})") from error

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import RandomResizedCrop
 from torchvision.transforms import functional as TF
 
+from datafree import shares
 from datafree.datasets.folders import HUGE, read_image
 from datafree.errors import InputError
 
@@ -283,17 +284,19 @@ class LazySplit:
             yield list(zip(ahead.take(n).tolist(), seeds))
 
     def _load(self, index_batches: Iterable[list[Key]]) -> Iterator[tuple[Tensor, Tensor]]:
+        # Of several processes each decodes its share.
+        batches, ahead = itertools.tee(map(list, index_batches))
         loader = DataLoader(
             _Files(self.paths, self.labels, self.shape),
-            batch_sampler=index_batches,
+            batch_sampler=(batch[shares.own_rows(len(batch))] for batch in ahead),
             num_workers=self.workers,
             pin_memory=self.device.type == "cuda",
             generator=torch.Generator(),
         )
         try:
-            for images, labels in loader:
-                images = images.to(self.device, non_blocking=True)
-                yield images.float() / 255, labels.to(self.device, non_blocking=True)
+            for batch, parts in zip(batches, loader):
+                images, labels = (shares.whole(part.to(self.device, non_blocking=True), len(batch)) for part in parts)
+                yield images.float() / 255, labels
         except InputError as error:  # one from a worker is wrapped in its traceback
             raise InputError(str(error).strip().rpartition("InputError: ")[2]) from None
 

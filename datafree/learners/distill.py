@@ -46,7 +46,7 @@ class DistillLearner(TransferLearner):
         s, logits, maps, early = self.settings, ("logits",), ("stages",), self.settings.custom_steps
         return [
             Term("kd", s.kd, self._kd, logits, logits),
-            Term("cd_loss", s.cd_loss, self._channel, ("pooled",), maps, early),
+            Term("cd_loss", s.cd_loss, self._channel, ("pooled",), ("pooled",), early),
             Term("gram_loss", s.gram_loss, self._gram, maps, maps, early),
             Term("at_loss", s.at_loss, self._attention, maps, maps, early),
             self.separating_term(early),
@@ -85,7 +85,7 @@ class DistillLearner(TransferLearner):
         return criterions.distillation(student.logits, teacher.logits, self.settings.T)
 
     def _channel(self, teacher: Features, student: Features) -> Tensor:
-        return self.projection.channel(student.stages, teacher.pooled)
+        return self.projection.channel(student.pooled, teacher.pooled)
 
     def _gram(self, teacher: Features, student: Features) -> Tensor:
         return self.projection.gram(student.stages, teacher.stages)

@@ -136,12 +136,7 @@ class ReplayedTask(DistilledTask):
     def _features(self, views: Tensor, real: int) -> Features:
         if self.settings.passes == "together":
             return self.network.features(views)
-        apart = [self.network.features(part) for part in (views[:real], views[real:])]
-        return Features(
-            torch.cat([part.logits for part in apart]),
-            torch.cat([part.embed for part in apart]),
-            [torch.cat(stages) for stages in zip(*(part.stages for part in apart))],
-        )
+        return Features.joined([self.network.features(part) for part in (views[:real], views[real:])])
 
     @torch.no_grad()
     def _frozen_embed(self, views: Tensor) -> Tensor:

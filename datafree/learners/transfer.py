@@ -46,7 +46,7 @@ class TransferLearner(Learner):
         """RGAL's triplet loss of the student; until: see :class:`datafree.terms.Term`."""
         r = self.triplets
         space = ("embed",) if r.sampling_space == "embedding" else ()
-        return Term("striplet", r.striplet, self._striplet, ("logits", *space), ("embed", "logits", "stages"), until)
+        return Term("striplet", r.striplet, self._striplet, ("logits", *space), ("embed", "logits", "pooled"), until)
 
     @property
     def cached_fields(self) -> tuple[str, ...]:  # type: ignore[override]

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from datafree import shares
+
 
 class UpsampleConv(nn.Module):
     """Nearest-neighbour upsampling by 2 and a 3x3 convolution as one: (N, C, H, W) -> (N, out_channels, 2H, 2W).
@@ -66,6 +68,9 @@ class Generator(nn.Module):
         _initialise(self.project)
 
     def forward(self, z: Tensor) -> Tensor:
+        return shares.divided(self._render, z)
+
+    def _render(self, z: Tensor) -> Tensor:
         x = self.project(z).view(-1, *self.base).contiguous(memory_format=torch.channels_last)
         images = torch.sigmoid(self.layers(x))
         top, left = (images.shape[2] - self.height) // 2, (images.shape[3] - self.width) // 2

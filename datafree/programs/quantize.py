@@ -21,6 +21,7 @@ python datafree_quantize.py --config configs/digits/quantize_resnet8.yaml --meth
 
 def quantization(session: "Session") -> "Iterator[Training]":
     """The teacher on a grid: ranges observed on images of a source, then training in turns with their synthesis."""
+    from datafree import distributed
     from datafree.diagnostics import Watch
     from datafree.exporting.integers import write_integer_network
     from datafree.exporting.packages import require_packages
@@ -55,8 +56,10 @@ def quantization(session: "Session") -> "Iterator[Training]":
     learner.cache = build_cache(session, teacher, source, learner, config.finetune.view_cache)
 
     def finish(folder: "RunFolder") -> None:
-        batches = (source.batch(config.finetune.batch_size).images for _ in range(config.quantizer.calibration))
-        write_integer_network(folder, teacher, student, batches, session.test)
+        batches = [source.batch(config.finetune.batch_size).images for _ in range(config.quantizer.calibration)]
+        if distributed.rank() == 0:
+            with distributed.apart():
+                write_integer_network(folder, teacher, student, batches, session.test)
 
     yield Training(
         learner,

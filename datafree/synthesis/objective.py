@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from datafree import criterions, relation
+from datafree import criterions, relation, shares
 from datafree.batchnorm import BatchNormTap, LayerStatistics
 from datafree.config import Relation, Synthesis
 from datafree.errors import InputError
@@ -40,6 +40,7 @@ class SynthesisObjective:
     def __init__(self, settings: Synthesis, triplets: Relation, teacher: "Network", student: "Network"):
         self.settings, self.triplets, self.teacher, self.student = settings, triplets, teacher, student
         self.bn_tap = BatchNormTap(teacher)
+        self.statistics: list[LayerStatistics] = []  # of the latest batch
         self.bn_average: list[tuple[Tensor, Tensor]] = []  # (mean, variance) of each layer, over the rounds so far
         self.contrast: InstanceContrast | None = None
         self.optimizers: list[torch.optim.Optimizer] = []  # of what the objective itself learns
@@ -97,7 +98,8 @@ class SynthesisObjective:
         with self.bn_tap if with_statistics else nullcontext():
             teacher = self.teacher.features(views)
         if with_statistics:
-            teacher = teacher.with_batch_norm(self.bn_tap.statistics)
+            self.statistics = shares.whole_statistics(self.bn_tap.statistics, len(views))
+            teacher = teacher.with_batch_norm(self.statistics)
         student = self.student.features(views) if any(term.student for term in terms) else Features()
         return weighted_sum(terms, teacher, student, Synthesised(images, targets))
 
@@ -118,7 +120,7 @@ class SynthesisObjective:
         if self.contrast:
             self.contrast.remember(images)
         if self.settings.bn_momentum:
-            averaged = self._averaged(self.bn_tap.statistics)
+            averaged = self._averaged(self.statistics)
             self.bn_average = [(layer.mean.clone(), layer.variance.clone()) for layer in averaged]
 
     def _averaged(self, statistics: list[LayerStatistics]) -> list[LayerStatistics]:
@@ -166,7 +168,7 @@ class SynthesisObjective:
                 cap=r.sampling_cap,
             )
 
-        scored = ("embed", "stages")
+        scored = ("embed", "pooled")
         weight = 0.0 if r.relation == "off" else r.triplet
         if of_teacher:
             return Term("triplet", weight, triplet, teacher=("logits", *scored))
