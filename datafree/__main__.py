@@ -41,7 +41,9 @@ def main() -> None:
 
 
 # Entry points of the installed commands.
-kd, quantize, incremental, train, export, doctor, report, curves, reproduce = (partial(start, name) for name in PROGRAMS)
+kd, quantize, incremental, train, export, doctor, report, curves, reproduce = (
+    partial(start, name) for name in PROGRAMS
+)
 
 if __name__ == "__main__":
     exit_on_input_error(main)

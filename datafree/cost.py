@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datafree import plan
+from datafree import launch, plan
 from datafree.config import Run
 from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine
@@ -26,7 +26,7 @@ from datafree.pool import ImagePool
 from datafree.runtime import free_memory, peak_memory, reset_peak
 from datafree.schedule import Schedule
 from datafree.session import Session
-from datafree.training import Training, weights_metadata
+from datafree.training import Training, gallery, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
 
@@ -103,6 +103,8 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
         print("\n".join(map(printable, lines)), flush=True)
     lines = [*session.to_download, *(f"Missing: {error}." for error in session.missing)]
     lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
+    if (processes := launch.processes()) > 1:
+        lines.append(f"Measured in one process alone; the {processes} of the run divide each batch.")
     print("\n".join(map(printable, [*lines, *describe(session, costs)])), flush=True)
     if session.missing:
         raise session.missing[0]
@@ -318,7 +320,7 @@ def _close_epochs(session: Session, training: Training, phases: dict[str, Rate])
                 folder,
                 replace(session.run, grid_every=1),
                 monitor=training.monitor,
-                classes=session.card.classes,
+                gallery=gallery(session, training),
                 metadata=metadata,
             )
             engine.position["epoch"] = training.schedule.warmup + 1

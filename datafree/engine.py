@@ -222,12 +222,13 @@ class Engine:
 
     def _draw(self, epoch: int) -> None:
         images, targets = self.source.latest()
-        if not len(images):
+        if not len(images) or distributed.rank():
             return
         try:
-            self.folder.grid(epoch, *self.gallery.draw(images, targets))
-            if (epoch == 0 or not self.folder.has_test_picture) and (pictures := self.gallery.draw_test()):
-                self.folder.test_picture(epoch, *pictures)
+            with distributed.apart():
+                self.folder.grid(epoch, *self.gallery.draw(images, targets))
+                if (epoch == 0 or not self.folder.has_test_picture) and (pictures := self.gallery.draw_test()):
+                    self.folder.test_picture(epoch, *pictures)
         except Exception as error:  # a picture is not worth the epoch, which is not saved yet
             self.folder.log(f"[Alarm] the image grid of epoch {epoch} could not be drawn: {first_line(error)}")
 

@@ -198,7 +198,8 @@ class ReadOnlyFolder(RunFolder):
     def _write_nothing(self, *args: Any, **kwargs: Any) -> None:
         pass
 
-    record = log = metrics = truncate_metrics = grid = write_json = picture = close = _write_nothing
+    record = log = metrics = truncate_metrics = grid = test_picture = summary = _write_nothing
+    write_json = picture = close = _write_nothing
 
 
 class Points:

@@ -91,9 +91,11 @@ def _run(config_class: type, trainings: Trainings, derive_card: bool, **options:
     session = Session(config, derive_card=derive_card, write=not call.dry_run)
     with closing(trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
         if call.dry_run:
-            from datafree.cost import preview
+            from datafree import cost, distributed
 
-            preview(session, in_turn)
+            if not launch.rank():  # by time: each process would take other decisions
+                with distributed.apart():
+                    cost.preview(session, in_turn)
             return
         from datafree.training import run_training
 

@@ -77,7 +77,7 @@ def run_training(session: Session, training: Training) -> Path:
             session.run,
             evaluate=(lambda: session.score(network, OF_DIVERGENCE, test) or {}) if test else None,
             monitor=training.monitor,
-            gallery=Gallery(training.classes or session.class_names, training.judge or training.teacher, test),
+            gallery=gallery(session, training),
             metadata=metadata,
         )
         resume(session, engine)
@@ -87,6 +87,12 @@ def run_training(session: Session, training: Training) -> Path:
         if training.finish:
             training.finish(folder)
         return folder.root
+
+
+def gallery(session: Session, training: Training) -> Gallery:
+    """What draws the images of the training."""
+    names, judge = training.classes or session.class_names, training.judge or training.teacher
+    return Gallery(names, judge, training.test or session.test)
 
 
 def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFolder:
