@@ -22,6 +22,7 @@ from datafree.config import Run
 from datafree.cost import Rate, amounts_of, measure, measure_training
 from datafree.datasets.cards import CARDS
 from datafree.datasets.loading import stand_in
+from datafree.grids import Gallery
 from datafree.learners.base import Learner
 from datafree.network import Network
 from datafree.runtime import peak_memory, reset_peak
@@ -126,7 +127,7 @@ def test_the_steps_of_a_run_are_counted_as_it_takes_them(distil, monkeypatch):
         "student": count_calls(monkeypatch, Learner, "step"),
         "evaluation": count_calls(monkeypatch, Session, "score"),
         "closing": count_calls(monkeypatch, engine.Engine, "close_epoch"),
-        "grid": count_calls(monkeypatch, engine, "draw_grid"),
+        "grid": count_calls(monkeypatch, Gallery, "draw"),
     }
     distil(*words)
     schedule = Schedule(5, 2, 4, 16, g_steps=2, warmup=2, synthesis_rounds=7)
@@ -158,7 +159,16 @@ def test_measuring_leaves_the_network_and_the_random_states_as_they_were():
     )
     schedule = Schedule(2, 1, 2, 32, g_steps=3)
     training = SimpleNamespace(
-        learner=learner, source=source, schedule=schedule, test=None, teacher=None, model="x", monitor=None, stored={}
+        learner=learner,
+        source=source,
+        schedule=schedule,
+        test=None,
+        teacher=None,
+        model="x",
+        monitor=None,
+        stored={},
+        classes="ab",
+        judge=None,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
