@@ -44,6 +44,9 @@ ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
 
+Evaluate = Callable[[Callable[[], Any]], dict[str, float]]
+
+
 class Monitor(Protocol):
     """Called as monitor() -> (metrics of the latest images, warnings); its state is part of the checkpoint."""
 
@@ -57,7 +60,8 @@ class Monitor(Protocol):
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
-    run: the section of the options. evaluate: () -> scores with acc1 (%), or None if there is no test set.
+    run: the section of the options. evaluate: (tick) -> scores with acc1 (%), or None if there is no test set; it calls
+    ``tick`` before each batch, which may end it by an exception.
     monitor: called after each epoch, or None. classes: their names, for the image grids; empty if they are unknown.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
     when the run is resumed, except the number of epochs.
@@ -71,7 +75,7 @@ class Engine:
         folder: RunFolder,
         run: Run,
         *,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         monitor: Monitor | None = None,
         classes: Sequence[str] = (),
         metadata: dict[str, Any] | None = None,
@@ -94,17 +98,16 @@ class Engine:
             while at["epoch"] < s.epochs:
                 self.progress.epoch(at["epoch"])
                 self._epoch()
+                alarms = [] if self.stop.received else self._close_unless_stopped()
+                if at["epoch"] == s.epochs:
+                    break
+                obey_alarms(self.run, self.folder, alarms)
                 if self.stop.received:
                     self._save_run()
                     self.folder.log(
                         f"Stopped by {self.stop.received}; everything is saved, --resume auto continues from here."
                     )
                     raise SystemExit(128 + signal.Signals[self.stop.received])
-                with self.progress.phase("closing"):
-                    alarms = self.close_epoch()
-                    self.progress.advance(1)
-                if at["epoch"] < s.epochs:
-                    obey_alarms(self.run, self.folder, alarms)
         return self.result
 
     def _epoch(self) -> None:
@@ -169,6 +172,20 @@ class Engine:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
 
+    def _close_unless_stopped(self) -> list[str]:
+        """:meth:`close_epoch`; if a signal stops its evaluation, everything is as before, to be closed on resume."""
+        changes = self.position["epoch"] < self.schedule.warmup and self.learner.acts_in_warmup
+        before = copy.deepcopy(self.state_dict()) if changes else None
+        try:
+            with self.progress.phase("closing"):
+                alarms = self.close_epoch()
+                self.progress.advance(1)
+            return alarms
+        except Stopped:
+            if before:
+                self._take(before)
+            return []
+
     def close_epoch(self) -> list[str]:
         """Evaluate, log, draw and save; then the next epoch begins -> the alarms about the images of this one."""
         epoch = self.position["epoch"]
@@ -202,11 +219,11 @@ class Engine:
         self._save_epoch()
         return alarms
 
-    def _evaluate(self, evaluate: Callable[[], dict[str, float]], epoch: int, metrics: dict[str, Any]) -> None:
+    def _evaluate(self, evaluate: Evaluate, epoch: int, metrics: dict[str, Any]) -> None:
         """Add the test scores, log them, and remember the epoch if it is the best so far."""
         self.learner.network.eval()
         with self._clock("evaluation"):
-            scores = evaluate()
+            scores = evaluate(self.stop.check)
         if scores["acc1"] > self.best["acc1"]:
             self.best = {"acc1": scores["acc1"], "epoch": epoch}
         metrics.update(scores, best_acc1=self.best["acc1"])

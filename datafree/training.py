@@ -68,7 +68,7 @@ def run_training(session: Session, training: Training) -> None:
             training.schedule,
             folder,
             session.run,
-            evaluate=(lambda: session.score(network, OF_DIVERGENCE, test) or {}) if test else None,
+            evaluate=(lambda tick: session.score(network, OF_DIVERGENCE, test, tick) or {}) if test else None,
             monitor=training.monitor,
             classes=session.card.classes,
             metadata=weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored),
