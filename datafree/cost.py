@@ -19,7 +19,6 @@ from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine
 from datafree.errors import out_of_memory_in, printable
 from datafree.files import writing
-from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.network import Network
 from datafree.pool import ImagePool
@@ -145,7 +144,7 @@ def measure_training(session: Session, training: Training) -> Rates:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
             steps.synthesise(not work["warmup"])(eighth(images), 0)  # or there were no images to learn from
-        if work["warmup"] and type(learner).end_warmup_epoch is not Learner.end_warmup_epoch:
+        if work["warmup"] and learner.acts_in_warmup:
             phases["ranges"] = measure(steps.observe, schedule.batch_size, device, tries=1)
         if work["student"]:
             steps.train(few, 0)

@@ -44,6 +44,9 @@ ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
 
+Evaluate = Callable[[Callable[[], Any]], dict[str, float]]
+
+
 class Monitor(Protocol):
     """Called as monitor() -> (metrics of the latest images, warnings); its state is part of the checkpoint."""
 
@@ -57,7 +60,8 @@ class Monitor(Protocol):
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
-    run: the section of the options. evaluate: () -> scores with acc1 (%), or None if there is no test set.
+    run: the section of the options. evaluate: (tick) -> scores with acc1 (%), or None if there is no test set; it calls
+    ``tick`` before each batch, which may end it by an exception.
     monitor: called after each epoch, or None. gallery: draws the image grids.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
     when the run is resumed, except the number of epochs.
@@ -71,7 +75,7 @@ class Engine:
         folder: RunFolder,
         run: Run,
         *,
-        evaluate: Callable[[], dict[str, float]] | None = None,
+        evaluate: Evaluate | None = None,
         monitor: Monitor | None = None,
         gallery: Gallery | None = None,
         metadata: dict[str, Any] | None = None,
@@ -96,6 +100,10 @@ class Engine:
             while at["epoch"] < s.epochs:
                 self.progress.epoch(at["epoch"])
                 self._epoch()
+                alarms = [] if self._is_stopped() else self._close_unless_stopped()
+                if at["epoch"] == s.epochs:
+                    break
+                obey_alarms(self.run, self.folder, alarms)
                 if self._is_stopped():
                     assert self._signal
                     self._save_run()
@@ -103,17 +111,16 @@ class Engine:
                         f"Stopped by {self._signal}; everything is saved, --resume auto continues from here."
                     )
                     raise SystemExit(128 + signal.Signals[self._signal])
-                with self.progress.phase("closing"):
-                    alarms = self.close_epoch()
-                    self.progress.advance(1)
-                if at["epoch"] < s.epochs:
-                    obey_alarms(self.run, self.folder, alarms)
         return self.result
 
     def _is_stopped(self) -> bool:
         """Whether a signal has come, to this process or another one of the run, which all stop at the same step."""
         self._signal = self._signal or distributed.any_signal(self.stop.received)
         return self._signal is not None
+
+    def _check_stopped(self) -> None:
+        if self._is_stopped():
+            raise Stopped
 
     def _epoch(self) -> None:
         at, s = self.position, self.schedule
@@ -162,8 +169,8 @@ class Engine:
         """Called by the source after each of its steps."""
         if self.schedule.g_steps:
             self.progress.advance(1 / self.schedule.g_steps, steps=1)
-        if self._may_stop and self._is_stopped():
-            raise Stopped
+        if self._may_stop:
+            self._check_stopped()
 
     def _student_step(self) -> None:
         at, s = self.position, self.schedule
@@ -176,6 +183,20 @@ class Engine:
         if self.run.print_freq and (done + 1) % self.run.print_freq == 0:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
+
+    def _close_unless_stopped(self) -> list[str]:
+        """:meth:`close_epoch`; if a signal stops its evaluation, everything is as before, to be closed on resume."""
+        changes = self.position["epoch"] < self.schedule.warmup and self.learner.acts_in_warmup
+        before = copy.deepcopy(self.state_dict()) if changes else None
+        try:
+            with self.progress.phase("closing"):
+                alarms = self.close_epoch()
+                self.progress.advance(1)
+            return alarms
+        except Stopped:
+            if before:
+                self._take(before)
+            return []
 
     def close_epoch(self) -> list[str]:
         """Evaluate, log, draw and save; then the next epoch begins -> the alarms about the images of this one."""
@@ -210,11 +231,11 @@ class Engine:
         self._save_epoch()
         return alarms
 
-    def _evaluate(self, evaluate: Callable[[], dict[str, float]], epoch: int, metrics: dict[str, Any]) -> None:
+    def _evaluate(self, evaluate: Evaluate, epoch: int, metrics: dict[str, Any]) -> None:
         """Add the test scores, log them, and remember the epoch if it is the best so far."""
         self.learner.network.eval()
         with self._clock("evaluation"):
-            scores = evaluate()
+            scores = evaluate(self._check_stopped)
         if scores["acc1"] > self.best["acc1"]:
             self.best = {"acc1": scores["acc1"], "epoch": epoch}
         metrics.update(scores, best_acc1=self.best["acc1"])

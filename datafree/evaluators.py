@@ -1,6 +1,7 @@
 """Accuracy of a network on a split of a data set."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,17 +22,20 @@ def evaluate(
     batch_size: int = 500,
     name: str = "network",
     remedy: str = OF_BROKEN_WEIGHTS,
+    tick: Callable[[], Any] = lambda: None,
 ) -> dict[str, float]:
     """``acc1`` and ``acc5`` (%) and ``loss`` (mean cross entropy) of ``network`` on ``split``.
 
     Without acc5 if there are at most five classes, of which it would always be 100 %.
 
     network: images (N, C, H, W) in [0, 1] -> logits (N, classes); the caller sets its train or eval mode. name: what
-    error messages call it. remedy: what they say of logits that are not finite. Sums stay on the device and are read
-    once. Raises InputError for another number of classes and for logits that are not finite.
+    error messages call it. remedy: what they say of logits that are not finite. tick: called before each batch; it may
+    end the evaluation by an exception. Sums stay on the device and are read once. Raises InputError for another number
+    of classes and for logits that are not finite.
     """
     sums: Tensor | int = 0
     for images, labels in split.batches(batch_size):
+        tick()
         logits = network(images).float()
         if logits.shape != (len(labels), split.num_classes):
             raise InputError(

@@ -1,6 +1,5 @@
 """Class-incremental learning: the order of the classes, the tasks, and what a run knows after each of them."""
 
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,7 +24,7 @@ from datafree.logger import RunFolder, plain, table
 from datafree.network import Network
 from datafree.options import result_options
 from datafree.plan import describe_task, least_useful
-from datafree.results import read_summary
+from datafree.results import read_matrix, read_summary
 from datafree.runtime import environment, seed_everything
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -350,7 +349,7 @@ class IncrementalRun:
         path = folder.root / RESULTS
         if self.session.run.resume != "auto" or not path.is_file():
             return
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = read_matrix(path, len(self.tasks))
         require_same_options(found["options"], self.options, path)
         self.finished, self.results.matrix = found["finished"], found["accuracy"]
         if self.finished > (1 if self.settings.weights else 0):

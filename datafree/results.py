@@ -1,4 +1,6 @@
-"""Reads what a run wrote, or somebody else: summary.json and metrics.jsonl. Raises InputError for a damaged file."""
+"""Reads what a run wrote, or somebody else: summary.json, metrics.jsonl and matrix.json.
+
+Raises InputError for a damaged file."""
 
 import json
 from collections.abc import Iterable
@@ -29,6 +31,33 @@ def read_summary(path: Path) -> dict[str, Any]:
     if wrong:
         raise _damaged(path, f"its {short(wrong[0][0])} is {shown(wrong[0][1])}")
     return summary
+
+
+def read_matrix(path: Path, tasks: int) -> dict[str, Any]:
+    """The contents of a matrix.json of so many tasks: ``finished`` of them, their ``accuracy``, ``options``.
+
+    A row of the accuracies belongs to each finished task, as far as there was a test set then.
+    """
+    try:
+        found = json.loads(read_text(path))
+        finished, rows, options = found["finished"], found["accuracy"], found["options"]
+        wrong = "" if isinstance(options, dict) else f"its options are {shown(options)}"
+        if type(finished) is not int or not 0 <= finished <= tasks:
+            wrong = f"it states {shown(finished)} finished tasks of {tasks}"
+        elif len(rows) > finished or not all(map(_is_row, rows, range(finished - len(rows) + 1, finished + 1))):
+            wrong = "its accuracies are not those of its finished tasks"
+    except Exception as error:  # of arbitrary bytes
+        wrong = f"no {error}" if isinstance(error, KeyError) else str(error)
+    if wrong:
+        raise InputError(
+            f"{path} is not the matrix of this run ({short(wrong)}); remove it, and finished tasks are evaluated again"
+        )
+    return found
+
+
+def _is_row(row: Any, task: int) -> bool:
+    """Whether it is the accuracies (%) of so many tasks."""
+    return isinstance(row, list) and len(row) == task and all(is_number(value) and 0 <= value <= 100 for value in row)
 
 
 def _damaged(path: Path, why: str) -> InputError:

@@ -1,7 +1,7 @@
 """What every program needs before its training: device, data card, splits, networks."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -220,19 +220,23 @@ class Session:
 
     @torch.no_grad()
     def score(
-        self, network: Network, remedy: str = OF_BROKEN_WEIGHTS, test: Split | None = None
+        self,
+        network: Network,
+        remedy: str = OF_BROKEN_WEIGHTS,
+        test: Split | None = None,
+        tick: Callable[[], Any] = lambda: None,
     ) -> dict[str, float] | None:
         """acc1, acc5 (%) and loss on ``test``, or else the test split; None without one.
 
-        remedy: for logits that are not finite. The random states are the same afterwards, so that a run trains the same
-        weights with and without a test set.
+        remedy, tick: as of :func:`datafree.evaluators.evaluate`. The random states are the same afterwards, so that a
+        run trains the same weights with and without a test set.
         """
         test = test or self.test
         if test is None:
             return None
         network.eval()
         with same_rng(), out_of_memory_in("evaluation", "--image_size"):
-            return evaluate(network, test, self.evaluation_batch, network.name, remedy)
+            return evaluate(network, test, self.evaluation_batch, network.name, remedy, tick)
 
     def evaluate_only(self, network: Network, test: Split | None = None) -> None:
         """Print the accuracy of ``network`` on ``test``, or else on the test split."""

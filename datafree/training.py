@@ -75,7 +75,7 @@ def run_training(session: Session, training: Training) -> Path:
             training.schedule,
             folder,
             session.run,
-            evaluate=(lambda: session.score(network, OF_DIVERGENCE, test) or {}) if test else None,
+            evaluate=(lambda tick: session.score(network, OF_DIVERGENCE, test, tick) or {}) if test else None,
             monitor=training.monitor,
             gallery=gallery(session, training),
             metadata=metadata,

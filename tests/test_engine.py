@@ -16,6 +16,7 @@ from conftest import forked, rows, scratch
 from resuming import Killed, assert_same_run, at_call, checkpoint_of, kill, same, stopped, terminate
 
 import registry
+from datafree import evaluators
 from datafree.config import Run
 from datafree.engine import Engine, Means
 from datafree.errors import InputError
@@ -100,6 +101,36 @@ def test_a_signal_in_synthesis_stops_within_its_step_and_the_round_is_made_again
             distil(*words, tag="interrupted")
     assert calls[calls.index("signal") + 1 :] == ["step"]
     assert "Stopped by SIGTERM; everything is saved" in (straight.parent / "interrupted" / "log.txt").read_text()
+    assert_same_run(straight, distil(*words, "--resume", "auto", tag="interrupted"))
+
+
+@pytest.fixture
+def small_batches(monkeypatch):
+    """Evaluations take eight batches."""
+    monkeypatch.setattr("datafree.session.PIXELS_AT_ONCE", 50 * 16 * 16)
+
+
+@pytest.mark.parametrize("epoch, words", [(0, ()), (3, ()), (1, ("--method", "rgal_fast", "--warmup", 2))])
+def test_a_signal_in_an_evaluation_stops_it_within_a_batch(epoch, words, distil, monkeypatch, small_batches):
+    """The teacher's evaluation and those of earlier epochs take eight batches each; then comes the third one."""
+    straight, batches = distil(*words), []
+    with monkeypatch.context() as patch:
+        sums = evaluators._sums
+        patch.setattr(evaluators, "_sums", lambda *given: batches.append(1) or sums(*given))
+        at_call(patch, Engine, "_evaluate", epoch + 1, lambda: patch.setattr(evaluators, "_sums", signalling))
+
+        def signalling(*given):
+            batches.append(1)
+            if len(batches) == 8 + 8 * epoch + 3:
+                terminate()
+            return sums(*given)
+
+        with stopped(terminate):
+            distil(*words, tag="interrupted")
+    folder = straight.parent / "interrupted"
+    assert len(batches) == 8 + 8 * epoch + 3
+    assert checkpoint_of(folder)["position"] == {"epoch": epoch, "round": 2, "step": 0}
+    assert len(rows(folder)) == epoch if epoch else not (folder / "metrics.jsonl").exists()
     assert_same_run(straight, distil(*words, "--resume", "auto", tag="interrupted"))
 
 
@@ -576,7 +607,7 @@ def test_terms_within_an_epoch_are_logged_at_print_freq(make_engine, tmp_path):
 def test_evaluation_and_grids_come_at_their_epochs_and_at_the_end(make_engine, tmp_path):
     engine = make_engine([], run=Run(eval_every=2, grid_every=2), epochs=5)
     scores = iter([50.0, 70.0, 60.0])
-    engine.evaluate = lambda: {"acc1": next(scores), "acc5": 90.0, "loss": 1.0}
+    engine.evaluate = lambda tick: {"acc1": next(scores), "acc5": 90.0, "loss": 1.0}
     result = engine.train()
     assert [row.get("acc1") for row in rows(tmp_path / "run")] == [None, 50.0, None, 70.0, 60.0]
     assert result["acc1"] == 60 and result["best_acc1"] == 70 and engine.best == {"acc1": 70.0, "epoch": 3}

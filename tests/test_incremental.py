@@ -7,7 +7,7 @@ import math
 import runpy
 import sys
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import nets
@@ -26,7 +26,7 @@ import datafree_incremental
 from datafree import config, criterions, relation
 from datafree.augment import CropFlip
 from datafree.config import Incremental, IncrementalConfig, IncrementalRelation
-from datafree.datasets.cards import CARDS
+from datafree.datasets.cards import CARDS, DatasetCard
 from datafree.datasets.digits import read_digits
 from datafree.datasets.splits import TensorSplit
 from datafree.errors import InputError
@@ -478,6 +478,19 @@ def test_a_dry_run_prints_the_plan_of_each_task_and_writes_nothing(learn, capsys
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_states_what_is_known_of_the_images_once(learn, capsys, tmp_path):
+    words = folder_data(tmp_path / "data")
+    card = tmp_path / "data" / "mine" / "card.yaml"
+    replace(DatasetCard.from_yaml(card), classes=()).to_yaml(card)
+    learn(*words, "--dry_run")
+    printed = capsys.readouterr().out
+    assert printed.count("Plan: task") == 2
+    for split in ("train", "test"):
+        assert (
+            printed.count(f"The classes of {tmp_path / 'data' / 'mine' / split} are in the order of their names") == 1
+        )
+
+
 def test_without_a_test_set_there_is_no_matrix(learn):
     folder = learn("--eval", "none", method="finetune")
     assert results_of(folder)["accuracy"] == [] and results_of(folder)["finished"] == 3
@@ -546,6 +559,39 @@ def test_finished_tasks_are_neither_repeated_nor_are_their_images_opened(learn, 
 
 def run_folder():
     return next(Path("runs").glob("*/run"))
+
+
+DAMAGES = {
+    "no JSON": lambda found: "{",
+    "a list": lambda found: "[1]",
+    "no finished": lambda found: {key: value for key, value in found.items() if key != "finished"},
+    "options as text": lambda found: {**found, "options": "none"},
+    "finished as text": lambda found: {**found, "finished": "2"},
+    "more tasks than there are": lambda found: {**found, "finished": 4},
+    "accuracy as a number": lambda found: {**found, "accuracy": 5},
+    "accuracies as text": lambda found: {**found, "accuracy": [["90"], ["1", "2"]]},
+    "rows of other lengths": lambda found: {**found, "accuracy": [[90.0, 1.0], [80.0]]},
+    "more rows than tasks": lambda found: {**found, "accuracy": [[1.0], [1.0, 2.0], [1.0, 2.0, 3.0]]},
+    "not in per cent": lambda found: {**found, "accuracy": [[90.0], [80.0, float("nan")]]},
+}
+
+
+def test_a_damaged_matrix_is_one_sentence_and_without_it_the_run_goes_on(learn, refused, straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 2 * STEPS + 1, kill)
+        with stopped(kill):
+            learn(method="finetune")
+    path = run_folder() / "matrix.json"
+    whole = path.read_text()
+    for name, damage in DAMAGES.items():
+        damaged = damage(json.loads(whole))
+        path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+        before = path.read_bytes()
+        line = refused(partial(learn, method="finetune"), "--resume", "auto")
+        assert "matrix.json is not the matrix of this run (" in line and "remove it" in line, name
+        assert path.read_bytes() == before
+    path.unlink()
+    assert_same_incremental(straight("finetune"), learn("--resume", "auto", method="finetune"))
 
 
 def test_a_run_with_other_options_is_refused_and_keeps_what_is_there(learn, refused, monkeypatch):

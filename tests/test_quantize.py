@@ -19,6 +19,7 @@ from datafree.learners.base import Learner
 from datafree.learners.quantize import QuantizeLearner
 from datafree.network import Network
 from datafree.rounding import ActivationGrid
+from datafree.session import Session
 from datafree.synthesis.objective import SynthesisObjective
 
 RGAL = ("--triplet", 0.1, "--striplet", 0.1)
@@ -118,6 +119,7 @@ def test_the_weight_of_the_divergence_follows_the_number_of_classes(quantised):
         ("rgal", (), SynthesisObjective, "__call__", 8),
         ("rgal", (), QuantizeLearner, "end_warmup_epoch", 1),
         ("rgal", (), ActivationGrid, "observe", 6),
+        ("pixels", (), Session, "score", 2),  # after an epoch of warm-up, whose ranges are observed again
         ("rgal", (), Learner, "step", 2),
         ("rgal", ("--ranges", "learned"), Learner, "step", 8),
         ("pixels", ("--ranges", "mse"), Learner, "step", 8),

@@ -48,6 +48,11 @@ class Learner:
     def end_warmup_epoch(self, draw: Callable[[], Batch]) -> None:
         """Called after each epoch of the warm-up, in which nothing was trained; draw: () -> a batch of images."""
 
+    @property
+    def acts_in_warmup(self) -> bool:
+        """Whether :meth:`end_warmup_epoch` does anything."""
+        return type(self).end_warmup_epoch is not Learner.end_warmup_epoch
+
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         """Weighted loss of a batch, and its unweighted terms, name -> scalar tensor.
 
