@@ -34,7 +34,8 @@ def compare(
     Each row has ``difference`` (largest difference of a logit from torch's, over the largest logit), ``agreement`` (%
     of ``images`` to which ``network`` gives the same class), ``acc1`` (% on ``split``, if there is one), ``bytes`` (of
     the file; not in ``torch``), ``latency_ms_1`` and ``latency_ms_64`` (median time of a batch on the CPU, with the
-    threads that torch uses; the runs take turns) and ``latency_ms_1_iqr`` and so on (their interquartile range).
+    threads that torch uses; the runs take turns), ``latency_ms_1_iqr`` and so on (their interquartile range) and
+    ``latency_ms_1_n`` (how many there were).
     """
     runners: dict[str, Runner] = {key: reloaded(path, network) for key, path in files.items()}
     with network.frozen():
@@ -54,6 +55,7 @@ def compare(
         for key, times in _alternating(runners, batch, repeats).items():
             low, median, high = torch.tensor(times).quantile(torch.tensor([0.25, 0.5, 0.75])).tolist()
             rows[key] |= {f"latency_ms_{size}": median, f"latency_ms_{size}_iqr": high - low}
+            rows[key][f"latency_ms_{size}_n"] = len(times)
     return rows
 
 
@@ -63,7 +65,7 @@ def shown_rows(rows: Rows, names: Mapping[str, str]) -> list[dict[str, str | flo
         {
             "network": names[key],
             "difference": f"{row['difference']:.1e}",
-            **{name: value for name, value in row.items() if name != "difference" and "iqr" not in name},
+            **{name: value for name, value in row.items() if name != "difference" and not name.endswith(("iqr", "_n"))},
         }
         for key, row in rows.items()
     ]

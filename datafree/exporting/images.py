@@ -55,18 +55,21 @@ def images_of_run(subject: Subject) -> Sample:
 
     Raises InputError for a file of weights outside a run, and for a run that keeps neither.
     """
-    root = subject.file.parent.parent
-    found = [path for path in (subject.file.parent / LAST, *sorted(root.glob(f"task_*/*/{LAST}"))) if path.is_file()]
+    folder = subject.file.parent
+    tasks = sorted(folder.parent.glob(f"task_*/*/{LAST}")) if folder.name == "checkpoints" else []
+    found = [path for path in (folder / LAST, *tasks) if path.is_file()]
     if not found:
         raise InputError(f"{subject.file} is in no run, whose {LAST} would have images beside it")
     source = checkpoint.load(found[-1]).get("source")
-    if not isinstance(source, dict):
-        source = {}
+    if not isinstance(source, dict) or not source.keys() & {"pool", "generator"}:
+        raise InputError(f"{found[-1]} has neither a pool of images nor a generator, as its source keeps none")
+    most = max(BATCH, min(OF_A_RUN, PIXELS // (subject.card.height * subject.card.width)))
     try:
-        most = max(BATCH, min(OF_A_RUN, PIXELS // (subject.card.height * subject.card.width)))
         images = _pooled(source["pool"]["images"], most) if "pool" in source else _generated(source, subject, most)
     except Exception as error:  # of arbitrary contents
-        raise InputError(f"{found[-1]} has neither a pool of images nor a generator ({first_line(error)})") from error
+        raise InputError(
+            f"the images of {found[-1]} cannot be had ({first_line(error)}); is it of this run?"
+        ) from error
     if images.shape[1:] != subject.card.shape or not len(images):
         raise InputError(f"the images of {found[-1]} are {tuple(images.shape)}, not (N, ...) of {subject.card.shape}")
     where = "the run's pool" if "pool" in source else "the run's generator, made now"
