@@ -217,7 +217,7 @@ def test_options_that_do_not_affect_the_result_do_not_count():
         *("save_dir", "log_tag", "device", "threads", "deterministic", "resume", "evaluate_only", "print_freq"),
         *("eval_every", "grid_every", "workers", "data_root", "card", "eval", "download", "teacher_weights"),
         *("student_weights", "weights", "teacher_acc", "base_acc", "view_cache", "compile"),
-        *("teacher_weights_key", "student_weights_key", "weights_key", "onnx"),
+        *("teacher_weights_key", "student_weights_key", "weights_key", "onnx", "on_alarm"),
     }
     for cls in CONFIGS:
         options = {o.name: o for o in list_options(cls) if o.section != "call"}

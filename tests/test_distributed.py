@@ -290,10 +290,10 @@ def failing_processes(capfd, work):
 def test_an_error_is_one_line_whoever_has_it(distil, capfd, monkeypatch):
     """A mistake of all; other options; what one of them cannot do; one that is killed."""
     codes, lines = failing_processes(capfd, lambda: distil("--epcohs", 3))
-    told = re.sub(r"process \d of 2: ", "", "\n".join(lines))  # by the one that came first
-    assert codes == [2, 2] and told == "error: unknown option --epcohs; did you mean --epochs?"
+    told = [re.sub(r"process \d of 2: ", "", line) for line in lines]  # by the one that came first
+    assert codes == [2, 2] and told == ["error: unknown option --epcohs; did you mean --epochs?"]
     codes, lines = failing_processes(capfd, lambda: distil("--compile", "default"))
-    assert codes == [2, 2] and len(lines) == 1 and lines[0].startswith("error: --compile default does not go with")
+    assert codes == [2, 2] and len(lines) == 1 and "--compile default does not go with several processes" in lines[0]
     codes, lines = failing_processes(capfd, lambda: distil("--seed", os.environ["RANK"]))
     assert codes == [1, 1] and len(lines) == 1 and "process 1 was started with other options" in lines[0]
 
