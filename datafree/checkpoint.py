@@ -298,7 +298,7 @@ def _tensors(weights: dict[str, Any], path: Path, notes: list[str]) -> dict[str,
             f"{path} holds the weights of a quantised network ({_few(quantised)}), which has no gradients; give those "
             "that it had before its quantisation"
         )
-    odd = [name for name, value in weights.items() if torch.is_tensor(value) and _is_odd(value)]
+    odd = [name for name, value in weights.items() if torch.is_tensor(value) and is_odd(value)]
     if odd:
         raise InputError(
             f"{path} holds tensors that are sparse, complex or without values ({_few(odd)}); save them as dense ones"
@@ -311,9 +311,26 @@ def _tensors(weights: dict[str, Any], path: Path, notes: list[str]) -> dict[str,
     return weights
 
 
-def _is_odd(tensor: Tensor) -> bool:
-    """Whether no parameter can have its values: they are not dense, not there or not real."""
-    return tensor.layout is not torch.strided or tensor.is_meta or tensor.is_complex()
+def is_odd(tensor: Tensor) -> bool:
+    """Whether no parameter can have its values: they are not dense, not there, not real or quantised."""
+    return tensor.layout is not torch.strided or tensor.is_meta or tensor.is_complex() or tensor.is_quantized
+
+
+def has_odd_tensors(state: Any) -> bool:
+    """Whether a tensor at any depth of dicts, lists and tuples is odd."""
+    parts = [state]
+    while parts:
+        part = parts.pop()
+        if torch.is_tensor(part) and is_odd(part):
+            return True
+        parts += part.values() if isinstance(part, dict) else part if isinstance(part, (list, tuple)) else ()
+    return False
+
+
+def is_plain(value: Any) -> bool:
+    """Whether it is a value of an option: nothing, a number, a text, or some of these."""
+    parts = value if isinstance(value, (list, tuple)) else [value]
+    return all(part is None or isinstance(part, (bool, int, float, str)) for part in parts)
 
 
 def _is_fact(value: Any) -> bool:

@@ -25,13 +25,15 @@ from datafree.pool import ImagePool
 from datafree.runtime import free_memory, peak_memory, reset_peak
 from datafree.schedule import Schedule
 from datafree.session import Session
+from datafree.signals import handled, leave
 from datafree.training import Training, gallery, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
 
 SECONDS = 4.0  # of a phase, after which no more images are tried
 REPEATS = 5  # timed steps at most, spread over the run, in which terms of a loss come and go
-SMALLEST = 8  # images to begin with, or an eighth of a batch
+SHARES = (8, 4, 2, 1)  # of a batch, its n-th part: on which a step is tried, in turn
+SMALLEST = 8  # images to begin with, if the first of these is less
 ROUND = 2  # synthesis steps of a measured round
 BATCHES = ("synthesis_batch_size", "batch_size", "replay_batch_size")  # options that steps read
 FAR = 10**9  # an epoch that never comes
@@ -126,6 +128,8 @@ def forecasts(session: Session, trainings: Iterable[Training]) -> Iterator[tuple
 def describe(session: Session, costs: Sequence[Cost]) -> list[str]:
     """The lines of :func:`datafree.plan.describe_costs` for this machine as it is now."""
     folder = session.run.save_dir
+    if session.device.type == "cuda":
+        torch.cuda.empty_cache()  # which is free, too
     return plan.describe_costs(costs, free_memory(session.device), folder, free_disk(folder)) if costs else []
 
 
@@ -138,12 +142,12 @@ def measure_training(session: Session, training: Training) -> Rates:
     source.g_steps = min(schedule.g_steps, ROUND)
     work, test, phases = schedule.work_until(schedule.epochs), training.test or session.test, dict[str, Rate]()
     steps = _Steps(session.config, training)
-    images, few = steps.images, eighth(schedule.batch_size)
+    images, few = steps.images, fewest(schedule.batch_size)
     with unchanged(learner.network), out_of_memory_in("the measured steps", "the batch sizes"):
         if not source.traits.synthesises:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
-            steps.synthesise(not work["warmup"])(eighth(images), 0)  # or there were no images to learn from
+            steps.synthesise(not work["warmup"])(fewest(images), 0)  # or there were no images to learn from
         if work["warmup"] and learner.acts_in_warmup:
             phases["ranges"] = measure(steps.observe, schedule.batch_size, device, tries=1)
         if work["student"]:
@@ -219,12 +223,12 @@ def _share_of_batches(config: Any, share: float) -> Iterator[None]:
 
 
 def measure(step: Step, images: int, device: torch.device, tries: int = 2) -> Rate:
-    """The rate of ``step`` on so many images, measured on an eighth of them, a quarter, ... while that is quick.
+    """The rate of ``step`` on so many images, measured on the SHARES of them, while that is quick.
 
     tries: sizes at least. Beyond what was tried, seconds and FLOP grow with the images, and memory as it did from the
     last but one size to the last.
     """
-    sizes = sorted({max(eighth(images), images // part) for part in (8, 4, 2, 1)})
+    sizes = sorted({max(fewest(images), images // part) for part in SHARES})
     started, peaks, seconds = now(device), dict[int, float | None](), 0.0
     with FlopCounterMode(display=False) as counter:
         step(sizes[0], 0)
@@ -253,9 +257,9 @@ def _at(images: int, peaks: dict[int, float | None]) -> float | None:
     return peak + max(0.0, peak - lower) * (images - size) / (size - before)
 
 
-def eighth(images: int) -> int:
-    """The fewest images on which a step of so many is tried."""
-    return min(images, max(SMALLEST, images // 8))
+def fewest(images: int) -> int:
+    """On how many images a step of so many is tried first."""
+    return min(images, max(SMALLEST, images // SHARES[0]))
 
 
 def now(device: torch.device) -> float:
@@ -310,8 +314,13 @@ def _close_epochs(session: Session, training: Training, phases: dict[str, Rate])
     metadata = weights_metadata(session, network, training.model, "") | dict(training.stored)
     with writing(tempfile.gettempdir(), "set TMPDIR to a folder that may be written", after=""):
         place = tempfile.mkdtemp()
+
+    def remove_and_leave(number: int, frame: Any = None) -> None:
+        shutil.rmtree(place, ignore_errors=True)
+        leave(number)
+
     try:
-        with _Silent(place, "trial") as folder:
+        with handled(remove_and_leave), _Silent(place, "trial") as folder:
             engine = Engine(
                 training.learner,
                 training.source,

@@ -39,6 +39,8 @@ class Watch:
         first = state["first"]
         if first is not None and not all(isinstance(value, float | int) for value in first.values()):
             raise ValueError("the metrics of its first epoch are no numbers")
+        if first is not None and "pixel_distance" not in first:  # with which later ones are compared
+            raise ValueError("the metrics of its first epoch are incomplete")
         self.first = first
 
 

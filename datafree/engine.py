@@ -26,13 +26,14 @@ from torch import Tensor
 
 from datafree import checkpoint, distributed
 from datafree.config import Run
-from datafree.errors import InputError, out_of_memory_in
+from datafree.errors import InputError, out_of_memory_in, shown
 from datafree.evaluators import scores_line
 from datafree.grids import Gallery
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.plugins import first_line, is_same_code
 from datafree.progress import Progress
+from datafree.results import is_number
 from datafree.runtime import load_rng_state, rng_state
 from datafree.schedule import Schedule
 from datafree.signals import Stopped, StopSignal
@@ -309,9 +310,9 @@ class Engine:
         """
         state = {"paces": {}, "processes": [], **checkpoint.load(path)}  # earlier versions did not save them
         checkpoint.require(state, "learner", "source", path=path)
-        if state.get("format") != FORMAT:
+        if type(number := state.get("format", 1)) is not int or number != FORMAT:
             raise InputError(
-                f"{path} has the checkpoint format {state.get('format', 1)} of another version, not {FORMAT}; finish "
+                f"{path} has the checkpoint format {shown(number)} of another version, not {FORMAT}; finish "
                 "its run with the commit in its env.json, or start a new one by --log_tag NEW"
             )
         ours = self.state_dict()
@@ -363,6 +364,7 @@ class Engine:
         """Raise InputError unless the parts that every run has are such as this version writes."""
         at, counts, numbers = state["position"], self.schedule, ("position", "best", "seconds")
         wrong = [name for name, value in ours.items() if type(state[name]) is not type(value)]
+        wrong += [name for name in ours if checkpoint.has_odd_tensors(state[name])]
         wrong += [name for name in numbers if name not in wrong and not have_same_form(state[name], ours[name])]
         if "position" not in wrong:
             in_range = at["round"] <= counts.rounds and at["step"] <= counts.kd_steps and min(at.values()) >= 0
@@ -371,10 +373,13 @@ class Engine:
             wrong.append("means")
         if "paces" not in wrong and not Progress.fits(state["paces"]):
             wrong.append("paces")
-        if "result" not in wrong and any(isinstance(state["result"].get(key), str) for key in ("acc1", "best_acc1")):
-            wrong.append("result")
-        if "options" in self.metadata and not isinstance(state["metadata"].get("options"), dict):
-            wrong.append("metadata")
+        if "result" not in wrong:
+            found = [state["result"].get(key) for key in ("acc1", "best_acc1")]
+            wrong += ["result"] * (not all(value is None or is_number(value) for value in found))
+        if "metadata" not in wrong and "options" in self.metadata:
+            options = state["metadata"].get("options")
+            plain = isinstance(options, dict) and all(map(checkpoint.is_plain, options.values()))
+            wrong += ["metadata"] * (not plain)
         if wrong:
             raise InputError(
                 f"{path} is damaged: its part '{wrong[0]}' is not as this program writes it; copy it again, or resume "
@@ -459,10 +464,10 @@ class Means:
 
 
 def have_same_form(given: Any, own: Any) -> bool:
-    """Whether two dicts have the same keys, and whole numbers or any numbers at the same ones."""
+    """Whether two dicts have the same keys, and whole numbers or any numbers to compute with at the same ones."""
     kinds = {key: int if type(value) is int else (int, float) for key, value in own.items()}
     return given.keys() == kinds.keys() and all(
-        isinstance(given[key], kind) and not isinstance(given[key], bool) for key, kind in kinds.items()
+        isinstance(given[key], kind) and is_number(given[key]) for key, kind in kinds.items()
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from tqdm import tqdm
 
 from datafree import launch
+from datafree.results import is_number
 from datafree.schedule import Schedule
 from datafree.screen import silence
 
@@ -92,7 +93,7 @@ class Progress(AbstractContextManager):
     def fits(paces: Mapping[str, Any]) -> bool:
         """Whether ``paces`` are such as :meth:`state` returns."""
         pairs = [pair for pace in paces.values() for pair in (pace if isinstance(pace, list) else [None])]
-        return all(isinstance(p, tuple) and len(p) == 2 and all(type(n) in (int, float) for n in p) for p in pairs)
+        return all(isinstance(p, tuple) and len(p) == 2 and all(map(is_number, p)) and p[1] > 0 for p in pairs)
 
     def state(self) -> dict[str, list[tuple[float, ...]]]:
         """The measured seconds and amounts of the latest phases, by kind; plain values."""

@@ -9,9 +9,11 @@ from torch import Tensor
 from datafree import shares
 from datafree.errors import InputError
 from datafree.network import Network
+from datafree.results import is_number
 from datafree.runtime import autocast
 
 Result = TypeVar("Result")
+OURS = (torch.optim.SGD, torch.optim.Adam)  # optimisers whose state is tensors alone
 
 
 class Update:
@@ -63,16 +65,17 @@ def load_part(part: Any, state: Any) -> None:
     part.load_state_dict(state)
     if isinstance(part, torch.optim.Optimizer):
         _check_optimizer(part)
-    if isinstance(part, torch.optim.lr_scheduler.LRScheduler) and type(part.last_epoch) is not int:
-        raise ValueError(f"last_epoch of {type(part).__name__} is {part.last_epoch!r:.40}")
+    if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
+        for name in ("last_epoch", "_step_count"):
+            if type(value := getattr(part, name, 0)) is not int or not is_number(value):
+                raise ValueError(f"{name} of {type(part).__name__} is {value!r:.40}")
 
 
 def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
     kind = type(optimizer).__name__
     for group in optimizer.param_groups:
         for name, default in optimizer.defaults.items():
-            wanted = (int, float) if isinstance(default, (int, float)) else type(default)
-            if name not in group or (default is not None and not isinstance(group[name], wanted)):
+            if name not in group or not _is_like(group[name], default):
                 raise ValueError(f"{name} of {kind} is missing, or of another type")
     entries = list(optimizer.state.items())
     if len({frozenset(entry) for _, entry in entries}) > 1:
@@ -81,6 +84,17 @@ def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
         for name, value in entry.items():
             if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"{name} of {kind} is of another shape")
+            if type(optimizer) in OURS and not (value is None or torch.is_tensor(value)):
+                raise ValueError(f"{name} of {kind} is of another type")
+
+
+def _is_like(value: Any, default: Any) -> bool:
+    """Whether an entry of an optimiser's group may stand where ``default`` does."""
+    if default is None:
+        return value is None or isinstance(value, bool)
+    if isinstance(default, (int, float)):
+        return isinstance(value, bool) or is_number(value)
+    return isinstance(value, type(default))
 
 
 def is_scalar(value: Any) -> bool:

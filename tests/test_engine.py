@@ -10,6 +10,7 @@ from pathlib import Path
 
 import custom
 import nets
+import parts
 import pytest
 import torch
 from conftest import forked, rows, scratch
@@ -18,6 +19,7 @@ from resuming import Killed, assert_same_run, at_call, checkpoint_of, kill, same
 import registry
 from datafree import evaluators
 from datafree.config import Run
+from datafree.diagnostics import Watch
 from datafree.engine import Engine, Means
 from datafree.errors import InputError
 from datafree.learners.base import Learner, cosine_to_zero
@@ -245,6 +247,74 @@ def test_a_damaged_checkpoint_is_one_sentence_and_changes_nothing(distil, refuse
         assert (folder / "metrics.jsonl").read_bytes() == lines, name
     last.write_bytes(whole)
     assert len(rows(distil("--epochs", 2, "--resume", "auto"))) == 2
+
+
+MORE_DAMAGES = {
+    "format": lambda state: state.update(format=torch.ones(4, 4).to_sparse()),
+    "an option of a tensor": lambda state: state["metadata"]["options"].update(lr=torch.ones(3)),
+    "an option of nested lists": lambda state: state["metadata"]["options"].update(lr=[[torch.ones(3)]]),
+    "sparse means": lambda state: state["means"].update(sums={"a": torch.ones(1).to_sparse()}, counts={"a": 1}),
+    "paces of nothing": lambda state: state["paces"].update(student=[(1.0, 0)]),
+    "paces without end": lambda state: state["paces"].update(student=[(10**400, 1)]),
+    "seconds without end": lambda state: state["seconds"].update(student=10**400),
+    "result is a tensor": lambda state: state["result"].update(acc1=torch.ones(2)),
+    "monitor without a metric": lambda state: state["monitor"].update(first={"label_entropy": 1.0}),
+    "a rate without end": lambda state: state["learner"]["optimizer"]["param_groups"][0].update(lr=10**400),
+    "foreach as text": lambda state: state["learner"]["optimizer"]["param_groups"][0].update(foreach="x"),
+    "momentum as text": lambda state: state["learner"]["optimizer"]["state"][0].update(momentum_buffer="x"),
+    "sparse momentum": lambda state: state["learner"]["optimizer"]["state"][0].update(
+        momentum_buffer=state["learner"]["optimizer"]["state"][0]["momentum_buffer"].to_sparse()
+    ),
+    "schedule's count": lambda state: state["learner"]["schedule"].update(_step_count="3"),
+    "images made": lambda state: state["source"].update(images_made="3"),
+    "centres": lambda state: state["source"].update(centres=torch.ones(2, 2)),
+    "averages": lambda state: state["source"]["objective"].update(bn_average=[(torch.ones(2, 2), torch.ones(3))]),
+}
+
+
+@pytest.fixture(scope="module")
+def whole_engine(tmp_path_factory):
+    """An engine of real parts after an epoch, and its state."""
+    given = parts.options(
+        epochs=1, ep_steps=2, kd_steps=2, g_steps=1, synthesis_batch_size=8, nz=8, ngf=4, bn=1.0, oh=1.0
+    )
+    source = parts.make_source(given)
+    learner = parts.make_learner(given, source.teacher, source.student)
+    watch = Watch(source, source.teacher, source.student, given.relation)
+    folder = RunFolder(tmp_path_factory.mktemp("whole") / "run", "run")
+    metadata = {"options": {"lr": 0.1, "epochs": 1}}
+    engine = Engine(
+        learner, source, Schedule(1, 1, 2, 8, g_steps=1), folder, given.run, monitor=watch, metadata=metadata
+    )
+    engine.train()
+    yield engine, torch.load(folder.checkpoints / "last.pth", weights_only=True)
+    folder.close()
+
+
+@pytest.mark.parametrize("name", MORE_DAMAGES)
+def test_a_part_of_another_type_is_one_sentence_before_the_run_goes_on(name, whole_engine, tmp_path):
+    engine, saved = whole_engine
+    state = copy.deepcopy(saved)
+    MORE_DAMAGES[name](state)
+    torch.save(state, tmp_path / "damaged.pth")
+    with pytest.raises(InputError, match="damaged.pth (is damaged: its part|does not fit this run|has the checkpoint)"):
+        engine.load(tmp_path / "damaged.pth")
+    assert engine.position == {"epoch": 1, "round": 0, "step": 0}
+
+
+@pytest.mark.parametrize(
+    "entry, value", [("seed", "x"), ("seed", 10**400), ("seed", -1), ("drawn", 0.5), ("drawn", -1)]
+)
+def test_a_damaged_position_in_real_images_is_one_sentence(entry, value, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--model", nets.name("tiny"), "--batch_size", 512, "--log_tag", "run")
+    scratch(*words, "--epochs", 1)
+    last = tmp_path / "runs" / "digits_scratch_nets-tiny" / "run" / "checkpoints" / "last.pth"
+    state = torch.load(last, weights_only=True)
+    state["source"][entry] = value
+    last.unlink()
+    torch.save(state, last)
+    assert "last.pth does not fit this run" in refused(scratch, *words, "--epochs", 2, "--resume", "auto")
 
 
 def test_an_engine_is_as_before_if_a_checkpoint_does_not_fit(make_engine, tmp_path):

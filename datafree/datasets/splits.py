@@ -72,7 +72,10 @@ class Shuffle:
                 f"the checkpoint was made with {state['size']} images but there are {self.size} "
                 "now; give the same data with --data_root"
             )
-        self.seed, self.drawn, self._pass = state["seed"], state["drawn"], None
+        seed, drawn = state["seed"], state["drawn"]
+        if not (seed is None or type(seed) is int and 0 <= seed < 2**31) or type(drawn) is not int or drawn < 0:
+            raise ValueError("its position in the images is damaged")
+        self.seed, self.drawn, self._pass = seed, drawn, None
 
 
 def chosen_images(labels: Tensor, classes: Sequence[int]) -> tuple[Tensor, Tensor]:

@@ -146,4 +146,6 @@ class BaseSynthesis:
         return {"images_made": self.images_made}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        if type(state["images_made"]) is not int:
+            raise ValueError("its number of images is damaged")
         self.images_made = state["images_made"]

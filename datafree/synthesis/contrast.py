@@ -56,6 +56,8 @@ class InstanceContrast(nn.Module):
         return self.added
 
     def set_extra_state(self, state: int) -> None:
+        if type(state) is not int or state < 0:
+            raise ValueError("its bank is damaged")
         self.added = state
 
 

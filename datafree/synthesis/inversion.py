@@ -96,6 +96,8 @@ class InversionSynthesis(RoundSynthesis):
         super().load_state_dict(state)
         for name, part in self._parts().items():
             load_part(part, state[name])
+        if state["centres"].shape != self.centres.shape or type(state["reset_done"]) is not bool:
+            raise ValueError("its centres of the classes are damaged")
         self.centres, self.reset_done = state["centres"].to(self.device), state["reset_done"]
 
 

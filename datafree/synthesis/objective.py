@@ -188,4 +188,6 @@ class SynthesisObjective:
         for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
             load_part(optimizer, saved)
         device = self.teacher.device
+        if not all(mean.dim() == 1 and mean.shape == variance.shape for mean, variance in state["bn_average"]):
+            raise ValueError("its averaged statistics are damaged")
         self.bn_average = [(mean.to(device), variance.to(device)) for mean, variance in state["bn_average"]]
