@@ -106,31 +106,32 @@ def _pixels(images: Tensor) -> dict[str, Tensor]:
 def alarms(now: dict[str, float], first: dict[str, float], adversarial: bool = True) -> list[str]:
     """Warnings about metrics of :func:`describe` that indicate a collapse: observation, cause, remedy.
 
-    first: the metrics of the run's first epoch. adversarial: whether --adv has a weight, which may be too high.
+    A remedy is named if it was seen to help (docs/reports.md). first: the metrics of the run's first epoch.
+    adversarial: whether --adv has a weight, which may be too high.
     """
     found = []
-    or_lower_adv = ", or lower --adv" * adversarial
+    lower, has_targets = "lower --lr_g" + " or --adv" * adversarial, "target_agreement" in now
     if now["label_entropy"] < 0.5:
+        remedy = f"{lower}, or raise --oh or --g_steps" if has_targets else "raise --balance"
         found.append(
             f"the teacher sees few classes in the images (label entropy {now['label_entropy']:.2f} of 1): "
-            f"generator collapse is likely; raise --oh or --balance{or_lower_adv}"
+            f"generator collapse is likely; {remedy}"
         )
     agreement = now.get("target_agreement", 1.0)
     if agreement < 0.3 and agreement <= first.get("target_agreement", 1.0):
         found.append(
             f"the teacher agrees with only {agreement:.0%} of the target classes: "
-            f"synthesis is too short or other terms dominate; raise --g_steps or --oh{or_lower_adv}"
+            f"synthesis is too short or other terms dominate; {lower}, or raise --oh or --g_steps"
         )
     if now["pixel_distance"] < 0.5 * first["pixel_distance"]:
         found.append(
             "the images are half as diverse as in the first epoch (pixel distance "
-            f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; "
-            "raise --triplet or --adv"
+            f"{now['pixel_distance']:.3f} after {first['pixel_distance']:.3f}): mode collapse; {lower}"
         )
     if now["near_duplicates"] > 0.2:
         found.append(
             f"{now['near_duplicates']:.0%} of the images are near-duplicates: the generator ignores its latents; "
-            "raise --triplet"
+            "lower --lr_g, or raise --oh"
         )
     chance = 1 / now["classes_hit"]
     if now["student_agreement"] < min(1.5 * chance, chance + 0.05) and now["classes_hit"] > 1:

@@ -174,8 +174,8 @@ def test_a_healthy_run_causes_no_warning(now):
     [
         ({"label_entropy": 0.3}, "entropy 0.30 of 1", "--oh"),
         ({"target_agreement": 0.12}, "12% of the target classes", "--g_steps"),
-        ({"pixel_distance": 0.1}, "0.100 after 0.250", "--triplet"),
-        ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--triplet"),
+        ({"pixel_distance": 0.1}, "0.100 after 0.250", "--adv"),
+        ({"near_duplicates": 0.4}, "40% of the images are near-duplicates", "--lr_g"),
         ({"student_agreement": 0.11}, "11% of the new images", "--lr"),
         ({"classes_hit": 2, "student_agreement": 0.52}, "52% of the new images", "--adv"),
     ],
@@ -192,7 +192,18 @@ def test_the_adversarial_term_is_blamed_only_where_it_has_a_weight(metric):
     (warning,) = alarms({**HEALTHY, **now}, HEALTHY)
     assert "--adv" in warning
     (warning,) = alarms({**HEALTHY, **now}, HEALTHY, adversarial=False)
-    assert "--adv" not in warning and re.search(r"(check|raise) --\w+( or --\w+)?$", warning)
+    assert "--adv" not in warning and re.search(r"(check --lr|lower --lr_g, or raise --oh or --g_steps)$", warning)
+
+
+def test_the_classes_are_balanced_where_the_images_have_no_targets():
+    without = {name: value for name, value in HEALTHY.items() if name != "target_agreement"}
+    (warning,) = alarms({**without, "label_entropy": 0.3}, without)
+    assert warning.endswith("; raise --balance")
+
+
+def test_no_alarm_advises_triplets_which_were_not_seen_to_help():
+    worst = {**HEALTHY, "label_entropy": 0, "target_agreement": 0, "pixel_distance": 0, "near_duplicates": 1}
+    assert "triplet" not in " ".join(alarms({**worst, "student_agreement": 0}, HEALTHY))
 
 
 def test_weak_agreement_with_the_targets_causes_a_warning_from_the_first_epoch_until_it_grows():
