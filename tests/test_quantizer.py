@@ -116,10 +116,10 @@ def test_learned_steps_against_torchs_learnable_kernel(axis):
     ours = [x.clone().requires_grad_(), scale.clone().requires_grad_()]
     if axis is None:
         expected = torch._fake_quantize_learnable_per_tensor_affine(*theirs, zero.float(), low, high, factor)
-        found = round_by_learned_step(ours[0], ours[1][0], zero[0], (low, high), None)
+        found = round_by_learned_step(ours[0], ours[1][0], zero[0], (low, high), None, x.numel())
     else:
         expected = torch._fake_quantize_learnable_per_channel_affine(*theirs, zero.float(), axis, low, high, factor)
-        found = round_by_learned_step(*ours, zero, (low, high), axis)
+        found = round_by_learned_step(*ours, zero, (low, high), axis, x.numel())
     upstream = torch.randn_like(x)
     expected.backward(upstream)
     found.backward(upstream)
@@ -139,7 +139,7 @@ def test_learned_steps_against_torchao():
     given, ours = x.clone().requires_grad_(), x.clone().requires_grad_()
     expected = theirs(given)
     scale = theirs.scale.detach().clone().requires_grad_()
-    found = round_by_learned_step(ours, scale[0], theirs.zero_point[0].detach(), (0, 15), None)
+    found = round_by_learned_step(ours, scale[0], theirs.zero_point[0].detach(), (0, 15), None, x.numel())
     expected.square().sum().backward()
     found.square().sum().backward()
     assert torch.allclose(found, expected, atol=1e-5) and torch.allclose(ours.grad, given.grad, atol=1e-4)
