@@ -68,7 +68,7 @@ def fault_in(path: str | Path) -> str | None:
     with open(path, "rb") as file:
         is_archive = file.read(4) == b"PK\x03\x04"
     fault = _fault_in_archive(path) if is_archive else None  # files of torch before 1.6 have no checksums
-    return fault or (_SlowEncoding.words if _encodes_slowly(path) else None)
+    return fault or _refused_in(path)
 
 
 def _fault_in_archive(path: str | Path) -> str | None:
@@ -129,16 +129,19 @@ class _Entries(dict[Any, Any]):
         pass
 
 
-class _SlowEncoding(Exception):
-    """Of a text that a pickle wants to be encoded, in another way than NumPy's bytes are."""
-
-    words = "has a text encoded by another codec than NumPy's latin1; refused, nothing was executed"
+class _Refused(Exception):
+    """Of what a pickle asks for and torch would do; the message says what that is."""
 
 
 def _encode(text: str, encoding: str = "") -> bytes:
-    if encoding not in ("latin1", "latin-1"):
-        raise _SlowEncoding
+    if encoding not in ("latin1", "latin-1"):  # punycode and idna hang on long texts
+        raise _Refused("has a text encoded by another codec than NumPy's latin1")
     return text.encode("latin1")
+
+
+def _bytes(*given: Any) -> None:
+    if any(isinstance(part, int) for part in given):
+        raise _Refused("asks for memory by a number of bytes")
 
 
 class _Reader(pickle._Unpickler):  # in Python: the one in C fills memory up to the largest number of an entry
@@ -147,6 +150,8 @@ class _Reader(pickle._Unpickler):  # in Python: the one in C fills memory up to 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) == ("_codecs", "encode"):
             return _encode
+        if (module, name) in (("builtins", "bytearray"), ("__builtin__", "bytearray")):
+            return _bytes
         return _Entries if name == "OrderedDict" else type("_Inert", (_Inert,), {"origin": f"{module}.{name}"})
 
     def persistent_load(self, storage: Any) -> None:
@@ -164,18 +169,16 @@ def _contents(path: str | Path) -> Any:
         return [reader.load() for _ in range(4)][-1]  # magic number, protocol, machine, contents
 
 
-def _encodes_slowly(path: str | Path) -> bool:
-    """Whether the pickle in a file of torch.save has a text encoded as NumPy's bytes never are.
-
-    torch allows codecs.encode, which NumPy's bytes need, with any encoding; punycode and idna hang on long texts.
-    """
+def _refused_in(path: str | Path) -> str | None:
+    """What the pickle in a file of torch.save asks for without need, of what torch allows: codecs.encode, which NumPy's
+    bytes need, with any encoding, and bytearray, with any number. None if it does not."""
     try:
         _contents(path)
-    except _SlowEncoding:
-        return True
+    except _Refused as refused:
+        return f"{refused}; refused, nothing was executed"
     except Exception:  # of arbitrary bytes, which torch.load refuses, too
-        return False
-    return False
+        return None
+    return None
 
 
 def entry_with(path: str | Path, name: str) -> str:

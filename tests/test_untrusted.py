@@ -368,6 +368,18 @@ def test_numpys_numbers_are_read_and_other_encodings_are_not(tmp_path):
         load(tmp_path / "slow.pth")
 
 
+def test_memory_by_a_number_of_bytes_is_refused(tmp_path):
+    class Bomb:
+        def __reduce__(self):
+            return bytearray, (10**10,)
+
+    torch.save({"w": torch.ones(1), "x": Bomb()}, tmp_path / "bomb.pth")
+    with pytest.raises(InputError, match="bomb.pth asks for memory by a number of bytes; refused"):
+        load(tmp_path / "bomb.pth")
+    torch.save({"w": torch.ones(1), "x": bytearray(b"some")}, tmp_path / "some.pth")
+    assert load(tmp_path / "some.pth")["x"] == b"some"
+
+
 def test_nested_facts_are_left_out(tmp_path):
     nested = ["ha"]
     for _ in range(60):
