@@ -18,6 +18,7 @@ PROGRAMS = {
     "curves": ("datafree.curves", "a picture of runs over their epochs"),
     "reproduce": ("datafree.reproduce", "an experiment again, compared with what its file expects"),
 }
+TRAINING = ("kd", "quantize", "incremental", "train")  # whose modules have a PROGRAM
 
 
 def start(name: str) -> None:

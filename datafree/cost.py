@@ -26,7 +26,7 @@ from datafree.runtime import free_memory, peak_memory, reset_peak
 from datafree.schedule import Schedule
 from datafree.session import Session
 from datafree.signals import handled, leave
-from datafree.training import Training, gallery, weights_metadata
+from datafree.training import Training, gallery, test_images, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
 
@@ -140,7 +140,7 @@ def measure_training(session: Session, training: Training) -> Rates:
     """
     learner, source, schedule, device = training.learner, training.source, training.schedule, session.device
     source.g_steps = min(schedule.g_steps, ROUND)
-    work, test, phases = schedule.work_until(schedule.epochs), training.test or session.test, dict[str, Rate]()
+    work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
     steps = _Steps(session.config, training)
     images, few = steps.images, fewest(schedule.batch_size)
     with unchanged(learner.network), out_of_memory_in("the measured steps", "the batch sizes"):
@@ -349,7 +349,7 @@ def _close_epochs(session: Session, training: Training, phases: dict[str, Rate])
 
 def total(session: Session, training: Training, rates: Rates) -> Cost:
     """The cost of the whole of ``training``."""
-    phases, tested = rates.phases, len(training.test or session.test or ())
+    phases, tested = rates.phases, len(test_images(session, training) or ())
     known = 0.0
     if "views" in phases:
         known = known_views(training, phases["views"].images, session.config.synthesis.synthesis_batch_size)

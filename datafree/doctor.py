@@ -9,29 +9,18 @@ mistake in options.
 import importlib
 import sys
 from collections import Counter
-from collections.abc import Mapping
 from contextlib import closing
-from typing import Any
 
-from datafree import program
-from datafree.__main__ import PROGRAMS
+from datafree.__main__ import PROGRAMS, TRAINING
 from datafree.errors import InputError, OptionError, exit_on_input_error, printable
+from datafree.program import Program
 
-CHECKED = ("kd", "quantize", "incremental", "train")
 GRADES = ("ok", "warning", "fault")
 
 
-def examine(
-    config_class: type,
-    trainings: program.Trainings,
-    *,
-    description: str,
-    method_files: Mapping[str, Any] | None = None,
-    examples: str = "",
-    derive_card: bool = False,
-) -> None:
+def examine(program: Program) -> None:
     """In place of :func:`datafree.program.run`: print the findings about the run, and exit with 1 if any is a fault."""
-    config, _ = program.read(config_class, description=description, method_files=method_files, examples=examples)
+    config, _ = program.read()
     if config.run.evaluate_only:
         raise OptionError("--evaluate_only: the doctor checks what a training needs; leave it out")
     # These import torch, which takes seconds; mistakes in the form of options are answered before.
@@ -45,8 +34,8 @@ def examine(
         print(printable(f"{finding.grade:8} {finding.about}: {finding.text}"), flush=True)
 
     try:
-        session = Session(config, derive_card=derive_card, write=False)
-        with closing(trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator
+        session = Session(config, derive_card=program.derive_card, write=False)
+        with closing(program.trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator
             for finding in findings(session, in_turn):
                 tell(finding)
     except OptionError:
@@ -63,9 +52,9 @@ def main() -> None:
     if not words or {"-h", "--help"} & set(words):
         print(__doc__.strip())
         return
-    name = words.pop(0) if words[0] in CHECKED else CHECKED[0]
+    name = words.pop(0) if words[0] in TRAINING else TRAINING[0]
     sys.argv = [sys.argv[0], *words]
-    importlib.import_module(PROGRAMS[name][0]).main(examine)
+    examine(importlib.import_module(PROGRAMS[name][0]).PROGRAM)
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ from typing import Any
 
 import yaml
 
+from datafree.__main__ import TRAINING
 from datafree.errors import InputError, shown
 from datafree.registry import CONFIGS
 from datafree.untrusted import TextLoader, read_text
 
 PAGE = Path("docs/results/ledger.md")
 NOT_RUN, UNKNOWN = "not run yet", "unknown"
-PROGRAMS = ("kd", "quantize", "incremental", "train")
 NO_CELLS = ("methods", "quantization", "incremental")  # folders of methods
 KEYS = ("program", "published", "source", "ours")
 INTRO = """# Ledger of the experiments
@@ -83,8 +83,8 @@ def read_cell(path: str | Path) -> Cell:
         raise InputError(f"{path} has no block expect; state what is expected of it, or at least: {NOT_RUN}") from None
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise InputError(f"cannot read {path} ({error}); give the YAML file of an experiment") from None
-    if not isinstance(expect, dict) or set(expect) - set(KEYS) or expect.get("program") not in PROGRAMS:
-        raise InputError(f"{path}: expect has the keys {', '.join(KEYS)}, and program is one of {', '.join(PROGRAMS)}")
+    if not isinstance(expect, dict) or set(expect) - set(KEYS) or expect.get("program") not in TRAINING:
+        raise InputError(f"{path}: expect has the keys {', '.join(KEYS)}, and program is one of {', '.join(TRAINING)}")
     published, ours = expect.get("published", UNKNOWN), expect.get("ours", NOT_RUN)
     try:
         figures = {} if published == UNKNOWN else {name: float(figure) for name, figure in published.items()}

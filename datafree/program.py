@@ -1,9 +1,10 @@
 """The skeleton of a program: read the options, then plan and run its trainings."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from typing import TYPE_CHECKING, Any, Protocol
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from datafree import cli, launch
 from datafree.config import CONFIGS
@@ -11,85 +12,73 @@ from datafree.errors import exit_on_input_error
 from datafree.options import Invocation
 from datafree.screen import silence
 
-__all__ = ["Runner", "exit_on_input_error", "read", "run"]
+__all__ = ["Program", "exit_on_input_error", "run"]
 
 if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.training import Training
 
-Trainings = Callable[["Session"], "Iterator[Training]"]
+
+@dataclass(frozen=True)
+class Program:
+    """What a program consists of.
+
+    config_class: of its options. trainings: session -> the trainings of the program; between two of them it may use
+    the result of the first. method_files: what --method may name. description, examples: for --help. derive_card:
+    whether the training images may be opened to derive the data card.
+    """
+
+    config_class: type
+    trainings: "Callable[[Session], Iterator[Training]]"
+    description: str
+    method_files: Mapping[str, Any] | None = None
+    examples: str = ""
+    derive_card: bool = False
+
+    def parse(self, words: Sequence[str]) -> tuple[Any, Invocation]:
+        """The words of a command line as a ``config_class`` and what else they ask for."""
+        return cli.parse(
+            self.config_class,
+            words,
+            description=self.description,
+            method_files=self.method_files,
+            other_configs=[other for other in CONFIGS if other is not self.config_class],
+            examples=self.examples,
+        )
+
+    def read(self) -> tuple[Any, Invocation]:
+        """The command line, valid, as of :meth:`parse`; --print_config prints it and exits."""
+        config, call = self.parse(sys.argv[1:])
+        if call.print_config:
+            print(cli.to_yaml(config), end="")
+            sys.exit()
+        config.validate()
+        return config, call
 
 
-class Runner(Protocol):
-    """What a program is given to, as :func:`run`: it does something with what the program consists of."""
-
-    def __call__(
-        self,
-        config_class: type,
-        trainings: Trainings,
-        *,
-        description: str,
-        method_files: Mapping[str, Any] | None = None,
-        examples: str = "",
-        derive_card: bool = False,
-    ) -> None: ...
-
-
-def read(
-    config_class: type, *, description: str, method_files: Mapping[str, Any] | None = None, examples: str = ""
-) -> tuple[Any, Invocation]:
-    """The command line as a valid ``config_class`` and what else it asks for; --print_config prints it and exits."""
-    others = [other for other in CONFIGS if other is not config_class]
-    config, call = cli.parse(
-        config_class,
-        sys.argv[1:],
-        description=description,
-        method_files=method_files,
-        other_configs=others,
-        examples=examples,
-    )
-    if call.print_config:
-        print(cli.to_yaml(config), end="")
-        sys.exit()
-    config.validate()
-    return config, call
-
-
-def run(
-    config_class: type,
-    trainings: Trainings,
-    *,
-    description: str,
-    method_files: Mapping[str, Any] | None = None,
-    examples: str = "",
-    derive_card: bool = False,
-) -> None:
-    """Read the command line into a ``config_class``, then run what ``trainings`` yields, in turn.
+def run(program: Program) -> None:
+    """Read the command line, then run what the program's ``trainings`` yields, in turn.
 
     Of several processes, which torchrun starts, all do so.
-
-    trainings: session -> the trainings of the program; between two of them it may use the result of the first.
-    derive_card: whether the training images may be opened to derive the data card.
     """
-    options = {"description": description, "method_files": method_files, "examples": examples}
     if launch.processes() == 1:
-        _run(config_class, trainings, derive_card, **options)
+        _run(program)
         return
     if launch.rank():
         silence("stdout")  # the first process speaks for all
     from datafree import distributed
 
     with distributed.one_run():
-        _run(config_class, trainings, derive_card, **options)
+        _run(program)
 
 
-def _run(config_class: type, trainings: Trainings, derive_card: bool, **options: Any) -> None:
-    config, call = read(config_class, **options)
+def _run(program: Program) -> None:
+    config, call = program.read()
     # These import torch, which takes seconds; --help and mistakes in the form of options are answered before.
     from datafree.session import Session
 
-    session = Session(config, derive_card=derive_card, write=not call.dry_run)
-    with closing(trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
+    session = Session(config, derive_card=program.derive_card, write=not call.dry_run)
+    with closing(program.trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
         if call.dry_run:
             from datafree import cost, distributed
 

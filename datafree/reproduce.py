@@ -13,6 +13,7 @@ may not change what it computes, which would be another experiment.
 The exit code is 0, and 1 if the result is worse than expected.
 """
 
+import importlib
 import shlex
 import statistics
 import subprocess
@@ -21,21 +22,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from datafree import cli, registry
-from datafree.config import CONFIGS, DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
+from datafree.__main__ import PROGRAMS
 from datafree.errors import InputError, OptionError, exit_on_input_error, short, usage
 from datafree.intervals import t_quantile
 from datafree.ledger import Cell, Measured, ledger, read_cell
 from datafree.logger import table
 from datafree.options import result_options
+from datafree.program import Program
 from datafree.results import read_summary
 
-READERS: dict[str, tuple[type, Any]] = {
-    "kd": (DistillConfig, registry.METHODS),
-    "quantize": (QuantizeConfig, registry.QUANTIZATION_METHODS),
-    "incremental": (IncrementalConfig, registry.INCREMENTAL_METHODS),
-    "train": (ScratchConfig, None),
-}
 ROUNDING = 0.005  # of a mean that is stated with two decimals
 
 
@@ -65,22 +60,21 @@ def judge(expected: Measured, values: Sequence[float]) -> Verdict:
 def reproduce(cell: Cell, seeds: Sequence[int], save_dir: Path, further: Sequence[str]) -> list[dict[str, Any]]:
     """Run the experiment for each seed -> the summaries of the runs."""
     options = cell.ours.options if cell.ours else ""
-    for seed in seeds:
-        own = shlex.split(options.replace("{seed}", str(seed)))
-        _require_same_experiment(cell, own, further)
-    return [_run(cell, seed, save_dir, shlex.split(options.replace("{seed}", str(seed))), further) for seed in seeds]
+    own = {seed: shlex.split(options.replace("{seed}", str(seed))) for seed in seeds}
+    for words in own.values():
+        _require_same_experiment(cell, words, further)
+    return [_run(cell, seed, save_dir, words, further) for seed, words in own.items()]
+
+
+def read_options(cell: Cell, words: Sequence[str]) -> Any:
+    """The configuration of the experiment's program with these further options."""
+    program: Program = importlib.import_module(PROGRAMS[cell.program][0]).PROGRAM
+    return program.parse(["--config", str(cell.path), *words])[0]
 
 
 def _require_same_experiment(cell: Cell, own: Sequence[str], further: Sequence[str]) -> None:
     """Raise OptionError for options that would change the result."""
-    config_class, methods = READERS[cell.program]
-
-    def read(words: Sequence[str]) -> dict[str, Any]:
-        words = ["--config", str(cell.path), *words]
-        given = cli.parse(config_class, words, description="", method_files=methods, other_configs=CONFIGS)
-        return result_options(given[0])
-
-    before, after = read(own), read([*own, *further])
+    before, after = (result_options(read_options(cell, words)) for words in (own, [*own, *further]))
     if changed := [name for name in {**before, **after} if before.get(name) != after.get(name)]:
         raise OptionError(
             f"--{changed[0]} would change what {cell.path} computes, which would be another experiment; leave it out, "

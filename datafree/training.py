@@ -65,7 +65,7 @@ def run_training(session: Session, training: Training) -> Path:
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)
-        network, here, test = training.learner.network, environment(session.device), training.test or session.test
+        network, here, test = training.learner.network, environment(session.device), test_images(session, training)
         metadata = weights_metadata(session, network, training.model, here["commit"]) | dict(training.stored)
         distributed.require_same(metadata["options"], "has other weights, card or code; give all the same files")
         columns = evaluate_teacher(session, training.teacher, folder) if training.teacher else {}
@@ -92,7 +92,12 @@ def run_training(session: Session, training: Training) -> Path:
 def gallery(session: Session, training: Training) -> Gallery:
     """What draws the images of the training."""
     names, judge = training.classes or session.class_names, training.judge or training.teacher
-    return Gallery(names, judge, training.test or session.test)
+    return Gallery(names, judge, test_images(session, training))
+
+
+def test_images(session: Session, training: Training) -> Split | None:
+    """The images that the training is tested on, or None."""
+    return training.test or session.test
 
 
 def open_folder(session: Session, parts: Sequence[str], task: str = "") -> RunFolder:

@@ -12,8 +12,7 @@ import yaml
 from conftest import ROOT, call
 from scipy import stats
 
-from datafree import cli, registry, reproduce
-from datafree.config import CONFIGS
+from datafree import registry, reproduce
 from datafree.errors import InputError
 from datafree.ledger import PAGE, Measured, cells, ledger, read_cell
 
@@ -44,10 +43,8 @@ def test_the_ledger_is_that_of_the_files(capsys):
 
 @pytest.mark.parametrize("cell", CELLS, ids=lambda cell: name(cell.path))
 def test_a_block_fits_its_file_and_its_own_figures(cell):
-    config_class, methods = reproduce.READERS[cell.program]
     options = shlex.split(cell.ours.options.replace("{seed}", "0")) if cell.ours else []
-    words = ["--config", str(cell.path), *options]
-    cli.parse(config_class, words, description="", method_files=methods, other_configs=CONFIGS)
+    reproduce.read_options(cell, options)
     if cell.ours and cell.ours.runs:
         assert statistics.fmean(cell.ours.runs) == pytest.approx(cell.ours.mean, abs=0.011)  # of rounded figures
         assert cell.ours.n == 1 or statistics.stdev(cell.ours.runs) == pytest.approx(cell.ours.std, abs=0.011)

@@ -93,7 +93,7 @@ def run(tmp_path, monkeypatch):
 
     def call(*words, tag="run"):
         monkeypatch.setattr(sys, "argv", ["two.py", *map(str, (*fixed, "--log_tag", tag, *words))])
-        program.exit_on_input_error(lambda: program.run(TwoConfig, two_trainings, description="Two trainings."))
+        program.exit_on_input_error(lambda: program.run(program.Program(TwoConfig, two_trainings, "Two trainings.")))
         return [next((tmp_path / "runs").glob(f"digits_{name}_*/{tag}"), None) for name in ("first", "second")]
 
     return call

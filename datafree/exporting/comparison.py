@@ -11,6 +11,7 @@ from datafree.datasets.splits import Split
 from datafree.evaluators import evaluate
 from datafree.exporting.onnx_file import OnnxNetwork
 from datafree.exporting.torch_files import ProgramNetwork
+from datafree.exporting.tracing import largest_difference
 from datafree.models.factory import is_known
 from datafree.network import Network
 from datafree.quantizer import QuantizedModel
@@ -89,9 +90,8 @@ def reloaded(path: str | Path, network: Network) -> Runner:
 
 
 def _agreement(found: Tensor, expected: Tensor) -> dict[str, float]:
-    difference = (found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)
     same = found.argmax(1) == expected.argmax(1)
-    return {"difference": difference.item(), "agreement": 100 * same.float().mean().item()}
+    return {"difference": largest_difference(found, expected), "agreement": 100 * same.float().mean().item()}
 
 
 def _alternating(runners: Mapping[str, Runner], batch: Tensor, repeats: int) -> dict[str, list[float]]:

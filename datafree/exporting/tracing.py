@@ -105,12 +105,17 @@ def require_agreement(network: Network, run: Callable[[Tensor], Tensor], where: 
         expected = plain_copy(network)(images)
     if not expected.isfinite().all():
         raise InputError(f"the {network.name} gives non-finite logits; check its weights and its input mean and std")
-    difference = (run(images) - expected).abs().max() / expected.abs().max().clamp_min(1e-9)
+    difference = largest_difference(run(images), expected)
     if not difference <= TOLERANCE:
         raise InputError(
             f"the {network.name} gives other logits in {where} than in torch, by {difference:.1e} of the largest; "
             "does it draw random numbers in evaluation mode, or depend on the other images of a batch?"
         )
+
+
+def largest_difference(found: Tensor, expected: Tensor) -> float:
+    """Of logits (N, classes), over the largest expected one."""
+    return ((found - expected).abs().max() / expected.abs().max().clamp_min(1e-9)).item()
 
 
 @contextmanager

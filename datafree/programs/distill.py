@@ -5,10 +5,11 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from datafree import cli, program, registry
-from datafree.config import CONFIGS, DistillConfig
+from datafree import registry
+from datafree.config import DistillConfig
 from datafree.errors import OptionError
 from datafree.plugins import is_custom, named_by_caller
+from datafree.program import Program, run
 
 if TYPE_CHECKING:
     from torch import nn
@@ -139,9 +140,7 @@ def _config_of(
     words |= {name: _as_word(value) for name, value in options.items()}
     for value in filter(is_custom, words.values()):
         named_by_caller(value)
-    argv = [f"--{name}={value}" for name, value in words.items()]
-    others = [other for other in CONFIGS if other is not DistillConfig]
-    config, _ = cli.parse(DistillConfig, argv, description="", method_files=registry.METHODS, other_configs=others)
+    config: DistillConfig = PROGRAM.parse([f"--{name}={value}" for name, value in words.items()])[0]
     for role, network in networks.items():
         for name in (f"{role}_weights", f"{role}_weights_key"):
             if not isinstance(network, str) and getattr(getattr(config, role), name):
@@ -164,5 +163,8 @@ def custom_learner(config: DistillConfig) -> list[str]:
     return [config.distill.learner] if is_custom(config.distill.learner) else []
 
 
-def main(run: program.Runner = program.run) -> None:
-    run(DistillConfig, distillation, description=__doc__, method_files=registry.METHODS, examples=EXAMPLES)
+PROGRAM = Program(DistillConfig, distillation, __doc__, registry.METHODS, EXAMPLES)
+
+
+def main() -> None:
+    run(PROGRAM)

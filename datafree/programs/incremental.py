@@ -6,8 +6,9 @@ from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from datafree import program, registry
+from datafree import registry
 from datafree.config import IncrementalConfig
+from datafree.program import Program, run
 
 if TYPE_CHECKING:
     from datafree.incremental import IncrementalRun
@@ -83,11 +84,8 @@ def on_real_images(run: "IncrementalRun", task: int) -> "Training":
     return run.training(task, learner, TaskImages(images), schedule, images)
 
 
-def main(run: program.Runner = program.run) -> None:
-    run(
-        IncrementalConfig,
-        incremental,
-        description=__doc__,
-        method_files=registry.INCREMENTAL_METHODS,
-        examples=EXAMPLES,
-    )
+PROGRAM = Program(IncrementalConfig, incremental, __doc__, registry.INCREMENTAL_METHODS, EXAMPLES)
+
+
+def main() -> None:
+    run(PROGRAM)

@@ -3,9 +3,10 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from datafree import program, registry
+from datafree import registry
 from datafree.config import QuantizeConfig
 from datafree.errors import InputError
+from datafree.program import Program, run
 
 if TYPE_CHECKING:
     from datafree.logger import RunFolder
@@ -75,7 +76,8 @@ def quantization(session: "Session") -> "Iterator[Training]":
     )
 
 
-def main(run: program.Runner = program.run) -> None:
-    run(
-        QuantizeConfig, quantization, description=__doc__, method_files=registry.QUANTIZATION_METHODS, examples=EXAMPLES
-    )
+PROGRAM = Program(QuantizeConfig, quantization, __doc__, registry.QUANTIZATION_METHODS, EXAMPLES)
+
+
+def main() -> None:
+    run(PROGRAM)

@@ -3,8 +3,8 @@
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from datafree import program
 from datafree.config import ScratchConfig
+from datafree.program import Program, run
 
 if TYPE_CHECKING:
     from datafree.session import Session
@@ -50,5 +50,8 @@ def supervised(session: "Session") -> "Iterator[Training]":
     )
 
 
-def main(run: program.Runner = program.run) -> None:
-    run(ScratchConfig, supervised, description=__doc__, examples=EXAMPLES, derive_card=True)
+PROGRAM = Program(ScratchConfig, supervised, __doc__, examples=EXAMPLES, derive_card=True)
+
+
+def main() -> None:
+    run(PROGRAM)
