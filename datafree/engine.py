@@ -26,7 +26,7 @@ from torch import Tensor
 
 from datafree import checkpoint, distributed
 from datafree.config import Run
-from datafree.errors import InputError, out_of_memory_in, shown
+from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import scores_line
 from datafree.grids import Gallery
 from datafree.learners.base import Learner
@@ -310,9 +310,9 @@ class Engine:
         """
         state = {"paces": {}, "processes": [], **checkpoint.load(path)}  # earlier versions did not save them
         checkpoint.require(state, "learner", "source", path=path)
-        if type(number := state.get("format", 1)) is not int or number != FORMAT:
+        if type(number := state.get("format", 1)) is int and number != FORMAT:
             raise InputError(
-                f"{path} has the checkpoint format {shown(number)} of another version, not {FORMAT}; finish "
+                f"{path} has the checkpoint format {number} of another version, not {FORMAT}; finish "
                 "its run with the commit in its env.json, or start a new one by --log_tag NEW"
             )
         ours = self.state_dict()

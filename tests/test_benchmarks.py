@@ -1,6 +1,7 @@
 """The benchmarks run, and the plain pipeline computes the same as what they measure, except for its random triplets."""
 
 import json
+import re
 import signal
 import sys
 from pathlib import Path
@@ -138,6 +139,15 @@ def test_the_plain_pool_is_read_from_files(tmp_path):
         Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"{number}.png")
     shown = list(plain.batches(tmp_path, 8, 2, 3, workers=0))
     assert [tuple(views.shape) for views in shown] == [(4, 3, 8, 8)] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["real", "quantize", "incremental"])
+def test_a_forecast_is_within_30_per_cent_of_the_run(name):
+    printed = command("-m", "benchmarks.forecast", name, cwd=ROOT).stdout.splitlines()
+    row = dict(zip(*(re.split(r"  +", line.strip()) for line in (printed[0], printed[2]))))
+    assert row["run"] == name and abs(float(row["seconds off %"])) < 30 and abs(float(row["MB off %"])) < 30
+    assert float(row["disk MB forecast"]) >= float(row["disk MB"]) > 0
 
 
 def test_memory_is_measured_in_a_separate_process(capsys):
