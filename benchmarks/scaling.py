@@ -54,23 +54,23 @@ def exchanged(step, ours):
 
 
 def compare(pair, n, turns, device):
-    """Rows (dict) of one pair of networks and batch size: one for each of STEPS."""
+    """Rows (dict) of one pair of networks and batch size: one for each of STEPS, in the first process."""
     size, ngf = PAIRS[pair]
     alone, together = (Ours(pair, (3, size, size), ngf, n, device, "none") for _ in range(2))
     together.synthesis_step()  # the pool must not be empty
     with distributed.apart():
         alone.synthesis_step()
-    rows = []
+    rows, first = [], distributed.rank() == 0
     for name, step in STEPS.items():
         found, times = exchanged(step, together), []
-        for _ in tqdm(range(turns), desc=f"{pair}, batch {n}, {name}", leave=False, disable=distributed.rank() > 0):
+        for _ in tqdm(range(turns), desc=f"{pair}, batch {n}, {name}", leave=False, disable=not first):
             distributed.wait_for_all()
-            first = distributed.rank() == 0
             with same_rng(), distributed.apart() if first else nullcontext():
                 one = seconds(step, alone, device) if first else (0.0, 0.0)
             distributed.wait_for_all()
             times.append((one, seconds(step, together, device)))
-        rows.append(summarise(pair, n, name, times, found))
+        if first:
+            rows.append(summarise(pair, n, name, times, found))
     return rows
 
 

@@ -106,7 +106,8 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
     lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
     if (processes := launch.processes()) > 1:
         lines.append(f"Measured in one process alone; the {processes} of the run divide each batch.")
-    print("\n".join(map(printable, [*lines, *describe(session, costs)])), flush=True)
+    for line in [*lines, *describe(session, costs)]:
+        print(printable(line), flush=True)
     if session.missing:
         raise session.missing[0]
 

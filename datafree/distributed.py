@@ -42,6 +42,7 @@ class _Group:
 
 
 _group: _Group | None = None
+_store: dist.Store | None = None  # by which the processes find each other
 
 
 def count() -> int:
@@ -60,14 +61,15 @@ def one_run() -> Iterator[None]:
 
     An error of one of them ends all, with the line of the first one that has an error.
     """
+    global _store
     if launch.processes() == 1:
         yield
         return
-    store = _rendezvous()
+    _store = _rendezvous()
     try:
         yield
     except Exception as error:
-        if not _is_first_to_fail(store):
+        if not _is_first_to_fail():
             raise SystemExit(getattr(error, "exit_code", 1)) from None
         if isinstance(error, InputError) and launch.rank():
             error.args = (f"process {launch.rank()} of {launch.processes()}: {error}",)
@@ -79,12 +81,12 @@ def one_run() -> Iterator[None]:
 
 
 def start(run: Run, device: torch.device, options: str) -> None:
-    """Connect this process, which computes on ``device``, with the others of :func:`one_run`; alone, do nothing.
+    """Connect this process, which computes on ``device``, with the others of :func:`one_run`; do nothing outside of it.
 
     options: of the program, in words. Raises InputError if they differ, and for what several processes cannot do.
     """
     global _group
-    if launch.processes() == 1:
+    if _store is None:
         return
     if run.compile != "off":
         raise OptionError(
@@ -95,20 +97,26 @@ def start(run: Run, device: torch.device, options: str) -> None:
         torch.cuda.set_device(device)
     with _connecting():
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=TIMEOUT)
+        dist.init_process_group(
+            backend, store=_store, rank=launch.rank(), world_size=launch.processes(), timeout=TIMEOUT
+        )
     _group = _Group(device)
     require_same(options, "was started with other options than the first one; start all by the same command")
 
 
 def _end() -> None:
-    global _group
+    global _group, _store
     if _group:
-        _group = None
         dist.destroy_process_group()
+    _group = _store = None
 
 
-def _rendezvous() -> Any:
-    """The store of all processes, found by the variables that torchrun sets. Raises InputError."""
+def _rendezvous() -> dist.Store:
+    """The store of all processes, found by the variables that torchrun sets. Raises InputError.
+
+    It is that of all attempts of torchrun to start the processes, hence the prefix: addresses of an earlier attempt
+    would be waited for in vain.
+    """
     for name in ("RANK", "MASTER_ADDR", "MASTER_PORT"):
         if not os.environ.get(name):
             raise InputError(
@@ -116,7 +124,8 @@ def _rendezvous() -> Any:
                 "torchrun, or unset WORLD_SIZE for one alone"
             )
     with _connecting():
-        return next(dist.rendezvous("env://", timeout=TIMEOUT))[0]
+        store, *_ = next(dist.rendezvous("env://", timeout=TIMEOUT))
+    return dist.PrefixStore(f"attempt {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
 
 
 @contextmanager
@@ -131,10 +140,11 @@ def _connecting() -> Iterator[None]:
         ) from error
 
 
-def _is_first_to_fail(store: Any) -> bool:
+def _is_first_to_fail() -> bool:
     """Whether no other process has reported why it fails; its line is then the one that is printed."""
+    assert _store is not None
     with suppress(RuntimeError):  # of a store that is gone with the process that kept it
-        return store.add(f"failures/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", 1) == 1
+        return _store.add("failures", 1) == 1
     return True
 
 

@@ -92,7 +92,7 @@ def divided(compute: Callable[[Tensor], Any], batch: Tensor) -> Any:
     rows, of those of one's own.
     """
     global _divided
-    total = len(batch)
+    total = batch.shape[0]  # len() would fix it in a traced pass
     if not _is_divided(total) or _divided is not None:
         return compute(batch)
     _divided = total
