@@ -2,6 +2,7 @@
 
 import os
 import re
+import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -122,8 +123,10 @@ def exit_on_input_error(main: Callable[[], object]) -> None:
     except SystemExit as stop:
         code = stop.code
     except Exception as error:
-        # An OSError may be that of print, which is then found again when stdout is flushed.
-        if not isinstance(error, OSError) or (code := _flush_output(None)) is None:
+        # An OSError may be that of print, which is found again when stdout is flushed, unless all of it was tried.
+        if isinstance(error, OSError):
+            code = _flush_output(141 if isinstance(error, BrokenPipeError) and _is_unread() else None)
+        if code is None:
             code = _end_unforeseen(error)
     code = _flush_output(code)
     if code is not None:
@@ -145,6 +148,15 @@ def _unforeseen(error: Exception, way: str) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     what = cut(printable(f"{type(error).__name__}: {error}"), LONGEST_MESSAGE // 2)
     return one_line(f"unexpected {what} (line {where.lineno} of {where.filename}); {way}")
+
+
+def _is_unread() -> bool:
+    """Whether stdout is a pipe whose reader has gone."""
+    with suppress(OSError, ValueError, AttributeError):
+        pipe = select.poll()
+        pipe.register(sys.stdout.fileno(), 0)
+        return any(event & select.POLLERR for _, event in pipe.poll(0))
+    return False
 
 
 def _flush_output(code: Any) -> Any:

@@ -7,6 +7,8 @@ import nets
 import pytest
 from conftest import forked, rows, scratch
 
+from datafree.errors import exit_on_input_error
+
 WORDS = ("--model", nets.name("tiny"), "--epochs", 2, "--batch_size", 256, "--log_tag", "run")
 
 
@@ -24,7 +26,7 @@ def unread(number):
     os.dup2(writer, number)
 
 
-def with_streams(breaking, numbers, run):
+def with_streams(breaking, numbers, run, buffering=1):
     """Call ``run`` as a program whose standard streams of these numbers are broken before it starts."""
 
     def child():
@@ -32,7 +34,7 @@ def with_streams(breaking, numbers, run):
             if number in numbers:
                 breaking(number)
             opened = breaking is not closed or number not in numbers
-            setattr(sys, name, open(number, "w", buffering=1, closefd=False) if opened else None)
+            setattr(sys, name, open(number, "w", buffering, closefd=False) if opened else None)
         run()
         for stream in filter(None, (sys.stdout, sys.stderr)):  # as Python does at its end
             stream.flush()
@@ -56,3 +58,12 @@ def test_a_broken_stream_ends_no_run(breaking, numbers, tmp_path, monkeypatch):
 def test_output_that_is_the_result_and_cannot_be_written_is_no_success(breaking, code, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert with_streams(breaking, (1,), lambda: scratch("--print_config")) == code
+
+
+@pytest.mark.parametrize("length", [10, 10_000, 1_000_000])
+@pytest.mark.parametrize("buffering", [1, -1])
+def test_a_reader_that_goes_is_no_fault(length, buffering, capfd):
+    """As head does, however much of a result is still to come."""
+    tell = lambda: exit_on_input_error(lambda: print("-" * length))  # noqa: E731
+    assert with_streams(unread, (1,), tell, buffering) == 141
+    assert not capfd.readouterr().err
