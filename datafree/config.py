@@ -14,6 +14,7 @@ from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from datafree.errors import OptionError
+from datafree.launch import command
 from datafree.learners import LearnersOfOtherOptions
 from datafree.schedule import Schedule
 from datafree.synthesis import SourcesWith, SourcesWithout
@@ -809,7 +810,7 @@ def _validate_evaluation(run: Run, data: Data, option: str, weights: str) -> Non
     if run.evaluate_only and not weights:
         raise OptionError(
             f"--evaluate_only has nothing to evaluate; name the weights by {option} (a teacher is evaluated by "
-            "train_scratch.py --evaluate_only, with --model, --weights, --mean and --std)"
+            f"{command('train')} --evaluate_only, with --model, --weights, --mean and --std)"
         )
 
 

@@ -1,6 +1,20 @@
-"""How this process was started: alone, or by torchrun as one of several that make one run. No torch is imported."""
+"""How a program is started: its command, and alone or by torchrun as several processes. No torch is imported."""
 
 import os
+from pathlib import Path
+
+FILES = {
+    "kd": "datafree_kd.py",
+    "quantize": "datafree_quantize.py",
+    "incremental": "datafree_incremental.py",
+    "train": "train_scratch.py",
+}
+
+
+def command(program: str) -> str:
+    """How the program of that name is called: by its file in a checkout, or by the name that it is installed under."""
+    is_checkout = (Path(__file__).parents[1] / FILES[program]).is_file()
+    return f"python {FILES[program]}" if is_checkout else f"datafree-{program}"
 
 
 def processes() -> int:

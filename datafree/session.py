@@ -22,6 +22,7 @@ from datafree.datasets.splits import Split
 from datafree.datasets.torchvision_files import TORCHVISION
 from datafree.errors import InputError, MissingError, out_of_memory_in, printable
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
+from datafree.launch import command
 from datafree.models.factory import check_model
 from datafree.network import Network, model_name
 from datafree.plan import check_order, describe_normalisation, describe_notes
@@ -201,7 +202,7 @@ class Session:
             with self._planning():
                 if not os.path.exists(weights):
                     raise MissingError(
-                        f"there is no file {weights}; train it by: python train_scratch.py --dataset {self.card.name} "
+                        f"there is no file {weights}; train it by: {command('train')} --dataset {self.card.name} "
                         f"--model {options.teacher}; or give --teacher_weights, {OWN} if the model brings its weights"
                     )
             weights = weights if os.path.exists(weights) else ""

@@ -13,6 +13,7 @@ from datafree.errors import InputError, printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over
 from datafree.grids import Gallery
+from datafree.launch import command
 from datafree.learners.base import Learner
 from datafree.logger import ReadOnlyFolder, RunFolder, table
 from datafree.network import Network
@@ -204,7 +205,7 @@ def publish_weights(session: Session, folder: RunFolder, model: str) -> None:
             checkpoint.save(place, weights)
     except InputError as error:
         raise InputError(f"{error}{where}") from error
-    folder.log(f"The weights are in {place}, where datafree_kd.py finds them.")
+    folder.log(f"The weights are in {place}, where {command('kd')} finds them.")
 
 
 def _why_kept(weights: Mapping[str, Any], place: Path) -> str:

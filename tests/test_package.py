@@ -84,10 +84,14 @@ def test_the_installed_package_distils_digits_from_another_folder(installed, tmp
     tiny = ["--dataset", "digits", "--threads", "1", "--epochs", "1"]
 
     def command(name, *words):
-        run = python(installed / "bin" / f"datafree-{name}", *words, *tiny, cwd=tmp_path, path=installed)
+        run = start(name, *words)
         assert run.returncode == 0, run.stderr
         return run.stdout
 
+    def start(name, *words):
+        return python(installed / "bin" / f"datafree-{name}", *words, *tiny, cwd=tmp_path, path=installed)
+
+    assert "train it by: datafree-train --dataset digits --model resnet8" in start("kd", "--teacher", "resnet8").stderr
     command("train", "--model", "resnet8")
     steps = ["--ep_steps", "4", "--kd_steps", "2", "--g_steps", "2", "--synthesis_batch_size", "16"]
     logged = command("kd", "--teacher", "resnet8", "--student", "resnet8", *steps)

@@ -30,6 +30,7 @@ from datafree.datasets.folders import (
 from datafree.datasets.splits import LazySplit, StandIn, TensorSplit, chosen_images
 from datafree.datasets.torchvision_files import TORCHVISION, Missing, read_torchvision, split_files
 from datafree.errors import InputError, MissingError, OptionError, printable
+from datafree.launch import command
 from datafree.plugins import FAILURES, first_line, load_custom
 from datafree.screen import show
 from datafree.untrusted import is_name
@@ -161,7 +162,7 @@ def resolve_card(
     root = _folder(Path(data_root), name)
     if not may_derive:
         raise InputError(
-            f"there is no data card {root / CARD_FILE}; `python train_scratch.py --dataset {name}` derives "
+            f"there is no data card {root / CARD_FILE}; `{command('train')} --dataset {name}` derives "
             "it from the training images, or give one with --card"
         )
     card, notes = derive_card(name, root, image_size)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from datafree import registry
 from datafree.config import DistillConfig
 from datafree.errors import OptionError
+from datafree.launch import command
 from datafree.plugins import is_custom, named_by_caller
 from datafree.program import Program, run
 
@@ -19,10 +20,10 @@ if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.training import Training
 
-EXAMPLES = """
-python datafree_kd.py --method rgal --teacher wrn40_2 --student wrn16_1
-python datafree_kd.py --config configs/cifar10/rgal_wrn40_2_wrn16_1.yaml --seed 1
-python datafree_kd.py --dataset digits --teacher resnet20 --student resnet8 --epochs 10
+EXAMPLES = f"""
+{command("kd")} --method rgal --teacher wrn40_2 --student wrn16_1
+{command("kd")} --config configs/cifar10/rgal_wrn40_2_wrn16_1.yaml --seed 1
+{command("kd")} --dataset digits --teacher resnet20 --student resnet8 --epochs 10
 """
 # Options of the command line alone: what they ask for is no training, or is given as an argument.
 NOT_HERE = {"help", "version", "print_config", "dry_run", "evaluate_only", "dataset"}

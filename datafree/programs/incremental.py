@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from datafree import registry
 from datafree.config import IncrementalConfig
+from datafree.launch import command
 from datafree.program import Program, run
 
 if TYPE_CHECKING:
@@ -15,10 +16,10 @@ if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.training import Training
 
-EXAMPLES = """
-python datafree_incremental.py --dataset digits --model resnet8 --init_cls 2 --increment 2
-python datafree_incremental.py --config configs/digits/incremental_inversion.yaml --seed 1
-python datafree_incremental.py --method rdfcil --dataset cifar100 --triplet 0.1 --striplet 0.1
+EXAMPLES = f"""
+{command("incremental")} --dataset digits --model resnet8 --init_cls 2 --increment 2
+{command("incremental")} --config configs/digits/incremental_inversion.yaml --seed 1
+{command("incremental")} --method rdfcil --dataset cifar100 --triplet 0.1 --striplet 0.1
 """
 
 

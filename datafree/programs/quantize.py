@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 from datafree import registry
 from datafree.config import QuantizeConfig
 from datafree.errors import InputError
+from datafree.launch import command
 from datafree.program import Program, run
 
 if TYPE_CHECKING:
@@ -13,10 +14,10 @@ if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.training import Training
 
-EXAMPLES = """
-python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 4 --a_bits 4
-python datafree_quantize.py --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 8 --a_bits 8 --epochs 0
-python datafree_quantize.py --config configs/digits/quantize_resnet8.yaml --method gdfq
+EXAMPLES = f"""
+{command("quantize")} --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 4 --a_bits 4
+{command("quantize")} --teacher cifar_resnet20 --teacher_weights resnet20.th --w_bits 8 --a_bits 8 --epochs 0
+{command("quantize")} --config configs/digits/quantize_resnet8.yaml --method gdfq
 """
 
 
@@ -39,7 +40,8 @@ def quantization(session: "Session") -> "Iterator[Training]":
         network = session.network("student", model, weights)
         if not isinstance(network.model, QuantizedModel):
             raise InputError(
-                f"--student_weights {weights}: the network is in float; evaluate it by train_scratch.py --evaluate_only"
+                f"--student_weights {weights}: the network is in float; evaluate it by {command('train')} "
+                "--evaluate_only"
             )
         session.evaluate_only(network)
         return

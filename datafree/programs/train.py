@@ -4,16 +4,17 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from datafree.config import ScratchConfig
+from datafree.launch import command
 from datafree.program import Program, run
 
 if TYPE_CHECKING:
     from datafree.session import Session
     from datafree.training import Training
 
-EXAMPLES = """
-python train_scratch.py --dataset cifar10 --model wrn40_2
-python train_scratch.py --dataset digits --model resnet20 --epochs 15
-python train_scratch.py --dataset cifar10 --model wrn40_2 --weights teacher.pth --evaluate_only
+EXAMPLES = f"""
+{command("train")} --dataset cifar10 --model wrn40_2
+{command("train")} --dataset digits --model resnet20 --epochs 15
+{command("train")} --dataset cifar10 --model wrn40_2 --weights teacher.pth --evaluate_only
 """
 
 
