@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -32,14 +33,21 @@ def few_measured_steps(monkeypatch):
     monkeypatch.setattr(cost, "SECONDS", 0)
 
 
-def call(program, *words):
-    """Do what ``python <program> <words>`` does, in this process."""
+@contextmanager
+def command_line(*words):
+    """Inside, the program's name and arguments are these."""
     before = sys.argv
-    sys.argv = [f"{program.__name__}.py", *map(str, words)]
+    sys.argv = list(map(str, words))
     try:
-        exit_on_input_error(program.main)
+        yield
     finally:
         sys.argv = before
+
+
+def call(program, *words):
+    """Do what ``python <program> <words>`` does, in this process."""
+    with command_line(f"{program.__name__}.py", *words):
+        exit_on_input_error(program.main)
 
 
 def scratch(*words):
@@ -59,9 +67,10 @@ def tiny_run(*words):
     pairs = zip(map(str, words), map(str, words[1:]))
     named = [word for pair in pairs if pair[0] in ("--method", "--source") for word in pair]
     try:
-        config, _ = cli.parse(
-            DistillConfig, named, description="", method_files=registry.METHODS, other_configs=CONFIGS
-        )
+        with command_line("", *named):
+            config, _ = cli.parse(
+                DistillConfig, named, description="", method_files=registry.METHODS, other_configs=CONFIGS
+            )
     except InputError:  # a mistake, which the program is to report
         config = DistillConfig()
     traits = traits_of(config.synthesis.source)
