@@ -2,7 +2,7 @@
 
 import sys
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
 import nets
@@ -164,11 +164,11 @@ class SurplusScratchConfig(ScratchConfig):
 
 
 def test_an_option_of_distillation_that_nothing_reads_is_found(distillations, monkeypatch):
-    monkeypatch.setattr(distill, "DistillConfig", SurplusDistillConfig)
+    monkeypatch.setattr(distill, "PROGRAM", replace(distill.PROGRAM, config_class=SurplusDistillConfig))
     assert unread(SurplusDistillConfig, distillations) == {"distill.surplus"}
 
 
 def test_an_option_of_training_that_nothing_reads_is_found(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "ScratchConfig", SurplusScratchConfig)
+    monkeypatch.setattr(train, "PROGRAM", replace(train.PROGRAM, config_class=SurplusScratchConfig))
     assert unread(SurplusScratchConfig, trainings) == {"extra"}
