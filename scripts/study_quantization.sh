@@ -14,12 +14,13 @@ weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
 host=$([ "$weights" ] && echo inversion || echo gdfq)
 config=$([ "$weights" ] && echo cifar10/quantize_inversion_cifar_resnet20_cpu || echo digits/quantize_resnet8)
 study=${STUDY:-runs/study_quantization_${config%%/*}}
+ratio=$([ "$weights" ] && echo 0.1 || echo 0.01)  # of RGAL's separating term: 0.1 of the weight of the divergence
 
 quantize() {
     python datafree_quantize.py "$@"
 }
 cells() {  # a name, a method and its options per line
-    local confuse="--triplet ${CONFUSE:-0.1} --start_layer -1" separate="--striplet ${SEPARATE:-0.01}"
+    local confuse="--triplet ${CONFUSE:-0.1} --start_layer -1" separate="--striplet ${SEPARATE:-$ratio}"
     echo "ranges-noise noise --epochs 0"
     echo "ranges-generated $host --epochs 0"
     echo "ranges-real real --epochs 0"
