@@ -56,13 +56,16 @@ class Budget:
     def left(self) -> float:
         return self.seconds - self.spent
 
-    @property
-    def is_due(self) -> bool:
-        """Whether it is time to lay the plan anew."""
-        return self._due <= min(self.spent, LAST * self.seconds)
+    def is_due(self, plan: Schedule, done: int) -> bool:
+        """Whether it is time to lay the plan anew: after a share of the time, and where its synthesis or its steps end.
+
+        done: student steps of the run so far, as in :attr:`Schedule.steps`.
+        """
+        ends = plan.steps, (plan.synthesis_rounds or 0) * plan.kd_steps
+        return done in ends or self._due <= min(self.spent, LAST * self.seconds)
 
     def relay(self, current: Schedule, done: int, seconds_left: Seconds) -> Schedule:
-        """The plan from now on, ``done`` student steps of the run (:attr:`Schedule.steps`) having been taken.
+        """The plan from now on, after ``done`` student steps.
 
         It is the ``current`` one if that ends nearly in time.
         """

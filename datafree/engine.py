@@ -197,10 +197,10 @@ class Engine:
 
     def _keep_to(self, budget: Budget) -> None:
         """Lay the plan anew if it is time to; a new one is saved, so that a run which is killed then keeps it."""
-        if not distributed.least(int(budget.is_due)):
+        done = self.schedule.student_steps_done(**self.position)
+        if not distributed.least(int(budget.is_due(self.schedule, done))):
             return
         self._wait_for_device()
-        done = self.schedule.student_steps_done(**self.position)
         plan = distributed.gathered(budget.relay(self.schedule, done, self._seconds_left))[0]
         if plan != self.schedule:
             self.follow(plan)
