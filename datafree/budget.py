@@ -23,9 +23,9 @@ now = time.perf_counter
 Seconds = Callable[[Schedule], float]  # what a run of that schedule takes, or what is left of it
 
 
-def seconds_of(text: str) -> float:
-    """The seconds of a text such as 900s, 30m or 1.5h; 0 for none. Raises OptionError."""
-    if not text:
+def seconds_of(text: str | None) -> float:
+    """The seconds of a text such as 900s, 30m or 1.5h; 0 for None. Raises OptionError."""
+    if text is None:
         return 0.0
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?)([smh])", text)
     seconds = float(found[1]) * UNITS[found[2]] if found else 0.0
@@ -91,9 +91,9 @@ class Budget:
         kept = replace(self.recipe, warmup=state["warmup"], synthesis_rounds=state["synthesis_rounds"])
         return kept.lasting(state["length"])
 
-    def add_spent(self, seconds: float) -> None:
-        """Count seconds of the run before an interruption."""
-        self._begun -= seconds
+    def go_on_from(self, seconds: float) -> None:
+        """Count from now on, so many seconds having been spent before an interruption."""
+        self._begun = now() - seconds
 
     @staticmethod
     def fits(state: Mapping[str, Any]) -> bool:

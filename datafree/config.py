@@ -253,7 +253,7 @@ class Student:
 def budget_option(more: str = "") -> Any:
     """The option that gives a run its length; more: what else it decides."""
     return option(
-        "",
+        None,
         "Wall-clock time of the run in place of epochs, such as 900s, 30m or 1.5h: its length, and that of the cosine, "
         f"follow from the measured time of its steps{more}. Empty: epochs.",
         unused_when=NO_EPOCHS,
@@ -290,7 +290,7 @@ class StepOptions:
 class ScheduleOptions(StepOptions):
     __doc__ = StepOptions.__doc__
 
-    budget: str = budget_option(
+    budget: str | None = budget_option(
         "; warm-up, synthesis_rounds and reset_epoch keep their shares of the epochs of the recipe"
     )
 
@@ -595,7 +595,7 @@ class TrainingOptions:
         None, "Its input standard deviation per channel; defaults like the mean.", low=1e-6, high=1
     )
     epochs: int = option(200, "Epochs; the learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
-    budget: str = budget_option()
+    budget: str | None = budget_option()
     batch_size: int = option(128, "Images of a step.", low=1)
 
 

@@ -376,8 +376,8 @@ class Engine:
                 f"{path} does not fit this run ({first_line(error)}); resume with the options that it was written "
                 "with, or start a new run by --log_tag NEW"
             ) from error
-        if self.budget:
-            self.budget.add_spent(state["plan"]["spent"])
+        if self.budget and state["plan"]:
+            self.budget.go_on_from(state["plan"]["spent"])
         self.folder.truncate_metrics(self.position["epoch"])
         self.folder.log(
             f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
@@ -423,7 +423,7 @@ class Engine:
             wrong.append("means")
         if "paces" not in wrong and not Progress.fits(state["paces"]):
             wrong.append("paces")
-        if "plan" not in wrong and self.budget and not Budget.fits(state["plan"]):
+        if "plan" not in wrong and self.budget and state["plan"] and not Budget.fits(state["plan"]):
             wrong.append("plan")
         if "result" not in wrong:
             found = [state["result"].get(key) for key in ("acc1", "best_acc1")]

@@ -127,7 +127,7 @@ def describe_cache(cache: ViewCache | None) -> list[str]:
 
 
 def describe_training(
-    model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network, budget: str
+    model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network, budget: str | None
 ) -> list[str]:
     """The plan of supervised training. images, tested: number of training and of test images. budget: its --budget."""
     length = f"{budget} of epochs" if budget else _count(schedule.epochs, "epoch")
@@ -263,7 +263,7 @@ def describe_triplets(objective: SynthesisObjective) -> list[str]:
     return [f"Synthesis triplet loss: {network.name}, {', '.join(stages) or 'embedding'}."]
 
 
-def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int, budget: str = "") -> str:
+def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int, budget: str | None = None) -> str:
     """Steps and images of the whole run. views: of a student step. images: of a synthesis step. budget: --budget."""
     if budget:
         steps = f"{source.g_steps} synthesis steps of {images} images and " if source.g_steps else ""

@@ -41,7 +41,7 @@ class Training:
     there is no other. task: of a run that consists of several, the name of
     its folder below the run's. stored: further plain values, which are saved beside the weights and in the summary.
     finish: called with the run's folder after the last epoch. budget: --budget, for which the run is made longer or
-    shorter than the schedule, whose epochs are proportions then; empty for none.
+    shorter than the schedule, whose epochs are proportions then; None for none.
     """
 
     learner: Learner
@@ -59,7 +59,7 @@ class Training:
     stored: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[RunFolder], None] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
-    budget: str = ""
+    budget: str | None = None
 
 
 def run_training(session: Session, training: Training, lay_plan: Callable[[Session, Training, Engine], None]) -> Path:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -27,18 +28,19 @@ from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.report import group, read_summaries, report
 from datafree.schedule import Schedule
+from datafree.session import Session
 from datafree.synthesis.objective import SynthesisObjective
 
 MEASURE_TRAINING = cost.measure_training
 
 
-@pytest.mark.parametrize("text, seconds", [("900s", 900), ("30m", 1800), ("1.5h", 5400), ("0.5s", 0.5), ("", 0)])
+@pytest.mark.parametrize("text, seconds", [("900s", 900), ("30m", 1800), ("1.5h", 5400), ("0.5s", 0.5), (None, 0)])
 def test_a_time_is_a_number_with_its_unit(text, seconds):
     assert seconds_of(text) == seconds
 
 
 @pytest.mark.parametrize(
-    "text", ["0s", "-3m", "nan", "nans", "10x", "10", "m", "1e9h", "999999999h", "1 h", "30m ", "1h30m", "٣s", "inf"]
+    "text", ["0s", "-3m", "nan", "nans", "10x", "10", "m", "1e9h", "999999999h", "1 h", "30m ", "1h30m", "٣s", ""]
 )
 def test_what_is_no_time_is_one_sentence(text):
     with pytest.raises(OptionError, match=r"--budget cannot be .*; it takes a time such as 900s, 30m or 1.5h"):
@@ -262,13 +264,14 @@ def student(folder):
     return torch.load(folder / "checkpoints" / "model_last.pth", weights_only=True)["state_dict"]
 
 
-def test_a_plan_of_whole_epochs_trains_what_as_many_epochs_do(distil_within, distil, timed):
-    """A round takes 3 x 0.5 + 3 x 0.25 s, an epoch 4.5 s."""
-    folder = distil_within("--budget", "13.5s", tag="budget")
-    plain = distil("--epochs", 3, tag="epochs")
+@pytest.mark.parametrize("text, epochs", [("13.5s", 3), ("27s", 6)])
+def test_a_plan_of_whole_epochs_trains_what_as_many_epochs_do(text, epochs, distil_within, distil, timed):
+    """A round takes 3 x 0.5 + 3 x 0.25 s, an epoch 4.5 s. The recipe has four epochs, and a pool for as many."""
+    folder = distil_within("--budget", text, tag="budget")
+    plain = distil("--epochs", epochs, tag="epochs")
     assert same(student(folder), student(plain))
     states = [checkpoint_of(run) for run in (folder, plain)]
-    assert [state.pop("plan").get("length") for state in states] == [18, None]
+    assert [state.pop("plan").get("length") for state in states] == [6 * epochs, None]
     states[0]["learner"]["schedule"].pop("lr_lambdas"), states[1]["learner"]["schedule"].pop("lr_lambdas")
     assert all(same(states[0][part], states[1][part]) for part in states[0])
 
@@ -311,7 +314,7 @@ def test_a_killed_run_keeps_its_plan_to_the_bit(name, number, act, distil_within
     assert rows(straight) == rows(resumed) and first["plan"]["spent"] == pytest.approx(25, rel=0.05)
 
 
-def test_a_resumed_run_counts_the_time_before(distil_within, timed, monkeypatch, refused):
+def test_a_resumed_run_counts_the_time_before(distil_within, timed, clock, monkeypatch, refused):
     with monkeypatch.context() as patch:
         at_call(patch, Learner, "step", 14, terminate)
         with stopped(terminate):
@@ -322,7 +325,19 @@ def test_a_resumed_run_counts_the_time_before(distil_within, timed, monkeypatch,
     line = refused(distil_within, "--budget", "40s", "--resume", "auto")
     assert "last.pth was written with --budget 20s, not 40s" in line
     folder = distil_within("--budget", "20s", "--resume", "auto")
-    assert json.loads((folder / "summary.json").read_text())["budget"].startswith("20s, of which 2")
+    told = json.loads((folder / "summary.json").read_text())["budget"]
+    assert re.fullmatch(r"20s, of which (19|20)\.\d s \([+-]\d\.\d %\) were taken", told)
+    at_call(monkeypatch, Session, "score", 1, lambda: clock.append(clock.pop() + 50))  # of the teacher
+    distil_within("--budget", "20s", "--resume", "auto")  # the run is finished
+    assert json.loads((folder / "summary.json").read_text())["budget"] == told
+
+
+def test_a_run_of_epochs_is_not_continued_within_a_budget_nor_the_other_way(distil, distil_within, timed, refused):
+    distil(tag="epochs"), distil_within("--budget", "9s", tag="budget")
+    line = refused(partial(distil_within, tag="epochs"), "--budget", "9s", "--resume", "auto")
+    assert "last.pth was written with --budget None, not 9s; resume with the same options" in line
+    line = refused(partial(distil, tag="budget"), "--resume", "auto")
+    assert "last.pth was written with --budget 9s, not None" in line
 
 
 def test_a_damaged_plan_is_one_sentence(distil_within, timed, refused):

@@ -185,7 +185,7 @@ def test_measuring_leaves_the_network_and_the_random_states_as_they_were():
         stored={},
         classes="ab",
         judge=None,
-        budget="",
+        budget=None,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(
