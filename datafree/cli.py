@@ -87,6 +87,7 @@ def parse(
     preset = _method_settings(settings, options, method_files, _foreign(config_class, other_configs))
     values = {s.option.name: _convert(s) for s in preset + settings}
     _refuse_unused(settings, preset, values, options)
+    _refuse_two_lengths(flags, values)
     parts = {name: _fill(section, values) for name, section in sections(config_class).items()}
     return _fill(config_class, values | parts), _fill(Invocation, values)
 
@@ -202,6 +203,16 @@ def _refuse_unused(settings: list[Setting], preset: list[Setting], values: dict[
             because = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
             change = f"the {next(iter(reasons))}" if len(reasons) == 1 else "one of these"
             raise _error(f"{setting.place} has no effect because {because}; remove it or change {change}")
+
+
+def _refuse_two_lengths(flags: list[Setting], values: Mapping[str, Any]) -> None:
+    """Raise an OptionError for a flag --epochs beside a budget; in a file epochs are proportions of its recipe then."""
+    for flag in flags:
+        if flag.option.name == "epochs" and values.get("budget"):
+            raise _error(
+                f"{flag.place} {short(str(flag.text))} does not go with --budget {values['budget']}, which decides how "
+                "many epochs there are; remove one of them"
+            )
 
 
 def _convert(setting: Setting) -> Any:

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
+from datafree.budget import seconds_of
 from datafree.errors import OptionError
 from datafree.launch import command
 from datafree.learners import LearnersOfOtherOptions
@@ -250,8 +251,18 @@ class Student:
     )
 
 
+def budget_option(more: str = "") -> Any:
+    """The option that gives a run its length; more: what else it decides."""
+    return option(
+        None,
+        "Wall-clock time of the run in place of epochs, such as 900s, 30m or 1.5h: its length, and that of the cosine, "
+        f"follow from the measured time of its steps{more}. Empty: epochs.",
+        unused_when=NO_EPOCHS,
+    )
+
+
 @dataclass
-class ScheduleOptions:
+class StepOptions:
     """How synthesis and student training alternate."""
 
     warmup_is_extra: ClassVar[bool] = False
@@ -273,6 +284,15 @@ class ScheduleOptions:
         "First rounds of the run that synthesise; in later ones the student trains on the pool as it is. Empty: all.",
         low=1,
         unused_when=NO_POOL,
+    )
+
+
+@dataclass
+class ScheduleOptions(StepOptions):
+    __doc__ = StepOptions.__doc__
+
+    budget: str | None = budget_option(
+        "; warm-up, synthesis_rounds and reset_epoch keep their shares of the epochs of the recipe"
     )
 
 
@@ -576,6 +596,7 @@ class TrainingOptions:
         None, "Its input standard deviation per channel; defaults like the mean.", low=1e-6, high=1
     )
     epochs: int = option(200, "Epochs; the learning rate follows a cosine to 0 over them.", flags=("--epoch",), low=1)
+    budget: str | None = budget_option()
     batch_size: int = option(128, "Images of a step.", low=1)
 
 
@@ -775,6 +796,7 @@ class DistillConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
+        seconds_of(self.schedule.budget)
         _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
@@ -796,6 +818,7 @@ class ScratchConfig:
 
     def validate(self) -> None:
         """Raise an OptionError for options that do not go together."""
+        seconds_of(self.training.budget)
         _validate_evaluation(self.run, self.data, "--weights", self.training.weights)
 
     def networks(self) -> list[tuple[str, str]]:
@@ -832,6 +855,7 @@ class QuantizeConfig:
 
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
+        seconds_of(self.schedule.budget)
         _check_student_terms(self, Schedule.of(self.schedule, self.finetune.batch_size))
         self.relation.validate()
         self.quantizer.validate()
@@ -963,7 +987,7 @@ class Incremental:
 
 
 @dataclass
-class IncrementalSchedule(ScheduleOptions):
+class IncrementalSchedule(StepOptions):
     """Steps of a task, and how the source of replay is trained at its beginning."""
 
     warmup_is_extra: ClassVar[bool] = True

@@ -1,5 +1,6 @@
 """What a run will cost, measured before it: a few of its own steps, on fewer images where they are slow, and scaled."""
 
+import copy
 import shutil
 import tempfile
 import time
@@ -13,11 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from datafree import launch, plan
+from datafree import distributed, launch, plan
+from datafree.budget import fitted
+from datafree.budget import seconds_of as budget_seconds
 from datafree.config import Run
 from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine
-from datafree.errors import out_of_memory_in, printable
+from datafree.errors import InputError, out_of_memory_in, printable
 from datafree.files import writing
 from datafree.logger import RunFolder
 from datafree.network import Network
@@ -30,7 +33,8 @@ from datafree.training import Training, gallery, test_images, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
 
-SECONDS = 4.0  # of a phase, after which no more images are tried
+SECONDS = 4.0  # of a phase, after which no more images are tried,
+MEASURED = 0.01  # or, if that is less, a share of the run's budget
 REPEATS = 5  # timed steps at most, spread over the run, in which terms of a loss come and go
 SHARES = (8, 4, 2, 1)  # of a batch, its n-th part: on which a step is tried, in turn
 SMALLEST = 8  # images to begin with, if the first of these is less
@@ -112,6 +116,60 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
         raise session.missing[0]
 
 
+def lay_plan(session: Session, training: Training, engine: Engine) -> None:
+    """Give the engine of a run that begins a length for its budget, by a few steps; all is then as it was before them.
+
+    The run's own steps correct it. Raises InputError for a budget that is too short.
+    """
+    budget, before, found = engine.budget, copy.deepcopy(engine.state_dict()), None
+    assert budget
+    if not distributed.rank():
+        with distributed.apart():
+            rates = measure_training(session, training)
+        rates.phases.pop("teacher", None)  # which is evaluated already
+        schedule = planned_schedule(session, training, rates, budget.spent)
+        cost = total(session, replace(training, schedule=schedule), rates)
+        found = schedule, costs_of(cost, schedule)
+    engine.restore(before)
+    training.source.g_steps = training.schedule.g_steps
+    if cache := training.learner.cache:
+        cache.forget()
+    schedule, budget.costs = distributed.gathered(found)[0]
+    engine.follow(schedule)
+    engine.folder.log(f"Budget {budget.text}, by steps tried before the run: {plan.describe_length(schedule)}.")
+    engine.save()
+
+
+def planned_schedule(session: Session, training: Training, rates: Rates, spent: float = 0.0) -> Schedule:
+    """The longest schedule like that of ``training`` that ends within its budget, of which some seconds are spent.
+
+    Raises InputError if there is none.
+    """
+    left = budget_seconds(training.budget) - spent
+
+    def taken(schedule: Schedule) -> float:
+        cost = total(session, replace(training, schedule=schedule), rates)
+        return sum(cost.seconds.values()) / launch.processes()
+
+    schedule = fitted(training.schedule, taken, left)
+    if (least := taken(schedule)) > left:
+        raise InputError(
+            f"--budget {training.budget} is too short: the shortest run of this kind, with one student step after a "
+            f"round of synthesis and any warm-up, would take about {plan.duration(least + spent)} here; give it more"
+        )
+    return schedule
+
+
+def costs_of(cost: Cost, schedule: Schedule) -> dict[str, float]:
+    """Seconds of each kind of work of :meth:`Schedule.work_until`, on average over the run of that ``cost``."""
+    work, seconds = schedule.work_until(schedule.epochs), cost.seconds
+    synthesis = seconds["synthesis"] / max(work["warmup"] + work["synthesis"], 1)
+    closing = (seconds["evaluation"] + seconds["ends of epochs"]) / schedule.epochs
+    student = seconds["student"] / max(work["student"], 1)
+    costs = {"warmup": synthesis, "synthesis": synthesis, "student": student, "closing": closing}
+    return {kind: cost / launch.processes() for kind, cost in costs.items()}
+
+
 def forecasts(session: Session, trainings: Iterable[Training]) -> Iterator[tuple[Training, Rates | None, Cost]]:
     """Each training with its rates, which are None where those of an earlier one hold, and its cost.
 
@@ -123,6 +181,11 @@ def forecasts(session: Session, trainings: Iterable[Training]) -> Iterator[tuple
         known = kind in measured
         if not known:
             measured[kind] = measure_training(session, training)
+        if training.budget:
+            schedule = planned_schedule(session, training, measured[kind])
+            training.source.follow(schedule)
+            line = f"Budget {training.budget}, by steps tried here: {plan.describe_length(schedule)}."
+            training = replace(training, schedule=schedule, plan=[*training.plan, line])
         yield training, None if known else measured[kind], total(session, training, measured[kind])
 
 
@@ -143,6 +206,7 @@ def measure_training(session: Session, training: Training) -> Rates:
     source.g_steps = min(schedule.g_steps, ROUND)
     work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
     steps = _Steps(session.config, training)
+    limit = min(SECONDS, MEASURED * budget_seconds(training.budget)) if training.budget else SECONDS
     images, few = steps.images, fewest(schedule.batch_size)
     with unchanged(learner.network), out_of_memory_in("the measured steps", "the batch sizes"):
         if not source.traits.synthesises:
@@ -150,24 +214,24 @@ def measure_training(session: Session, training: Training) -> Rates:
         if work["warmup"] or work["synthesis"]:
             steps.synthesise(not work["warmup"])(fewest(images), 0)  # or there were no images to learn from
         if work["warmup"] and learner.acts_in_warmup:
-            phases["ranges"] = measure(steps.observe, schedule.batch_size, device, tries=1)
+            phases["ranges"] = measure(steps.observe, schedule.batch_size, device, limit, tries=1)
         if work["student"]:
             steps.train(few, 0)
         files = _close_epochs(session, training, phases)
         in_use = reset_peak(device)
         if test:
             count = min(session.evaluation_batch, len(test))
-            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device)
+            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device, limit)
             if training.teacher:
-                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device)
+                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device, limit)
         if work["student"]:
-            phases["student"] = measure(steps.train, schedule.batch_size, device)
+            phases["student"] = measure(steps.train, schedule.batch_size, device, limit)
             if learner.cache:
                 views = round(steps.views * schedule.batch_size)
-                phases["views"] = measure(_passes(learner.cache.teacher), views, device)
+                phases["views"] = measure(_passes(learner.cache.teacher), views, device, limit)
         for kind in ("warmup", "synthesis"):
             if work[kind]:
-                rate = measure(steps.synthesise(kind == "synthesis"), images, device)
+                rate = measure(steps.synthesise(kind == "synthesis"), images, device, limit)
                 phases[kind] = rate._replace(seconds=rate.seconds / steps.ticks, flop=rate.flop / steps.ticks)
     return Rates(phases, in_use, *files)
 
@@ -223,18 +287,18 @@ def _share_of_batches(config: Any, share: float) -> Iterator[None]:
             setattr(section, name, size)
 
 
-def measure(step: Step, images: int, device: torch.device, tries: int = 2) -> Rate:
+def measure(step: Step, images: int, device: torch.device, limit: float, tries: int = 2) -> Rate:
     """The rate of ``step`` on so many images, measured on the SHARES of them, while that is quick.
 
-    tries: sizes at least. Beyond what was tried, seconds and FLOP grow with the images, and memory as it did from the
-    last but one size to the last.
+    limit: seconds, after which no more images are tried. tries: sizes at least. Beyond what was tried, seconds and FLOP
+    grow with the images, and memory as it did from the last but one size to the last.
     """
     sizes = sorted({max(fewest(images), images // part) for part in SHARES})
     started, peaks, seconds = now(device), dict[int, float | None](), 0.0
     with FlopCounterMode(display=False) as counter:
         step(sizes[0], 0)
     for size in sizes:
-        if len(peaks) >= tries and now(device) - started + 4 * seconds > SECONDS:
+        if len(peaks) >= tries and now(device) - started + 4 * seconds > limit:
             break
         reset_peak(device)
         if peaks:
@@ -242,7 +306,7 @@ def measure(step: Step, images: int, device: torch.device, tries: int = 2) -> Ra
         seconds = seconds_of(step, size, 0.5, device)
         peaks[size] = peak_memory(device)
     tried = max(peaks)
-    repeats = min(REPEATS, int((SECONDS - now(device) + started) / max(seconds, 1e-9)))
+    repeats = min(REPEATS, int((limit - now(device) + started) / max(seconds, 1e-9)))
     if repeats > 0:
         seconds = sum(seconds_of(step, tried, (i + 0.5) / repeats, device) for i in range(repeats)) / repeats
     flop = counter.get_total_flops() * images / sizes[0]
@@ -325,7 +389,7 @@ def _close_epochs(session: Session, training: Training, phases: dict[str, Rate])
             engine = Engine(
                 training.learner,
                 training.source,
-                replace(training.schedule, epochs=FAR),
+                replace(training.schedule, epochs=FAR, length=None),
                 folder,
                 replace(session.run, grid_every=1),
                 monitor=training.monitor,
@@ -353,7 +417,8 @@ def total(session: Session, training: Training, rates: Rates) -> Cost:
     phases, tested = rates.phases, len(test_images(session, training) or ())
     known = 0.0
     if "views" in phases:
-        known = known_views(training, phases["views"].images, session.config.synthesis.synthesis_batch_size)
+        images = session.config.synthesis.synthesis_batch_size
+        known = known_views(training, phases["views"].images, images, session.augment.count)
     amounts = amounts_of(training.schedule, session.run, tested, known, phases)
     seconds = {phase: amounts[phase] * rate.seconds for phase, rate in phases.items()}
     by_kind = {kind: sum(seconds.get(phase, 0.0) for phase in parts) for kind, parts in KINDS.items()}
@@ -392,11 +457,13 @@ def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: 
     }
 
 
-def known_views(training: Training, views: int, images: int) -> float:
-    """The share of the ``views`` of a student step whose outputs the view cache will know. images: of a round."""
+def known_views(training: Training, views: int, images: int, count: int) -> float:
+    """The share of the ``views`` of a student step whose outputs the view cache will know.
+
+    images: of a round. count: views of an image.
+    """
     cache, pool, schedule = training.learner.cache, getattr(training.source, "pool", None), training.schedule
     assert cache and isinstance(pool, ImagePool)
-    count = cache.possible // pool.capacity
     new = expected_new_views(schedule, views, images, pool.capacity, count, len(cache))
     return 1 - new / max(schedule.total_student_steps * views, 1)
 

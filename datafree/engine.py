@@ -25,12 +25,14 @@ import torch
 from torch import Tensor
 
 from datafree import checkpoint, distributed
+from datafree.budget import Budget
 from datafree.config import Run
 from datafree.errors import InputError, out_of_memory_in
 from datafree.evaluators import scores_line
 from datafree.grids import Gallery
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
+from datafree.plan import describe_length
 from datafree.plugins import first_line, is_same_code
 from datafree.progress import Progress
 from datafree.results import is_number
@@ -65,7 +67,7 @@ class Engine:
     ``tick`` before each batch, which may end it by an exception.
     monitor: called after each epoch, or None. gallery: draws the image grids.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
-    when the run is resumed, except the number of epochs.
+    when the run is resumed, except the number of epochs. budget: of which the length of the run follows, or None.
     """
 
     def __init__(
@@ -80,9 +82,10 @@ class Engine:
         monitor: Monitor | None = None,
         gallery: Gallery | None = None,
         metadata: dict[str, Any] | None = None,
+        budget: Budget | None = None,
     ):
         self.learner, self.source, self.schedule, self.folder, self.run = learner, source, schedule, folder, run
-        self.evaluate, self.monitor, self.metadata = evaluate, monitor, metadata or {}
+        self.evaluate, self.monitor, self.metadata, self.budget = evaluate, monitor, metadata or {}, budget
         self.gallery = gallery or Gallery(())
         self.position = {"epoch": 0, "round": 0, "step": 0}
         self.means = Means()
@@ -95,19 +98,19 @@ class Engine:
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
-        s, at = self.schedule, self.position
+        at = self.position
         with StopSignal() as self.stop, self.progress:
             self.source.tick = self._synthesis_step  # type: ignore[method-assign]
-            while at["epoch"] < s.epochs:
+            while at["epoch"] < self.schedule.epochs:
                 self.progress.epoch(at["epoch"])
                 self._epoch()
                 alarms = [] if self._is_stopped() else self._close_unless_stopped()
-                if at["epoch"] == s.epochs:
+                if at["epoch"] == self.schedule.epochs:
                     break
                 obey_alarms(self.run, self.folder, alarms)
                 if self._is_stopped():
                     assert self._signal
-                    self._save_run()
+                    self.save()
                     self.folder.log(
                         f"Stopped by {self._signal}; everything is saved, --resume auto continues from here."
                     )
@@ -124,21 +127,26 @@ class Engine:
             raise Stopped
 
     def _epoch(self) -> None:
-        at, s = self.position, self.schedule
-        warm = at["epoch"] < s.warmup
-        while at["round"] < s.rounds and not self._is_stopped():
-            if at["step"] == 0 and s.synthesises(at["epoch"], at["round"]):
+        at = self.position
+        warm = at["epoch"] < self.schedule.warmup
+        while at["round"] < self.schedule.rounds_of(at["epoch"]) and not self._is_stopped():
+            if at["step"] == 0 and self.schedule.synthesises(at["epoch"], at["round"]):
                 try:
                     self._synthesize(warm)
                 except Stopped:
                     return
             with self.progress.phase("student"), self._clock("student"):
                 # Once a round's images are made, one step follows, or resuming would make them again.
-                while at["step"] < s.kd_steps and not warm and not (at["step"] and self._is_stopped()):
+                while not warm and self._steps_left() and not (at["step"] and self._is_stopped()):
                     self._student_step()
-            if warm or at["step"] == s.kd_steps:
+            if warm or not self._steps_left():
                 require_finite(self.means.values(), "mean of")
                 at["round"], at["step"] = at["round"] + 1, 0
+
+    def _steps_left(self) -> int:
+        """Student steps of this round that are still to be taken."""
+        at = self.position
+        return max(0, self.schedule.steps_of(at["epoch"], at["round"]) - at["step"])
 
     def _synthesize(self, warm: bool) -> None:
         """A round of synthesis; if a signal stops it, everything is as before it, so that it can be made again.
@@ -184,6 +192,37 @@ class Engine:
         if self.run.print_freq and (done + 1) % self.run.print_freq == 0:
             shown = " ".join(f"{name}={value:.4f}" for name, value in require_finite(terms, "student term").items())
             self.folder.log(f"[Train] Epoch={at['epoch']} Step={done + 1} {shown} Lr={self.learner.lr:.4f}")
+        if self.budget:
+            self._keep_to(self.budget)
+
+    def _keep_to(self, budget: Budget) -> None:
+        """Lay the plan anew if it is time to; a new one is saved, so that a run which is killed then keeps it."""
+        done = self.schedule.student_steps_done(**self.position)
+        if not distributed.least(int(budget.is_due(self.schedule, done))):
+            return
+        self._wait_for_device()
+        plan = distributed.gathered(budget.relay(self.schedule, done, self._seconds_left))[0]
+        if plan != self.schedule:
+            self.follow(plan)
+            self.folder.log(f"Budget {budget.text}, after {budget.spent:.1f} s: {describe_length(plan)}.")
+            self.save()
+
+    def _seconds_left(self, plan: Schedule) -> float:
+        """What the rest of the run takes by that plan, at the rate of its own steps, or of those tried before it."""
+        assert self.budget
+        costs, work = self.budget.costs, plan.work_until(plan.epochs)
+        measured = {kind: self.progress.cost(kind) for kind in work}
+        return sum(
+            max(0.0, amount - self.progress.done[kind]) * (costs.get(kind, 0.0) if cost is None else cost)
+            for (kind, amount), cost in zip(work.items(), measured.values())
+        )
+
+    def follow(self, plan: Schedule) -> None:
+        """Go on with a schedule of another length; before the run begins, it may differ in its warm-up, too."""
+        self.schedule = plan
+        self.learner.follow(plan.total_student_steps)
+        self.source.follow(plan)
+        self.progress.follow(plan)
 
     def _close_unless_stopped(self) -> list[str]:
         """:meth:`close_epoch`; if a signal stops its evaluation, everything is as before, to be closed on resume."""
@@ -196,7 +235,7 @@ class Engine:
             return alarms
         except Stopped:
             if before:
-                self._take(before)
+                self.restore(before)
             return []
 
     def close_epoch(self) -> list[str]:
@@ -260,18 +299,21 @@ class Engine:
         started = time.perf_counter()
         try:
             yield
-            if self.learner.network.device.type == "cuda":
-                torch.cuda.synchronize(self.learner.network.device)
+            self._wait_for_device()
         finally:
             self.seconds[phase] += time.perf_counter() - started
 
-    def _save_run(self) -> None:
+    def _wait_for_device(self) -> None:
+        if self.learner.network.device.type == "cuda":
+            torch.cuda.synchronize(self.learner.network.device)
+
+    def save(self) -> None:
         """Write last.pth, from which the run can be resumed."""
         checkpoint.save(self.folder.checkpoints / LAST, self.state_dict())
 
     def _save_epoch(self) -> None:
         """Write last.pth, and then the files that follow from it."""
-        self._save_run()
+        self.save()
         self._save_what_follows()
 
     def _save_what_follows(self) -> None:
@@ -281,6 +323,8 @@ class Engine:
         """
         folder, epoch = self.folder.checkpoints, self.position["epoch"]
         metadata = {**self.metadata, "epoch": epoch, "acc1": self.result.get("acc1")}
+        if self.budget:
+            metadata["student_steps"] = self.schedule.work_until(epoch)["student"]
         checkpoint.save(folder / "model_last.pth", {"state_dict": self.learner.network.model.state_dict(), **metadata})
         if self.best["epoch"] == epoch - 1:
             checkpoint.link(folder / LAST, folder / "best.pth")
@@ -299,6 +343,7 @@ class Engine:
             "best": dict(self.best),
             "seconds": dict(self.seconds),
             "paces": self.progress.state(),
+            "plan": self.budget.state(self.schedule) if self.budget else {},
             "result": dict(self.result),
             "metadata": dict(self.metadata),
         }
@@ -308,7 +353,8 @@ class Engine:
 
         Raises InputError for one that does not fit, and the engine is as before.
         """
-        state = {"paces": {}, "processes": [], **checkpoint.load(path)}  # earlier versions did not save them
+        # Earlier versions did not save the first three.
+        state = {"paces": {}, "processes": [], "plan": {}, **checkpoint.load(path)}
         checkpoint.require(state, "learner", "source", path=path)
         if type(number := state.get("format", 1)) is int and number != FORMAT:
             raise InputError(
@@ -321,15 +367,17 @@ class Engine:
         self._check_origin(state, path)
         before = copy.deepcopy(ours)
         try:
-            self._take(state)
+            self.restore(state)
         except Exception as error:  # a file of arbitrary contents fails in arbitrary ways
-            self._take(before)
+            self.restore(before)
             if isinstance(error, InputError):
                 raise
             raise InputError(
                 f"{path} does not fit this run ({first_line(error)}); resume with the options that it was written "
                 "with, or start a new run by --log_tag NEW"
             ) from error
+        if self.budget and state["plan"]:
+            self.budget.go_on_from(state["plan"]["spent"])
         self.folder.truncate_metrics(self.position["epoch"])
         self.folder.log(
             f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
@@ -343,12 +391,14 @@ class Engine:
             )
         last = self.folder.checkpoints / LAST
         if not (last.is_file() and last.samefile(path)):  # or --resume auto would begin anew
-            self._save_run()
+            self.save()
         if self.position["epoch"] and self.position["round"] == self.position["step"] == 0:
             self._save_what_follows()
 
-    def _take(self, state: dict[str, Any]) -> None:
-        """Make everything as it is in ``state``."""
+    def restore(self, state: dict[str, Any]) -> None:
+        """Make everything as it is in ``state``, a :meth:`state_dict`."""
+        if self.budget and state["plan"]:
+            self.follow(self.budget.restore(state["plan"]))  # which gives the parts room for their states
         self.learner.load_state_dict(state["learner"])
         self.source.load_state_dict(state["source"])
         self.means.load_state_dict(state["means"], self.learner.network.device)
@@ -373,6 +423,8 @@ class Engine:
             wrong.append("means")
         if "paces" not in wrong and not Progress.fits(state["paces"]):
             wrong.append("paces")
+        if "plan" not in wrong and self.budget and state["plan"] and not Budget.fits(state["plan"]):
+            wrong.append("plan")
         if "result" not in wrong:
             found = [state["result"].get(key) for key in ("acc1", "best_acc1")]
             wrong += ["result"] * (not all(value is None or is_number(value) for value in found))
@@ -389,9 +441,9 @@ class Engine:
     def _check_origin(self, state: dict[str, Any], path: Path) -> None:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
         # Without any epochs other options are unused, so that a run of none is another run.
-        but = ("epochs",) if theirs.get("epochs") and ours.get("epochs") else ()
+        but = ("epochs",) if theirs.get("epochs") and ours.get("epochs") and not self.budget else ()
         require_same_options(theirs, ours, path, but=but)
-        if state["position"]["epoch"] > self.schedule.epochs:
+        if not self.budget and state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
                 f"{self.schedule.epochs} to continue from it"

@@ -1,7 +1,7 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig
 from datafree.datasets.cards import DatasetCard, composed
@@ -51,7 +51,8 @@ def describe_distillation(
     lines += describe_cache(cache)
     in_pairs = config.distill.pair_sample and config.distill.learner not in LearnersOfOtherOptions()
     views = schedule.batch_size * (2 if in_pairs else 1)
-    return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
+    images, budget = config.synthesis.synthesis_batch_size, config.schedule.budget
+    return [*lines, describe_cost(schedule, source, views, images, budget)]
 
 
 def describe_quantization(
@@ -66,6 +67,7 @@ def describe_quantization(
 ) -> list[str]:
     """The plan of a quantization. tested: number of test images."""
     assert isinstance(student.model, QuantizedModel)
+    budget = config.schedule.budget
     return [
         f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, {describe_test(tested)}, "
         f"on {teacher.device}.",
@@ -77,9 +79,9 @@ def describe_quantization(
         *describe_objective(source),
         *describe_cache(cache),
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
-        f"each of {_count(schedule.warmup, 'epoch')} of warm-up.",
+        + (f"each of {_count(schedule.warmup, 'epoch')} of warm-up." if not budget else "each epoch of warm-up."),
         *(["Nothing is trained."] if schedule.epochs == schedule.warmup else []),
-        describe_cost(schedule, source, schedule.batch_size, config.synthesis.synthesis_batch_size),
+        describe_cost(schedule, source, schedule.batch_size, config.synthesis.synthesis_batch_size, budget),
     ]
 
 
@@ -125,13 +127,14 @@ def describe_cache(cache: ViewCache | None) -> list[str]:
 
 
 def describe_training(
-    model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network
+    model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network, budget: str | None
 ) -> list[str]:
-    """The plan of supervised training. images, tested: number of training and of test images."""
+    """The plan of supervised training. images, tested: number of training and of test images. budget: its --budget."""
+    length = f"{budget} of epochs" if budget else _count(schedule.epochs, "epoch")
     return [
         f"Plan: training {model} on {images:,} images of {describe_images(card)}, {describe_test(tested)}, "
         f"on {network.device}: "
-        f"{_count(schedule.epochs, 'epoch')} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
+        f"{length} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
         *describe_network(network),
     ]
 
@@ -260,8 +263,11 @@ def describe_triplets(objective: SynthesisObjective) -> list[str]:
     return [f"Synthesis triplet loss: {network.name}, {', '.join(stages) or 'embedding'}."]
 
 
-def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int) -> str:
-    """Steps and images of the whole run. views: of a student step. images: of a synthesis step."""
+def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int, budget: str | None = None) -> str:
+    """Steps and images of the whole run. views: of a student step. images: of a synthesis step. budget: --budget."""
+    if budget:
+        steps = f"{source.g_steps} synthesis steps of {images} images and " if source.g_steps else ""
+        return f"Cost: {budget}, in rounds of {steps}{schedule.kd_steps} student steps of {views} views."
     cost = f"{schedule.total_student_steps:,} student steps of {views} views"
     if source.g_steps:
         rounds = schedule.total_synthesis_rounds
@@ -271,6 +277,20 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
         made, megabytes = schedule.total_synthesis_rounds * images, pool.images.nbytes / 1e6
         cost += f"; {made:,} images, {pool.capacity:,} of them kept in the pool ({megabytes:.0f} MB)"
     return f"Cost: {cost}."
+
+
+def describe_length(schedule: Schedule) -> str:
+    """How long the run of a schedule with another length than its recipe's is."""
+    numbers, rounds = length_numbers(schedule), schedule.total_synthesis_rounds
+    warm = f", of which {schedule.warmup} warm-up" * bool(schedule.warmup)
+    made = f"{_count(rounds, 'round')} of {schedule.g_steps} synthesis steps and " if schedule.g_steps else ""
+    return f"{numbers['epochs']:g} epochs{warm}, with {made}{_count(numbers['student_steps'], 'student step')}"
+
+
+def length_numbers(schedule: Schedule) -> dict[str, Any]:
+    """Epochs of that schedule, of which the last one may be a fraction, and its student steps."""
+    epochs = schedule.steps / (schedule.rounds * schedule.kd_steps)
+    return {"epochs": round(epochs, 2), "student_steps": schedule.total_student_steps}
 
 
 PHASES = {  # of datafree.cost.Rates, in the order in which they are shown

@@ -29,17 +29,30 @@ class ImagePool:
     """
 
     def __init__(self, capacity: int, shape: Sequence[int], num_classes: int, device: torch.device):
-        self.capacity, self.shape, self.num_classes, self.device = capacity, tuple(shape), num_classes, device
+        self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
+        self._allocate(capacity)
+        self.added = 0
+        self._rest = torch.empty(0, dtype=torch.long, device=device)  # of the current pass
+
+    def _allocate(self, capacity: int) -> None:
+        shape, device = self.shape, self.device
         size, free = capacity * math.prod(shape), free_memory(device)
         if size > free:  # or the system might grant it, and kill the run once the pool fills
             raise InputError(
-                f"a pool of {capacity:,} images of {tuple(shape)} takes {size / 1e9:.1f} GB but "
+                f"a pool of {capacity:,} images of {shape} takes {size / 1e9:.1f} GB but "
                 f"{free / 1e9:.1f} are free; give a smaller --pool_size"
             )
+        self.capacity = capacity
         self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
         self.targets = torch.empty(capacity, dtype=torch.long, device=device)
-        self.added = 0
-        self._rest = torch.empty(0, dtype=torch.long, device=device)  # of the current pass
+
+    def resize(self, capacity: int) -> None:
+        """Have another capacity, for at least all images that were added; those stay as they are."""
+        if capacity == self.capacity:
+            return
+        images, targets = self.images[: self.added][:capacity], self.targets[: self.added][:capacity]
+        self._allocate(capacity)
+        self.images[: len(images)], self.targets[: len(images)] = images, targets
 
     def __len__(self) -> int:
         return min(self.added, self.capacity)

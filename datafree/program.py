@@ -75,12 +75,13 @@ def run(program: Program) -> None:
 def _run(program: Program) -> None:
     config, call = program.read()
     # These import torch, which takes seconds; --help and mistakes in the form of options are answered before.
+    from datafree import cost
     from datafree.session import Session
 
     session = Session(config, derive_card=program.derive_card, write=not call.dry_run)
     with closing(program.trainings(session)) as in_turn:  # type: ignore[type-var]  # a generator, which may hold a folder
         if call.dry_run:
-            from datafree import cost, distributed
+            from datafree import distributed
 
             if not launch.rank():  # by time: each process would take other decisions
                 with distributed.apart():
@@ -89,4 +90,4 @@ def _run(program: Program) -> None:
         from datafree.training import run_training
 
         for training in in_turn:
-            run_training(session, training)
+            run_training(session, training, cost.lay_plan)

@@ -50,6 +50,13 @@ class Progress(AbstractContextManager):
             self._bar = tqdm(total=self._all_steps, initial=self._steps, dynamic_ncols=True, bar_format=form)
         return self
 
+    def follow(self, schedule: Schedule) -> None:
+        """Go on with another schedule, which agrees with the one before in what is done."""
+        self.schedule, self.total = schedule, schedule.work_until(schedule.epochs)
+        self._all_steps = schedule.steps_until(schedule.epochs)
+        if self._bar is not None:
+            self._bar.total = self._all_steps
+
     def epoch(self, number: int) -> None:
         """Name the epoch that begins, counted from 0."""
         self._epoch = f"epoch {number + 1}/{self.schedule.epochs}"
@@ -80,7 +87,9 @@ class Progress(AbstractContextManager):
         if self.in_warmup:
             kinds = {"warmup": kinds["warmup"], "closing": self.schedule.warmup}
         left = {kind: amount - self.done[kind] for kind, amount in kinds.items() if amount > self.done[kind]}
-        costs = {kind: self._cost(kind) for kind in left}
+        costs = {kind: self.cost(kind) for kind in left}
+        if costs.get("closing", 0.0) is None and (self.schedule.g_steps > 0 or not self.in_warmup):
+            costs["closing"] = 0.0  # beside the steps of its epoch
         if None in costs.values():
             return None
         return sum(amount * (costs[kind] or 0) for kind, amount in left.items())
@@ -103,14 +112,13 @@ class Progress(AbstractContextManager):
         if self._bar is not None:
             self._written(self._bar.close)
 
-    def _cost(self, kind: str) -> float | None:
-        """Seconds for one of that kind; None if none was measured, but 0 for the end of an epoch beside its steps."""
+    def cost(self, kind: str) -> float | None:
+        """Seconds for one of that kind; None if none was measured."""
         if pace := self.paces[kind]:
             return sum(seconds for seconds, _ in pace) / sum(amount for _, amount in pace)
         if kind == self._kind and self.done[kind] > self._begun:
             return (now() - self._started) / (self.done[kind] - self._begun)
-        has_steps = self.schedule.g_steps > 0 or not self.in_warmup
-        return 0.0 if kind == "closing" and has_steps else None
+        return None
 
     def _show(self, steps: int) -> None:
         self._steps += steps

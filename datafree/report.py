@@ -114,6 +114,8 @@ def _options(summary: Summary, ignored: Sequence[str] = ()) -> Options:
 def report(rows: Rows, against: Sequence[str] = ()) -> list[dict[str, Any]]:
     """A line (dict) per row of :func:`group`: n seeds, mean accuracies (%), standard deviation, images, seconds.
 
+    Rows of runs within a time budget have their mean student steps, too.
+
     against: "option=value" strings that match one row, or one per run name, as the baseline. The other rows (of its
     name) then have the gain over it on the seeds that both have, and half the width of its 95 % confidence interval
     (Student's t). Raises InputError if ``against`` matches no row, or several of a name.
@@ -220,6 +222,7 @@ def _columns(runs: Sequence[Summary]) -> dict[str, float | None]:
         "std": statistics.stdev(last) if len(last) > 1 else None,
         "best": _mean(_values(runs, "best_acc1")),
         "images": round(_mean(_values(runs, "images")) or 0),
+        **({"steps": round(statistics.fmean(steps))} if (steps := _values(runs, "student_steps")) else {}),
         "s": round(statistics.fmean(seconds)),
     }
 

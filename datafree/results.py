@@ -12,7 +12,7 @@ from datafree.untrusted import read_text
 
 MOST_METRICS = 2**28  # bytes of a metrics.jsonl
 MOST = 1e15  # of a number in it, so that sums and squares of it are finite
-NUMBERS = ("last_acc1", "best_acc1", "teacher_acc1", "images")
+NUMBERS = ("last_acc1", "best_acc1", "teacher_acc1", "images", "epochs", "student_steps")
 
 
 def read_summary(path: Path) -> dict[str, Any]:

@@ -1,6 +1,6 @@
 """How many steps of what a run takes; everything that counts steps or rounds uses this."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from datafree.errors import InputError
@@ -27,7 +27,8 @@ class Schedule:
 
     rounds: of an epoch. kd_steps, g_steps: student and synthesis steps of a round; g_steps is 0 for a source that takes
     no steps. batch_size: images of a student step. warmup: first epochs, in which images are synthesised and the
-    student is not trained. synthesis_rounds: the first rounds of the run that synthesise; None for all.
+    student is not trained. synthesis_rounds: the first rounds of the run that synthesise; None for all. length: student
+    steps of the run, had there been no warm-up, if its last epoch may be shorter; None if that has all its rounds.
     """
 
     epochs: int
@@ -37,6 +38,7 @@ class Schedule:
     g_steps: int = 0
     warmup: int = 0
     synthesis_rounds: int | None = None
+    length: int | None = None
 
     @classmethod
     def of(cls, options: StepCounts, batch_size: int, g_steps: int | None = None) -> "Schedule":
@@ -63,6 +65,28 @@ class Schedule:
         epochs = o.epochs + o.warmup if o.warmup_is_extra else o.epochs
         return cls(epochs, rounds, o.kd_steps, batch_size, steps, o.warmup, o.synthesis_rounds)
 
+    def lasting(self, length: int) -> "Schedule":
+        """The same for another ``length``; where it ends, a round and an epoch may be shorter than the others."""
+        return replace(self, epochs=-(-length // (self.rounds * self.kd_steps)), length=length)
+
+    @property
+    def steps(self) -> int:
+        """Student steps of the whole run, had there been no warm-up."""
+        return self.epochs * self.rounds * self.kd_steps if self.length is None else self.length
+
+    @property
+    def total_rounds(self) -> int:
+        """Rounds of the whole run, those of the warm-up and a shorter last one included."""
+        return -(-self.steps // self.kd_steps)
+
+    def rounds_of(self, epoch: int) -> int:
+        """Rounds of this epoch: ``rounds``, or fewer of the last one."""
+        return max(0, min(self.rounds, self.total_rounds - epoch * self.rounds))
+
+    def steps_of(self, epoch: int, round: int) -> int:
+        """Student steps of this round after the warm-up: ``kd_steps``, or fewer of the last one."""
+        return max(0, min(self.kd_steps, self.steps - self.student_steps_done(epoch, round, 0)))
+
     def synthesises(self, epoch: int, round: int) -> bool:
         """Whether this round (both counted from 0) begins with synthesis."""
         return self.synthesis_rounds is None or epoch * self.rounds + round < self.synthesis_rounds
@@ -84,7 +108,7 @@ class Schedule:
 
     def progress(self, epoch: int, round: int, step: int) -> float:
         """The position in the run, in [0, 1)."""
-        return self.student_steps_done(epoch, round, step) / (self.epochs * self.rounds * self.kd_steps)
+        return self.student_steps_done(epoch, round, step) / self.steps
 
     def steps_until(self, epoch: int, round: int = 0, step: int = 0) -> int:
         """Steps of both phases before a position, for the progress bar."""
@@ -94,8 +118,9 @@ class Schedule:
     def work_until(self, epoch: int, round: int = 0, step: int = 0) -> dict[str, int]:
         """Work before a position, by kinds that cost differently: rounds of synthesis in the warm-up and after it,
         student steps, and ends of epochs ("closing"). Before its first student step a round's images are not made."""
-        begun = epoch * self.rounds + round + (step > 0)
+        begun = min(epoch * self.rounds + round + (step > 0), self.total_rounds)
         synthesised = begun if self.synthesis_rounds is None else min(begun, self.synthesis_rounds)
         warm, of_warmup = min(synthesised, self.warmup * self.rounds), self.warmup * self.rounds
-        student = max(epoch * self.rounds + round - of_warmup, 0) * self.kd_steps + step
+        done = min(self.student_steps_done(epoch, round, step), self.steps)
+        student = max(done - of_warmup * self.kd_steps, 0)
         return {"warmup": warm, "synthesis": synthesised - warm, "student": student, "closing": epoch}

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from datafree import checkpoint, distributed, plan, quantizer
+from datafree.budget import Budget
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine, Monitor, obey_alarms
@@ -40,7 +41,8 @@ class Training:
     are not in the order of the data card. judge: whose confidence stands below the images of the grids; the teacher, if
     there is no other. task: of a run that consists of several, the name of
     its folder below the run's. stored: further plain values, which are saved beside the weights and in the summary.
-    finish: called with the run's folder after the last epoch.
+    finish: called with the run's folder after the last epoch. budget: --budget, for which the run is made longer or
+    shorter than the schedule, whose epochs are proportions then; None for none.
     """
 
     learner: Learner
@@ -58,10 +60,15 @@ class Training:
     stored: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[RunFolder], None] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
+    budget: str | None = None
 
 
-def run_training(session: Session, training: Training) -> Path:
-    """Log the plan, train, and write the summary -> the run's folder."""
+def run_training(session: Session, training: Training, lay_plan: Callable[[Session, Training, Engine], None]) -> Path:
+    """Log the plan, train, and write the summary -> the run's folder.
+
+    lay_plan: gives the engine of a run that begins its length, if that has a budget: :func:`datafree.cost.lay_plan`.
+    """
+    budget = Budget(training.budget, training.schedule) if training.budget else None
     plan_lines = [printable(line) for line in (*training.plan, *session.notes)]
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
@@ -80,11 +87,16 @@ def run_training(session: Session, training: Training) -> Path:
             monitor=training.monitor,
             gallery=gallery(session, training),
             metadata=metadata,
+            budget=budget,
         )
-        resume(session, engine)
+        if not resume(session, engine) and budget:
+            lay_plan(session, training, engine)
         folder.record(to_yaml(session.config), here, engine.metadata["options"])
         result = engine.train()
-        summarise(session, engine, result, {**training.stored, **columns}, training.facts)
+        columns, facts = {**training.stored, **columns}, training.facts
+        if budget:
+            columns, facts = columns | plan.length_numbers(engine.schedule), {**facts, **report_budget(engine, budget)}
+        summarise(session, engine, result, columns, facts)
         if training.finish:
             training.finish(folder)
         return folder.root
@@ -144,8 +156,20 @@ def weights_metadata(session: Session, network: Network, model: str, commit: str
     }
 
 
-def resume(session: Session, engine: Engine) -> None:
-    """Load the checkpoint that --resume names, if it does."""
+def report_budget(engine: Engine, budget: Budget) -> dict[str, str]:
+    """How long the run took of its budget, in words, with an alarm if it is more than 5 % off."""
+    spent = budget.spent
+    off = 100 * (spent / budget.seconds - 1)
+    if abs(off) > 5:
+        engine.folder.log(
+            f"[Alarm] the run took {spent:.1f} s of its budget of {budget.seconds:g} s ({off:+.1f} %): steps became "
+            "slower or faster in the end, or they are too long for it"
+        )
+    return {"budget": f"{budget.text}, of which {spent:.1f} s ({off:+.1f} %) were taken"}
+
+
+def resume(session: Session, engine: Engine) -> bool:
+    """Load the checkpoint that --resume names -> whether there was one to load."""
     name, last = session.run.resume, engine.folder.checkpoints / LAST
     if name == "auto":
         distributed.require_same(
@@ -154,8 +178,10 @@ def resume(session: Session, engine: Engine) -> None:
     if name == "auto" and not last.is_file():
         engine.folder.truncate_metrics(0)
         engine.folder.log("Nothing to resume yet: the run starts from the beginning.")
-    elif name != "none":
+        return False
+    if name != "none":
         engine.load(last if name == "auto" else Path(name))
+    return name != "none"
 
 
 def summarise(

@@ -108,7 +108,7 @@ def expected_new_views(schedule: Schedule, views: int, images: int, capacity: in
     views: of a student step. images: that a round of synthesis adds to the pool. capacity: of the pool. count: views of
     an image. places: of the cache.
     """
-    first, rounds = schedule.warmup * schedule.rounds, schedule.epochs * schedule.rounds
+    first, rounds = schedule.warmup * schedule.rounds, schedule.total_rounds
     making = schedule.total_synthesis_rounds
     chunk = -(-rounds // MOST_ROUNDS)
     held, unseen, faded, new = 0, 0.0, 0.0, 0.0

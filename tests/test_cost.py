@@ -54,7 +54,7 @@ def test_a_step_is_measured_on_ever_more_images_while_that_is_quick(of_an_image,
         tried.append(images)
         clock[0] += of_an_image * images
 
-    rate = measure(take, 256, CPU)
+    rate = measure(take, 256, CPU, cost.SECONDS)
     assert sorted(set(tried)) == sizes and (rate.images, rate.measured) == (256, sizes[-1])
     assert rate.seconds == pytest.approx(256 * of_an_image)
 
@@ -63,7 +63,7 @@ def test_terms_that_come_and_go_are_weighed_by_their_share_of_the_run(clock):
     def take(images, progress):
         clock[0] += 0.01 if progress < 0.8 else 0.06
 
-    assert measure(take, 4, CPU).seconds == pytest.approx(0.8 * 0.01 + 0.2 * 0.06)
+    assert measure(take, 4, CPU, cost.SECONDS).seconds == pytest.approx(0.8 * 0.01 + 0.2 * 0.06)
 
 
 @pytest.mark.skipif(reset_peak(CPU) is None, reason="the peak of memory can be reset on Linux alone")
@@ -72,7 +72,7 @@ def test_memory_of_a_few_images_is_scaled_to_that_of_all():
         torch.ones(images, 10**6).sum()  # 4 MB an image
 
     before = reset_peak(CPU)
-    rate = measure(take, 64, CPU)
+    rate = measure(take, 64, CPU, cost.SECONDS)
     take(64, 0)
     assert rate.measured == 16 and rate.peak - before == pytest.approx(peak_memory(CPU) - before, rel=0.25)
     assert peak_memory(CPU) - before > 240
@@ -83,7 +83,7 @@ def test_flop_are_those_of_all_images():
     network = Network(model, (1, 8, 8), (0.0,), (1.0,))
     images, labels = torch.zeros(100, 1, 8, 8), torch.zeros(100)
     test = SimpleNamespace(batches=lambda size: zip(images.split(size), labels.split(size)))
-    rate = measure(cost._evaluation(network, test), 100, CPU)
+    rate = measure(cost._evaluation(network, test), 100, CPU, cost.SECONDS)
     assert rate.flop == 2 * 100 * (64 * 3 * 9 + 192 * 5)
 
 
@@ -185,6 +185,7 @@ def test_measuring_leaves_the_network_and_the_random_states_as_they_were():
         stored={},
         classes="ab",
         judge=None,
+        budget=None,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

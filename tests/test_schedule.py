@@ -15,19 +15,27 @@ SCHEDULES = [
     )
     if warmup < epochs
 ]
+SCHEDULES += [
+    Schedule(5, rounds, 4, 8, 3, warmup, synthesis_rounds).lasting(length)
+    for rounds, warmup, synthesis_rounds, length in product((1, 3), (0, 1), (None, 2), (13, 16, 24, 25))
+]
 
 
 def loop(schedule):
-    """(kind, epoch, round, step) of every step of both phases, and of every round's synthesis, in a nested loop."""
-    synthesised = 0
+    """(kind, epoch, round, step) of every step of both phases, and of every round's synthesis, in a nested loop, which
+    ends after ``length`` student steps, those of the warm-up included."""
+    synthesised, left = 0, schedule.length or 10**9
     for epoch in range(schedule.epochs):
         for round_ in range(schedule.rounds):
+            if left <= 0:
+                return
             if schedule.synthesis_rounds is None or synthesised < schedule.synthesis_rounds:
                 synthesised += 1
                 yield "round", epoch, round_, 0
                 yield from (("synthesis", epoch, round_, step) for step in range(schedule.g_steps))
             if epoch >= schedule.warmup:
-                yield from (("student", epoch, round_, step) for step in range(schedule.kd_steps))
+                yield from (("student", epoch, round_, step) for step in range(min(schedule.kd_steps, left)))
+            left -= schedule.kd_steps
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
@@ -39,15 +47,19 @@ def test_counts_are_those_of_a_nested_loop(schedule):
     for epoch in range(schedule.epochs + 1):
         before = [kind for kind, at, *_ in steps if at < epoch and kind != "round"]
         assert schedule.steps_until(epoch) == len(before)
+    assert schedule.rounds_of(schedule.epochs) == 0 < schedule.rounds_of(schedule.epochs - 1)
     synthesising = {(epoch, round_) for kind, epoch, round_, _ in steps if kind == "round"}
     for at in product(range(schedule.epochs), range(schedule.rounds)):
-        assert schedule.synthesises(*at) == (at in synthesising)
+        if at[1] < schedule.rounds_of(at[0]):
+            assert schedule.synthesises(*at) == (at in synthesising)
+            taken = sum(kind == "student" and (epoch, round_) == at for kind, epoch, round_, _ in steps)
+            assert schedule.steps_of(*at) == taken or at[0] < schedule.warmup
 
 
 @pytest.mark.parametrize("schedule", SCHEDULES, ids=str)
 def test_progress_grows_evenly_from_0_to_1_over_all_epochs(schedule):
     """Those of the warm-up count, too: terms that end at a fraction of the run end at the same epoch with one."""
-    places = list(product(range(schedule.epochs), range(schedule.rounds), range(schedule.kd_steps)))
+    places = list(product(range(schedule.epochs), range(schedule.rounds), range(schedule.kd_steps)))[: schedule.length]
     for done, place in enumerate(places):
         assert schedule.student_steps_done(*place) == done
         assert schedule.progress(*place) == pytest.approx(done / len(places))

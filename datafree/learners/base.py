@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -88,6 +89,25 @@ class Learner:
     def lr(self) -> float:
         return self.optimizer.param_groups[0]["lr"]
 
+    def follow(self, total_steps: int) -> None:
+        """Take over that the run has ``total_steps`` student steps now, over which the learning rate falls to 0.
+
+        A learner with another schedule than a :func:`cosine_to_zero` overrides this. Raises InputError if it does not.
+        """
+        if not isinstance(self.schedule, LambdaLR) or not all(map(_is_cosine, self.schedule.lr_lambdas)):
+            raise InputError(
+                f"the learning rate of {type(self).__name__} does not follow cosine_to_zero, so that --budget cannot "
+                "give it another length; use that, define follow(total_steps), or give --epochs in place of --budget"
+            )
+        self.schedule.lr_lambdas = [partial(half_cosine, total_steps)] * len(self.schedule.lr_lambdas)
+        self._set_rates()
+
+    def _set_rates(self) -> None:
+        """Give the optimiser the learning rates of its schedule as that is now."""
+        assert isinstance(self.schedule, LambdaLR)
+        for group, rate, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas):
+            group["lr"] = rate * factor(self.schedule.last_epoch)
+
     def parts(self) -> dict[str, Any]:
         """Everything with a state, name -> object with state_dict and load_state_dict."""
         return {
@@ -104,10 +124,7 @@ class Learner:
         for name, part in self.parts().items():
             load_part(part, state[name])
         if isinstance(self.schedule, LambdaLR):  # a resumed run may be longer than it was, and its cosine with it
-            for group, rate, factor in zip(
-                self.optimizer.param_groups, self.schedule.base_lrs, self.schedule.lr_lambdas
-            ):
-                group["lr"] = rate * factor(self.schedule.last_epoch)
+            self._set_rates()
 
 
 def sgd(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.SGD:
@@ -118,5 +135,13 @@ def sgd(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.SGD:
 
 def cosine_to_zero(optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:
     """A learning rate that falls along half a cosine to 0 over the steps of the whole run; in closed form."""
-    total_steps = max(total_steps, 1)
-    return LambdaLR(optimizer, lambda step: (1 + math.cos(math.pi * min(step / total_steps, 1))) / 2)
+    return LambdaLR(optimizer, partial(half_cosine, total_steps))
+
+
+def half_cosine(total_steps: int, step: int) -> float:
+    """The factor of the learning rate at a step: from 1 to 0, and 0 after ``total_steps``."""
+    return (1 + math.cos(math.pi * min(step / max(total_steps, 1), 1))) / 2
+
+
+def _is_cosine(factor: Any) -> bool:
+    return isinstance(factor, partial) and factor.func is half_cosine

@@ -59,6 +59,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
         plan=describe_distillation(config, session.card, tested, schedule, teacher, student, source, learner.cache),
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
+        budget=config.schedule.budget,
     )
 
 
@@ -83,7 +84,7 @@ def distil_objects(
     options: Mapping[str, Any],
 ) -> Distilled:
     """The program for networks and a card that are there already; see :func:`datafree.distill`."""
-    from datafree import checkpoint
+    from datafree import checkpoint, cost
     from datafree.datasets.cards import DatasetCard
     from datafree.results import is_number, read_summary
     from datafree.runtime import same_rng
@@ -98,7 +99,7 @@ def distil_objects(
         session = Session(config, given=given, card=card if isinstance(card, DatasetCard) else None)
         (training,) = distillation(session)
         try:
-            folder = run_training(session, training)
+            folder = run_training(session, training, cost.lay_plan)
         except SystemExit as stop:
             if stop.code == 128 + signal.SIGINT:
                 raise KeyboardInterrupt("the run is saved; the same call with resume='auto' continues it") from None

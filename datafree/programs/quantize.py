@@ -75,6 +75,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
         monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
         facts=describe_quantized(student),
         finish=finish if config.quantizer.onnx else None,
+        budget=config.schedule.budget,
     )
 
 

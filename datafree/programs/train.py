@@ -46,8 +46,9 @@ def supervised(session: "Session") -> "Iterator[Training]":
         schedule,
         model=options.model,
         name=("scratch", options.model),
-        plan=describe_training(options.model, session.card, len(split), tested, schedule, network),
+        plan=describe_training(options.model, session.card, len(split), tested, schedule, network, options.budget),
         finish=lambda folder: publish_weights(session, folder, options.model),
+        budget=options.budget,
     )
 
 

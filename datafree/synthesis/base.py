@@ -10,6 +10,7 @@ from torch import Tensor
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.pool import Batch
+from datafree.schedule import Schedule
 from datafree.synthesis import Traits
 from datafree.update import are_terms
 
@@ -132,6 +133,9 @@ class BaseSynthesis:
             batch = self.batch(256)
         self.images_made = made
         return batch.images, batch.targets
+
+    def follow(self, schedule: Schedule) -> None:
+        """Take over that the run has another length now, as one with a time budget may; nothing depends on it here."""
 
     def round_state(self) -> dict[str, Any]:
         """A copy of the state that a round changes before it ends, for :meth:`restore_round`."""

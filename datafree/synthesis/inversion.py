@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datafree.models.generator import Generator
+from datafree.schedule import Schedule
 from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
 from datafree.synthesis.optimised import Render, RoundSynthesis
@@ -37,14 +38,19 @@ class InversionSynthesis(RoundSynthesis):
             self.meta_optimizer = torch.optim.Adam(self.generator.parameters(), rate, ADAM_BETAS)
         directions = torch.randn(self.num_classes, settings.nz, device=self.device)
         self.centres = settings.class_noise * F.normalize(directions)
-        self.reset_done = not settings.reset_epoch
+        self.reset_epoch, self.reset_done = settings.reset_epoch, not settings.reset_epoch
+
+    def follow(self, schedule: Schedule) -> None:
+        super().follow(schedule)
+        recipe = Schedule.of(self.config.schedule, 1)
+        self.reset_epoch = round(self.settings.reset_epoch / recipe.epochs * schedule.epochs)
 
     def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         settings = self.settings
         z = torch.randn(len(targets), settings.nz, device=self.device) + self.centres[targets]
         if settings.generator_init == "random":
             self.generator.reset()
-        elif self.epoch >= settings.reset_epoch and not self.reset_done:
+        elif self.epoch >= self.reset_epoch and not self.reset_done:
             self.generator.reset_first_layer()
             self.reset_done = True
         if settings.generator_init != "reptile":

@@ -148,6 +148,9 @@ class RoundSynthesis(OptimisedSynthesis):
     def sample(self, n: int) -> Batch:
         return self.pool.sample(n, self.settings.balanced_sampling, self.settings.pool_order == "passes")
 
+    def follow(self, schedule: Schedule) -> None:
+        self.pool.resize(pool_capacity(self.config, schedule))
+
     def latest(self) -> tuple[Tensor, Tensor | None]:
         return self.pool.newest(self.settings.synthesis_batch_size)
 
@@ -185,5 +188,11 @@ def make_pool(config: Any, card: DatasetCard, device: torch.device) -> ImagePool
             f"--pool_size {size} cannot hold the images of one round; raise it to --synthesis_batch_size {batch} or "
             "more, or give 0 to keep all"
         )
-    images = Schedule.of(config.schedule, batch).total_synthesis_rounds * batch
-    return ImagePool(min(size or images, images), card.shape, card.num_classes, device)
+    capacity = pool_capacity(config, Schedule.of(config.schedule, batch))
+    return ImagePool(capacity, card.shape, card.num_classes, device)
+
+
+def pool_capacity(config: Any, schedule: Schedule) -> int:
+    """Images that a pool has to hold: all that the schedule makes, or ``pool_size``."""
+    images = schedule.total_synthesis_rounds * config.synthesis.synthesis_batch_size
+    return min(config.synthesis.pool_size or images, images)
