@@ -26,6 +26,7 @@ from datafree.runtime import free_memory, peak_memory, reset_peak
 from datafree.schedule import Schedule
 from datafree.session import Session
 from datafree.signals import handled, leave
+from datafree.synthesis.optimised import RoundSynthesis
 from datafree.training import Training, gallery, test_images, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
@@ -141,6 +142,8 @@ def measure_training(session: Session, training: Training) -> Rates:
     """
     learner, source, schedule, device = training.learner, training.source, training.schedule, session.device
     source.g_steps = min(schedule.g_steps, ROUND)
+    if isinstance(source, RoundSynthesis):
+        source.batches = source.warmup_batches = 1
     work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
     steps = _Steps(session.config, training)
     images, few = steps.images, fewest(schedule.batch_size)
@@ -376,12 +379,12 @@ def total(session: Session, training: Training, rates: Rates) -> Cost:
 
 def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: Mapping[str, Rate]) -> dict[str, float]:
     """How many steps of each phase a training takes; known: share of the views whose outputs are cached."""
-    epochs, work, steps = schedule.epochs, schedule.work_until(schedule.epochs), schedule.g_steps or 1
+    epochs, work = schedule.epochs, schedule.work_until(schedule.epochs)
     evaluations = -(-epochs // run.eval_every)
     batches = {name: tested / phases[name].images for name in ("evaluation", "teacher") if name in phases}
     return {
-        "warmup": work["warmup"] * steps,
-        "synthesis": work["synthesis"] * steps,
+        "warmup": work["warmup"] * (schedule.round_steps(True) or 1),
+        "synthesis": work["synthesis"] * (schedule.round_steps(False) or 1),
         "student": work["student"],
         "views": -known * work["student"],
         "evaluation": evaluations * batches.get("evaluation", 0),
@@ -393,11 +396,11 @@ def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: 
 
 
 def known_views(training: Training, views: int, images: int) -> float:
-    """The share of the ``views`` of a student step whose outputs the view cache will know. images: of a round."""
+    """The share of the ``views`` of a student step whose outputs the view cache will know. images: of a batch."""
     cache, pool, schedule = training.learner.cache, getattr(training.source, "pool", None), training.schedule
     assert cache and isinstance(pool, ImagePool)
     count = cache.possible // pool.capacity
-    new = expected_new_views(schedule, views, images, pool.capacity, count, len(cache))
+    new = expected_new_views(schedule, views, images, pool.capacity, count, len(cache), pool.start)
     return 1 - new / max(schedule.total_student_steps * views, 1)
 
 

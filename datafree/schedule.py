@@ -19,15 +19,18 @@ class StepCounts(Protocol):
     g_steps: int
     warmup: int
     synthesis_rounds: int | None
+    round_batches: int
+    warmup_batches: int | None
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Epochs of rounds, each of some synthesis steps and some student steps.
 
-    rounds: of an epoch. kd_steps, g_steps: student and synthesis steps of a round; g_steps is 0 for a source that takes
-    no steps. batch_size: images of a student step. warmup: first epochs, in which images are synthesised and the
-    student is not trained. synthesis_rounds: the first rounds of the run that synthesise; None for all.
+    rounds: of an epoch. kd_steps: student steps of a round. g_steps: synthesis steps of a batch, of which a round has
+    one or several; 0 for a source that takes no steps. batch_size: images of a student step. warmup: first epochs, in
+    which images are synthesised and the student is not trained. synthesis_rounds: the first rounds of the run that
+    synthesise; None for all. batches, warmup_batches: synthesised in a round, after the warm-up and in it.
     """
 
     epochs: int
@@ -37,6 +40,8 @@ class Schedule:
     g_steps: int = 0
     warmup: int = 0
     synthesis_rounds: int | None = None
+    batches: int = 1
+    warmup_batches: int = 1
 
     @classmethod
     def of(cls, options: StepCounts, batch_size: int, g_steps: int | None = None) -> "Schedule":
@@ -61,7 +66,9 @@ class Schedule:
             )
         rounds, steps = o.ep_steps // o.kd_steps, o.g_steps if g_steps is None else g_steps
         epochs = o.epochs + o.warmup if o.warmup_is_extra else o.epochs
-        return cls(epochs, rounds, o.kd_steps, batch_size, steps, o.warmup, o.synthesis_rounds)
+        batches, warm = o.round_batches, o.warmup_batches
+        counts = (o.warmup, o.synthesis_rounds, batches, batches if warm is None else warm)
+        return cls(epochs, rounds, o.kd_steps, batch_size, steps, *counts)
 
     def synthesises(self, epoch: int, round: int) -> bool:
         """Whether this round (both counted from 0) begins with synthesis."""
@@ -72,6 +79,20 @@ class Schedule:
         """Rounds of the whole run that synthesise."""
         work = self.work_until(self.epochs)
         return work["warmup"] + work["synthesis"]
+
+    @property
+    def total_batches(self) -> int:
+        """Batches that the whole run synthesises."""
+        return self.batches_until(self.epochs)
+
+    def batches_until(self, epoch: int, round: int = 0) -> int:
+        """Batches that are synthesised before a position."""
+        work = self.work_until(epoch, round)
+        return work["warmup"] * self.warmup_batches + work["synthesis"] * self.batches
+
+    def round_steps(self, warm: bool) -> int:
+        """Synthesis steps of a round, in the warm-up or after it."""
+        return self.g_steps * (self.warmup_batches if warm else self.batches)
 
     @property
     def total_student_steps(self) -> int:
@@ -89,7 +110,8 @@ class Schedule:
     def steps_until(self, epoch: int, round: int = 0, step: int = 0) -> int:
         """Steps of both phases before a position, for the progress bar."""
         work = self.work_until(epoch, round, step)
-        return (work["warmup"] + work["synthesis"]) * self.g_steps + work["student"]
+        synthesis = work["warmup"] * self.round_steps(True) + work["synthesis"] * self.round_steps(False)
+        return synthesis + work["student"]
 
     def work_until(self, epoch: int, round: int = 0, step: int = 0) -> dict[str, int]:
         """Work before a position, by kinds that cost differently: rounds of synthesis in the warm-up and after it,
