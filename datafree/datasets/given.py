@@ -80,7 +80,7 @@ def _labels_of(paths: list[str], place: Path, card: DatasetCard) -> tuple[Tensor
     unknown = sorted({name for name in folders if name not in names})
     if not unknown:
         return torch.tensor([names.index(name) for name in folders]), []
-    if unknown == [""]:
+    if not any(folders):
         return None, []
     others = listed([name or "(no folder)" for name in unknown])
     return None, [f"The folders of {place} are not taken for classes, because these are none: {others}."]
