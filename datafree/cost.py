@@ -400,7 +400,8 @@ def known_views(training: Training, views: int, images: int) -> float:
     cache, pool, schedule = training.learner.cache, getattr(training.source, "pool", None), training.schedule
     assert cache and isinstance(pool, ImagePool)
     count = cache.possible // pool.capacity
-    new = expected_new_views(schedule, views, images, pool.capacity, count, len(cache), pool.start)
+    made = images if training.source.traits.synthesises else 0
+    new = expected_new_views(schedule, views, made, pool.capacity, count, len(cache), pool.start)
     return 1 - new / max(schedule.total_student_steps * views, 1)
 
 

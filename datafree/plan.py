@@ -274,9 +274,12 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
         cost = f"{rounds}{source.g_steps} synthesis steps, and {cost}"
     pool = getattr(source, "pool", None)
     if isinstance(pool, ImagePool):
-        made, megabytes = schedule.total_batches * images if source.traits.synthesises else 0, pool.images.nbytes / 1e6
-        given, kept = f" beside {pool.start:,} given ones" * (pool.start > 0), pool.capacity - pool.start
-        cost += f"; {made:,} images, {kept:,} of them kept in the pool{given} ({megabytes:.0f} MB)"
+        made, kept, megabytes = schedule.total_batches * images, pool.capacity - pool.start, pool.images.nbytes / 1e6
+        given = f" beside {pool.start:,} given ones" * (pool.start > 0)
+        cost += (
+            f"; {made:,} images, {kept:,} of them kept in the pool{given}" if kept else f"; {pool.start:,} given images"
+        )
+        cost += f" ({megabytes:.0f} MB)"
     return f"Cost: {cost}."
 
 

@@ -15,9 +15,10 @@ from resuming import assert_same_run, at_call, checkpoint_of, same, stopped, ter
 from torch import nn
 
 from datafree.checkpoint import read_array
+from datafree.config import IncrementalConfig, Replay
 from datafree.datasets.cards import CARDS
 from datafree.datasets.given import find_images
-from datafree.errors import InputError
+from datafree.errors import InputError, OptionError
 from datafree.plan import describe_cost
 from datafree.pool import ImagePool
 from datafree.schedule import Schedule
@@ -453,7 +454,14 @@ def test_a_folder_alone_is_a_transfer_set(distil, refused, capsys, tmp_path):
     distil("--method", "folder", "--pool_images", folder, "--dry_run")
     out = capsys.readouterr().out
     assert f"Images: those of {folder}." in out and "as the teacher nets-tiny predicts them" in out
-    assert "Cost: 24 student steps of 16 views; 0 images, 0 of them kept in the pool beside 3 given ones" in out
+    assert "Cost: 24 student steps of 16 views; 3 given images (0 MB)." in out
+
+
+@pytest.mark.parametrize("name", ["pool_images", "class_embeddings"])
+def test_incremental_learning_has_other_classes(name):
+    given = IncrementalConfig(synthesis=Replay(source="noisy_layer", **{name: "x"}))
+    with pytest.raises(OptionError, match=f"--{name} does not go with incremental learning"):
+        given.validate()
 
 
 def test_a_source_without_rounds_or_a_pool_says_so(distil, refused, tmp_path):

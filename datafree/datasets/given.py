@@ -1,5 +1,6 @@
 """Images that a user gives in place of a data set: the files of any folder, or the pool of an earlier run."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,9 +38,9 @@ def find_images(folder: str | Path, card: DatasetCard, data_set: Path | None) ->
     folder that is not there, has no images, or images that cannot be those of the card.
     """
     place = Path(folder)
-    if not place.is_dir():
+    if not os.path.isdir(place):
         raise InputError(f"{OPTION} {folder}: there is no such folder; check the path")
-    if (place / CHECKPOINT).is_file():
+    if os.path.isfile(place / CHECKPOINT):
         return _pool_of(place / CHECKPOINT, card)
     for name in (name for names in SPLIT_FOLDERS.values() for name in names):
         if data_set and _overlap(place, data_set / name):
