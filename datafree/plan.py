@@ -276,16 +276,16 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
     if isinstance(pool, ImagePool):
         made, kept, megabytes = schedule.total_batches * images, pool.capacity - pool.start, pool.images.nbytes / 1e6
         given = f" beside {pool.start:,} given ones" * (pool.start > 0)
-        cost += (
-            f"; {made:,} images, {kept:,} of them kept in the pool{given}" if kept else f"; {pool.start:,} given images"
+        images_of = (
+            f"{made:,} images, {kept:,} of them kept in the pool{given}" if kept else f"{len(pool):,} given images"
         )
-        cost += f" ({megabytes:.0f} MB)"
+        cost += f"; {images_of} ({megabytes:.0f} MB)"
     return f"Cost: {cost}."
 
 
 def describe_batches(schedule: Schedule) -> str:
     """How many batches of steps a round of synthesis has; nothing if that is one."""
-    after, warm = schedule.batches, schedule.warmup_batches if schedule.warmup else schedule.batches
+    after, warm = schedule.batches, schedule.warmup_batches
     if after == warm == 1:
         return ""
     return f"{_count(after, 'batch')}" + f" ({warm} in the warm-up)" * (warm != after) + " of "

@@ -66,8 +66,8 @@ class Schedule:
             )
         rounds, steps = o.ep_steps // o.kd_steps, o.g_steps if g_steps is None else g_steps
         epochs = o.epochs + o.warmup if o.warmup_is_extra else o.epochs
-        batches, warm = o.round_batches, o.warmup_batches
-        counts = (o.warmup, o.synthesis_rounds, batches, batches if warm is None else warm)
+        warm = o.round_batches if o.warmup_batches is None or not o.warmup else o.warmup_batches
+        counts = (o.warmup, o.synthesis_rounds, o.round_batches, warm)
         return cls(epochs, rounds, o.kd_steps, batch_size, steps, *counts)
 
     def synthesises(self, epoch: int, round: int) -> bool:

@@ -404,7 +404,7 @@ def test_a_run_begins_with_the_images_of_a_folder_and_keeps_them(distil, refused
     pool, log = checkpoint_of(run)["source"]["pool"], (run / "log.txt").read_text()
     assert pool["start"] == 4 and len(pool["images"]) == 20 and pool["targets"][:4].tolist() == [2, 2, 5, 5]
     assert torch.equal(pool["images"][:4], find_images(folder, DIGITS, None).read())
-    assert f"The pool begins with 4 images of {folder}, which stay in it, of classes as stated there" in log
+    assert f"The pool begins with 4 images of {folder}, which stay in it; their classes are stated there." in log
     assert f"no training image is opened, if none is in {folder}" in log
     assert "; 64 images, 16 of them kept in the pool beside 4 given ones (0 MB)" in log
     assert json.loads((run / "summary.json").read_text())["images"] == 64
@@ -453,7 +453,7 @@ def test_a_folder_alone_is_a_transfer_set(distil, refused, capsys, tmp_path):
     assert line.endswith("--source folder needs --pool_images FOLDER, whose images are all that the student sees")
     distil("--method", "folder", "--pool_images", folder, "--dry_run")
     out = capsys.readouterr().out
-    assert f"Images: those of {folder}." in out and "as the teacher nets-tiny predicts them" in out
+    assert f"Images: those of {folder}." in out and "their classes are what the teacher nets-tiny predicts." in out
     assert "Cost: 24 student steps of 16 views; 3 given images (0 MB)." in out
 
 

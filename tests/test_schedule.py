@@ -65,8 +65,13 @@ def test_the_schedule_of_the_options():
     assert Schedule.of(options, 16, g_steps=0).g_steps == 0  # of a source that takes no steps
     assert Schedule.of(config.ScheduleOptions(ep_steps=4, kd_steps=4), 1).rounds == 1
     assert Schedule.of(config.ScheduleOptions(), 1).synthesis_rounds is None
-    for given, expected in (({}, (1, 1)), ({"round_batches": 2}, (2, 2)), ({"warmup_batches": 3}, (1, 3))):
-        schedule = Schedule.of(config.ScheduleOptions(**given), 16)
+    for given, warmup, expected in (
+        ({}, 1, (1, 1)),
+        ({"round_batches": 2}, 1, (2, 2)),
+        ({"warmup_batches": 3}, 1, (1, 3)),
+        ({"warmup_batches": 3}, 0, (1, 1)),
+    ):
+        schedule = Schedule.of(config.ScheduleOptions(warmup=warmup, **given), 16)
         assert (schedule.batches, schedule.warmup_batches) == expected
 
 

@@ -82,10 +82,10 @@ def begin_with_images(session: "Session", teacher: Network, source: BaseSynthesi
         return images.to(pool.device), labels.to(pool.device)
 
     pool.begin_with(found.count, read)
-    classes = f"as the {teacher.name} predicts them" if found.labels is None else "as stated there"
+    classes = f"what the {teacher.name} predicts" if found.labels is None else "stated there"
     session.notes += [
-        f"The pool begins with {found.count:,} images of {folder}, which stay in it, of classes {classes}; whether the "
-        "run is data-free depends on what they are.",
+        f"The pool begins with {found.count:,} images of {folder}, which stay in it; their classes are {classes}. "
+        "Whether the run is data-free depends on what they are.",
         *found.notes,
     ]
 
