@@ -30,9 +30,11 @@ GENERATOR = f"{PIXELS} --nz 16 --ngf 4"
 SYNTHESIS = {  # options of the methods that do not take just those of GENERATOR
     "noise": "",
     "real": "",
+    "folder": f"--pool_images {ROOT / 'docs' / 'results'}",
     "deepinv": PIXELS,
     "fast": f"{GENERATOR} --warmup 0 --reset_epoch 2",
     "rgal_fast": f"{GENERATOR} --warmup 0",
+    "nayer": f"{GENERATOR} --warmup 0 --generator_life 3",
 }
 MORE = {  # further runs of RGAL, and their options
     "cached": "--cd_loss 0.5 --striplet 0.1 --pair_sample true --view_cache 20",

@@ -75,6 +75,38 @@ def link(source: str | Path, path: str | Path) -> None:
 
 def load(path: str | Path) -> dict[str, Any]:
     """The dict in a checkpoint file, on the CPU; no code in the file is ever run. Raises InputError."""
+    state = _load(path)
+    if not isinstance(state, dict):
+        raise InputError(f"{path} holds a {type(state).__name__}; save a dict instead, such as network.state_dict()")
+    return state
+
+
+def read_array(path: str | Path) -> Tensor:
+    """The one array of numbers in a file of numpy.save, torch.save or safetensors, on the CPU. Raises InputError."""
+    require_file(path)
+    with open(path, "rb") as file:
+        is_numpy = file.read(6) == b"\x93NUMPY"
+    found = _load_numpy(path) if is_numpy else _load(path)
+    if isinstance(found, dict) and len(found) == 1:
+        found = next(iter(found.values()))
+    if not torch.is_tensor(found) or is_odd(found):
+        raise InputError(f"{path} holds no single dense array of real numbers; save one by numpy.save or torch.save")
+    return found
+
+
+def _load_numpy(path: str | Path) -> Any:
+    """The tensor in a file of numpy.save; its array, if torch has no such numbers."""
+    try:
+        # Mapped, the file must be as long as its header states before anything is allocated.
+        found = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
+    except Exception as error:  # a file of arbitrary bytes
+        raise InputError(f"{path} is no whole array of numbers, as numpy.save writes one; save it again") from error
+    native = found.astype(found.dtype.newbyteorder("="))
+    return torch.from_numpy(native) if native.dtype.kind in "fiub" and native.dtype.itemsize <= 8 else native
+
+
+def _load(path: str | Path) -> Any:
+    """What a file of torch.save or safetensors holds, on the CPU; no code in the file is ever run."""
     require_file(path)
     if Path(path).suffix == ".safetensors" or is_safetensors(path):
         return _load_safetensors(path)
@@ -89,7 +121,7 @@ def load(path: str | Path) -> dict[str, Any]:
     try:
         with torch.serialization.safe_globals(HARMLESS), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about types of storage that are deprecated
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
@@ -100,9 +132,6 @@ def load(path: str | Path) -> dict[str, Any]:
                 "of tensors, numbers and strings; the weights alone are torch.save(network.state_dict(), FILE)"
             ) from error
         raise InputError(f"{path} {_broken(path)}") from error
-    if not isinstance(state, dict):
-        raise InputError(f"{path} holds a {type(state).__name__}; save a dict instead, such as network.state_dict()")
-    return state
 
 
 def require(state: dict[str, Any], *keys: str, path: str | Path) -> None:

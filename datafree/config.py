@@ -80,6 +80,7 @@ CONTROL = {"source": SourcesWithout("synthesises")}
 NO_POOL = {"source": SourcesWithout("keeps_pool")}
 NO_GENERATOR = {"source": SourcesWithout("has_generator")}
 NO_ROUNDS = {"source": SourcesWithout("has_rounds")}
+NOISY_LAYER, NO_NOISY_LAYER = ({"source": kind("has_noisy_layer")} for kind in (SourcesWith, SourcesWithout))
 OTHER_LEARNER = {"learner": LearnersOfOtherOptions()}
 NO_EPOCHS = {"epochs": (0,)}  # of quantization, which then observes ranges and trains nothing
 NO_TRIPLETS = {"triplet": (0,), "striplet": (0,)}
@@ -272,7 +273,21 @@ class StepOptions:
     )
     ep_steps: int = option(400, "Student steps of an epoch; a multiple of kd_steps.", low=1)
     kd_steps: int = option(400, "Student steps of a round.", low=1)
-    g_steps: int = option(400, "Synthesis steps of a round.", low=1, unused_when=CONTROL)
+    g_steps: int = option(
+        400, "Synthesis steps of a batch, of which a round has one or more.", low=1, unused_when=CONTROL
+    )
+    round_batches: int = option(
+        1,
+        "Batches that are synthesised in a round, one after another; all enter the pool.",
+        low=1,
+        unused_when=(CONTROL, NO_POOL, NO_ROUNDS),
+    )
+    warmup_batches: int | None = option(
+        None,
+        "Batches of a round of the warm-up; as many as of any other round if empty.",
+        low=1,
+        unused_when=(CONTROL, NO_POOL, NO_ROUNDS, {"warmup": (0,)}),
+    )
     warmup: int = option(
         0,
         "First epochs that only synthesise images, without the terms that use the student.",
@@ -283,7 +298,7 @@ class StepOptions:
         None,
         "First rounds of the run that synthesise; in later ones the student trains on the pool as it is. Empty: all.",
         low=1,
-        unused_when=NO_POOL,
+        unused_when=(CONTROL, NO_POOL),
     )
 
 
@@ -303,15 +318,26 @@ class Synthesis:
     # Of every option here that states no condition of its own, except the source.
     UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (CONTROL,)
 
-    source: Literal["inversion", "pixels", "generator", "noise", "real"] = option(
+    source: Literal["inversion", "pixels", "noisy_layer", "generator", "noise", "real", "folder"] = option(
         "inversion",
-        "Source of images: a generator optimised in each round, pixels optimised directly, one generator trained "
-        "throughout whose images are not kept, noise, the training set, or a user-defined class.",
+        "Source of images: a generator optimised in each round, pixels optimised directly, a generator of class "
+        "embeddings behind a noisy layer (NAYER), one generator trained throughout whose images are not kept, noise, "
+        "the training set, the images of pool_images alone, or a user-defined class.",
         custom=True,
     )
     synthesis_batch_size: int = option(256, "Images of a synthesis step; those of a round enter the pool.", low=1)
     pool_size: int = option(
-        0, "Capacity of the image pool, which drops the oldest images; 0 keeps all.", low=0, unused_when=NO_POOL
+        0,
+        "Capacity of the image pool, which drops the oldest images; 0 keeps all. Those of pool_images come on top.",
+        low=0,
+        unused_when=(CONTROL, NO_POOL),
+    )
+    pool_images: str = option(
+        "",
+        "Folder of images with which the pool begins and which stay in it, in class folders or not; or the folder of "
+        "an earlier run, for the images of its pool.",
+        unused_when=NO_POOL,
+        affects_result=False,
     )
     balanced_sampling: bool = option(
         False,
@@ -330,14 +356,14 @@ class Synthesis:
     lr_g: float = option(1e-3, "Adam's learning rate for the generator, or for the pixels.", low=0)
     lr_z: float | None = option(
         None,
-        "Adam's learning rate for the latents, lr_g if empty; 0 keeps them fixed.",
+        "Adam's learning rate for the latents, or for the noisy layers; lr_g if empty, 0 keeps them fixed.",
         low=0,
         unused_when=(NO_ROUNDS, NO_GENERATOR),
     )
     generator_init: Literal["random", "reptile", "maml"] = option(
         "random",
         "Generator weights at the start of a round: re-initialised, or a meta-learned initialisation.",
-        unused_when=(NO_ROUNDS, NO_GENERATOR),
+        unused_when=(NO_ROUNDS, NO_GENERATOR, NOISY_LAYER),
     )
     meta_rate: float = option(
         1.0,
@@ -362,10 +388,21 @@ class Synthesis:
         0.0,
         "Norm of a class-specific mean added to the latent z; 0: z does not depend on the class.",
         low=0,
-        unused_when=(NO_ROUNDS, NO_GENERATOR),
+        unused_when=(NO_ROUNDS, NO_GENERATOR, NOISY_LAYER),
+    )
+    class_embeddings: str = option(
+        "",
+        "File of one embedding for each class, (classes, D), by torch.save or numpy.save; random ones if empty.",
+        unused_when=NO_NOISY_LAYER,
+        affects_result=False,
+    )
+    generator_life: int = option(
+        10, "Rounds that a generator lives before it is re-initialised.", low=1, unused_when=NO_NOISY_LAYER
     )
     keep: Literal["best", "last"] = option(
-        "best", "Step of a round whose batch enters the pool: the one of lowest loss, or the last.", unused_when=NO_POOL
+        "best",
+        "Step of which the batch enters the pool: the one of lowest loss, or the last.",
+        unused_when=(CONTROL, NO_POOL),
     )
     bn: float = option(0.0, "Weight of the distance to the teacher's BatchNorm statistics.", low=0)
     bn_reduction: Literal["norm", "mse", "gaussian"] = option(
@@ -1016,10 +1053,10 @@ class IncrementalSchedule(StepOptions):
 class Replay(Synthesis):
     """The source of the old classes' images: synthesised by inverting the old network, the teacher."""
 
-    source: Literal["inversion", "pixels", "generator", "noise"] = option(
+    source: Literal["inversion", "pixels", "noisy_layer", "generator", "noise"] = option(
         "generator",
-        "Source of images: a generator optimised in each round, pixels optimised directly, one generator whose images "
-        "are not kept, noise, or a user-defined class.",
+        "Source of images: a generator optimised in each round, pixels optimised directly, a generator of class "
+        "embeddings behind a noisy layer, one generator whose images are not kept, noise, or a user-defined class.",
         unused_when=NO_REPLAY,
         custom=True,
     )
@@ -1065,6 +1102,12 @@ class IncrementalConfig:
         _check_student_terms(self, Schedule.of(self.schedule, self.incremental.batch_size))
         self.relation.validate()
         _validate_evaluation(self.run, self.data, "--weights", self.incremental.weights)
+        for name in ("pool_images", "class_embeddings"):
+            if getattr(self.synthesis, name):
+                raise OptionError(
+                    f"--{name} does not go with incremental learning, where the classes of a task are others than "
+                    "those of the data set; remove it"
+                )
         if self.run.resume not in ("none", "auto"):
             raise OptionError(
                 f"--resume {self.run.resume}: a run of several tasks has a checkpoint for each; give --resume auto"

@@ -29,6 +29,8 @@ from datafree.runtime import free_memory, peak_memory, reset_peak
 from datafree.schedule import Schedule
 from datafree.session import Session
 from datafree.signals import handled, leave
+from datafree.synthesis.base import BaseSynthesis
+from datafree.synthesis.optimised import RoundSynthesis
 from datafree.training import Training, gallery, test_images, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
@@ -131,7 +133,6 @@ def lay_plan(session: Session, training: Training, engine: Engine) -> None:
         cost = total(session, replace(training, schedule=schedule), rates)
         found = schedule, costs_of(cost, schedule)
     engine.restore(before)
-    training.source.g_steps = training.schedule.g_steps
     if cache := training.learner.cache:
         cache.forget()
     schedule, budget.costs = distributed.gathered(found)[0]
@@ -163,10 +164,11 @@ def planned_schedule(session: Session, training: Training, rates: Rates, spent: 
 def costs_of(cost: Cost, schedule: Schedule) -> dict[str, float]:
     """Seconds of each kind of work of :meth:`Schedule.work_until`, on average over the run of that ``cost``."""
     work, seconds = schedule.work_until(schedule.epochs), cost.seconds
-    synthesis = seconds["synthesis"] / max(work["warmup"] + work["synthesis"], 1)
+    batch = seconds["synthesis"] / max(schedule.total_batches, 1)
     closing = (seconds["evaluation"] + seconds["ends of epochs"]) / schedule.epochs
     student = seconds["student"] / max(work["student"], 1)
-    costs = {"warmup": synthesis, "synthesis": synthesis, "student": student, "closing": closing}
+    of_synthesis = {"warmup": batch * schedule.warmup_batches, "synthesis": batch * schedule.batches}
+    costs = {**of_synthesis, "student": student, "closing": closing}
     return {kind: cost / launch.processes() for kind, cost in costs.items()}
 
 
@@ -197,18 +199,33 @@ def describe(session: Session, costs: Sequence[Cost]) -> list[str]:
     return plan.describe_costs(costs, free_memory(session.device), folder, free_disk(folder)) if costs else []
 
 
+@contextmanager
+def _short_rounds(source: BaseSynthesis) -> Iterator[None]:
+    """Inside, a round is a few steps on one batch."""
+    short = {"g_steps": min(source.g_steps, ROUND)}
+    if isinstance(source, RoundSynthesis):
+        short |= {"batches": 1, "warmup_batches": 1}
+    before = {name: getattr(source, name) for name in short}
+    for name, value in short.items():
+        setattr(source, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(source, name, value)
+
+
 def measure_training(session: Session, training: Training) -> Rates:
     """Take a few steps of each phase of ``training``, and close an epoch in a folder that is removed.
 
     The trained network and the random states are afterwards as before; source and optimisers are not.
     """
     learner, source, schedule, device = training.learner, training.source, training.schedule, session.device
-    source.g_steps = min(schedule.g_steps, ROUND)
     work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
     steps = _Steps(session.config, training)
     limit = min(SECONDS, MEASURED * budget_seconds(training.budget)) if training.budget else SECONDS
     images, few = steps.images, fewest(schedule.batch_size)
-    with unchanged(learner.network), out_of_memory_in("the measured steps", "the batch sizes"):
+    with unchanged(learner.network), _short_rounds(source), out_of_memory_in("the measured steps", "the batch sizes"):
         if not source.traits.synthesises:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
@@ -441,12 +458,12 @@ def total(session: Session, training: Training, rates: Rates) -> Cost:
 
 def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: Mapping[str, Rate]) -> dict[str, float]:
     """How many steps of each phase a training takes; known: share of the views whose outputs are cached."""
-    epochs, work, steps = schedule.epochs, schedule.work_until(schedule.epochs), schedule.g_steps or 1
+    epochs, work = schedule.epochs, schedule.work_until(schedule.epochs)
     evaluations = -(-epochs // run.eval_every)
     batches = {name: tested / phases[name].images for name in ("evaluation", "teacher") if name in phases}
     return {
-        "warmup": work["warmup"] * steps,
-        "synthesis": work["synthesis"] * steps,
+        "warmup": work["warmup"] * (schedule.round_steps(True) or 1),
+        "synthesis": work["synthesis"] * (schedule.round_steps(False) or 1),
         "student": work["student"],
         "views": -known * work["student"],
         "evaluation": evaluations * batches.get("evaluation", 0),
@@ -460,11 +477,12 @@ def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: 
 def known_views(training: Training, views: int, images: int, count: int) -> float:
     """The share of the ``views`` of a student step whose outputs the view cache will know.
 
-    images: of a round. count: views of an image.
+    images: of a batch of synthesis. count: views of an image.
     """
     cache, pool, schedule = training.learner.cache, getattr(training.source, "pool", None), training.schedule
     assert cache and isinstance(pool, ImagePool)
-    new = expected_new_views(schedule, views, images, pool.capacity, count, len(cache))
+    made = images if training.source.traits.synthesises else 0
+    new = expected_new_views(schedule, views, made, pool.capacity, count, len(cache), pool.start)
     return 1 - new / max(schedule.total_student_steps * views, 1)
 
 

@@ -153,7 +153,7 @@ class Engine:
 
         A round of one step is finished instead, which is as soon, and saves copying the state before each of them.
         """
-        self._may_stop = self.schedule.g_steps > 1
+        self._may_stop = self.schedule.round_steps(warm) > 1
         before, rng = (self.source.round_state(), rng_state()) if self._may_stop else ({}, {})
         try:
             with (
@@ -176,8 +176,8 @@ class Engine:
 
     def _synthesis_step(self) -> None:
         """Called by the source after each of its steps."""
-        if self.schedule.g_steps:
-            self.progress.advance(1 / self.schedule.g_steps, steps=1)
+        if steps := self.schedule.round_steps(self.position["epoch"] < self.schedule.warmup):
+            self.progress.advance(1 / steps, steps=1)
         if self._may_stop:
             self._check_stopped()
 

@@ -3,7 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig
+from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, Synthesis
 from datafree.datasets.cards import DatasetCard, composed
 from datafree.errors import short
 from datafree.learners import LearnersOfOtherOptions
@@ -43,7 +43,7 @@ def describe_distillation(
         describe_normalisation(teacher),
         *describe_network(teacher),
         *describe_network(student),
-        describe_source(config.synthesis.source, teacher),
+        describe_source(config.synthesis, teacher),
         *describe_objective(source),
     ]
     if is_custom(config.distill.learner):
@@ -75,7 +75,7 @@ def describe_quantization(
         *describe_grids(student.model),
         describe_normalisation(teacher),
         *describe_network(teacher),
-        describe_source(config.synthesis.source, teacher),
+        describe_source(config.synthesis, teacher),
         *describe_objective(source),
         *describe_cache(cache),
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
@@ -243,11 +243,17 @@ def describe_statistics(objective: SynthesisObjective) -> list[str]:
     return [f"BatchNorm statistics: {tap.matched} of {tap.total} layers of the {objective.teacher.name} are matched."]
 
 
-def describe_source(name: str, teacher: Network) -> str:
+def describe_source(options: Synthesis, teacher: Network) -> str:
     """Where the images come from, and whether that is data-free."""
-    kinds = {"noise": "Gaussian noise", "real": "the real training images: not data-free"}
+    name, folder = options.source, options.pool_images
+    kinds = {
+        "noise": "Gaussian noise",
+        "real": "the real training images: not data-free",
+        "folder": f"those of {folder}",
+    }
     made = f"by {name}" if is_custom(name) else f"from noise, guided by the {teacher.name}"
-    return f"Images: {kinds.get(name) or f'synthesised {made}; no training image is opened'}."
+    opened = f"no training image is opened, if none is in {folder}" if folder else "no training image is opened"
+    return f"Images: {kinds.get(name) or f'synthesised {made}; {opened}'}."
 
 
 def describe_triplets(objective: SynthesisObjective) -> list[str]:
@@ -270,12 +276,16 @@ def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images:
         return f"Cost: {budget}, in rounds of {steps}{schedule.kd_steps} student steps of {views} views."
     cost = f"{schedule.total_student_steps:,} student steps of {views} views"
     if source.g_steps:
-        rounds = schedule.total_synthesis_rounds
-        cost = f"{_count(rounds, 'round')} of {source.g_steps} synthesis steps, and {cost}"
+        rounds = f"{_count(schedule.total_synthesis_rounds, 'round')} of {describe_batches(schedule)}"
+        cost = f"{rounds}{source.g_steps} synthesis steps, and {cost}"
     pool = getattr(source, "pool", None)
     if isinstance(pool, ImagePool):
-        made, megabytes = schedule.total_synthesis_rounds * images, pool.images.nbytes / 1e6
-        cost += f"; {made:,} images, {pool.capacity:,} of them kept in the pool ({megabytes:.0f} MB)"
+        made, kept, megabytes = schedule.total_batches * images, pool.capacity - pool.start, pool.images.nbytes / 1e6
+        given = f" beside {pool.start:,} given ones" * (pool.start > 0)
+        images_of = (
+            f"{made:,} images, {kept:,} of them kept in the pool{given}" if kept else f"{len(pool):,} given images"
+        )
+        cost += f"; {images_of} ({megabytes:.0f} MB)"
     return f"Cost: {cost}."
 
 
@@ -283,14 +293,26 @@ def describe_length(schedule: Schedule) -> str:
     """How long the run of a schedule with another length than its recipe's is."""
     numbers, rounds = length_numbers(schedule), schedule.total_synthesis_rounds
     warm = f", of which {schedule.warmup} warm-up" * bool(schedule.warmup)
-    made = f"{_count(rounds, 'round')} of {schedule.g_steps} synthesis steps and " if schedule.g_steps else ""
-    return f"{numbers['epochs']:g} epochs{warm}, with {made}{_count(numbers['student_steps'], 'student step')}"
+    steps = _count(numbers["student_steps"], "student step")
+    if schedule.g_steps:
+        steps = (
+            f"{_count(rounds, 'round')} of {describe_batches(schedule)}{schedule.g_steps} synthesis steps and {steps}"
+        )
+    return f"{numbers['epochs']:g} epochs{warm}, with {steps}"
 
 
 def length_numbers(schedule: Schedule) -> dict[str, Any]:
     """Epochs of that schedule, of which the last one may be a fraction, and its student steps."""
     epochs = schedule.steps / (schedule.rounds * schedule.kd_steps)
     return {"epochs": round(epochs, 2), "student_steps": schedule.total_student_steps}
+
+
+def describe_batches(schedule: Schedule) -> str:
+    """How many batches of steps a round of synthesis has; nothing if that is one."""
+    after, warm = schedule.batches, schedule.warmup_batches
+    if after == warm == 1:
+        return ""
+    return f"{_count(after, 'batch')}" + f" ({warm} in the warm-up)" * (warm != after) + " of "
 
 
 PHASES = {  # of datafree.cost.Rates, in the order in which they are shown

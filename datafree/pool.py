@@ -1,7 +1,7 @@
 """The image pool: every synthetic image of the run, as bytes in memory on the device."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -25,44 +25,62 @@ class Batch(NamedTuple):
 class ImagePool:
     """A uint8 ring buffer of images (N, C, H, W) with their target classes; beyond ``capacity`` the oldest are dropped.
 
-    It belongs to one run: images of earlier runs are never sampled.
+    It belongs to one run: images of earlier runs are never sampled, unless it begins with them.
+
+    start: images that it begins with, which stay. added: images that were added to these.
     """
 
     def __init__(self, capacity: int, shape: Sequence[int], num_classes: int, device: torch.device):
         self.shape, self.num_classes, self.device = tuple(shape), num_classes, device
-        self._allocate(capacity)
-        self.added = 0
+        self.start = self.added = 0
+        self._allocate(capacity, "--pool_size")
         self._rest = torch.empty(0, dtype=torch.long, device=device)  # of the current pass
 
-    def _allocate(self, capacity: int) -> None:
-        shape, device = self.shape, self.device
-        size, free = capacity * math.prod(shape), free_memory(device)
+    def resize(self, capacity: int) -> None:
+        """Have room for so many images beside those of the start, at least all that were added; these stay."""
+        if capacity == self._ring:
+            return
+        held = self.start + min(self.added, capacity)
+        images, targets = self.images[:held], self.targets[:held]
+        self._allocate(self.start + capacity, "--pool_size")
+        self.images[:held], self.targets[:held] = images, targets
+
+    def _allocate(self, capacity: int, option: str) -> None:
+        """Make room for so many images; InputError, which names the ``option`` to lower, if there is not enough."""
+        size, free = capacity * math.prod(self.shape), free_memory(self.device)
         if size > free:  # or the system might grant it, and kill the run once the pool fills
             raise InputError(
-                f"a pool of {capacity:,} images of {shape} takes {size / 1e9:.1f} GB but "
-                f"{free / 1e9:.1f} are free; give a smaller --pool_size"
+                f"a pool of {capacity:,} images of {self.shape} takes {size / 1e9:.1f} GB but "
+                f"{free / 1e9:.1f} are free; give a smaller {option}"
             )
         self.capacity = capacity
-        self.images = torch.empty(capacity, *shape, dtype=torch.uint8, device=device)
-        self.targets = torch.empty(capacity, dtype=torch.long, device=device)
+        self.images = torch.empty(capacity, *self.shape, dtype=torch.uint8, device=self.device)
+        self.targets = torch.empty(capacity, dtype=torch.long, device=self.device)
 
-    def resize(self, capacity: int) -> None:
-        """Have another capacity, for at least all images that were added; those stay as they are."""
-        if capacity == self.capacity:
-            return
-        images, targets = self.images[: self.added][:capacity], self.targets[: self.added][:capacity]
-        self._allocate(capacity)
-        self.images[: len(images)], self.targets[: len(images)] = images, targets
+    def begin_with(self, count: int, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
+        """Let an empty pool begin with ``count`` images, which stay in it, beside as many others as it had room for.
+
+        read: () -> uint8 images (count, C, H, W) and their classes (count,); called once there is room for them.
+        """
+        self.images = self.images.new_empty(0)  # or both would be there for a moment
+        self._allocate(self.capacity + count, "--pool_size, or fewer --pool_images")
+        images, targets = read()
+        self.images[:count], self.targets[:count], self.start = images, targets, count
+
+    @property
+    def _ring(self) -> int:
+        """Places of the images that are added."""
+        return self.capacity - self.start
 
     def __len__(self) -> int:
-        return min(self.added, self.capacity)
+        return self.start + min(self.added, self._ring)
 
     def add(self, images: Tensor, targets: Tensor) -> None:
         """Append images (N, C, H, W) in [0, 1], rounded to bytes, and their target classes (N,)."""
         if tuple(images.shape[1:]) != self.shape:
             raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit into a pool of {self.shape}")
-        place = (self.added + torch.arange(len(images), device=self.device)) % self.capacity
-        last = slice(-self.capacity, None)  # of a batch larger than the pool, because no place may occur twice
+        place = self.start + (self.added + torch.arange(len(images), device=self.device)) % self._ring
+        last = slice(-self._ring, None)  # of a batch larger than the pool, because no place may occur twice
         pixels = images[last].detach().float().mul(255).round_().clamp_(0, 255)
         self.images[place[last]] = pixels.to(torch.uint8)
         self.targets[place[last]] = targets[last]
@@ -84,8 +102,15 @@ class ImagePool:
             order = torch.randperm(size, device=self.device)[:n]
         if n > len(order):
             order = torch.cat([order, torch.randint(size, (n - len(order),), device=self.device)])
-        newest = self.added - 1
-        return Batch(*self._at(order), newest - (newest - order) % self.capacity)
+        return Batch(*self._at(order), self._ids(order))
+
+    def _ids(self, places: Tensor) -> Tensor:
+        """The number of the image at each place: those of the start, then the others in the order of their coming."""
+        if not self._ring:
+            return places
+        newest, place = self.added - 1, places - self.start
+        ids = self.start + newest - (newest - place) % self._ring
+        return torch.where(place < 0, places, ids) if self.start else ids
 
     def _next_of_pass(self, n: int, size: int) -> Tensor:
         """The next n places, of as many passes as that takes."""
@@ -95,8 +120,15 @@ class ImagePool:
         return order
 
     def newest(self, n: int) -> tuple[Tensor, Tensor]:
-        """The last n images added, or as many as are held, with their target classes."""
-        return self._at(torch.arange(self.added - min(n, len(self)), self.added, device=self.device) % self.capacity)
+        """The last n images, or as many as are held, with their target classes; those of the start are the first."""
+        size = len(self)
+        age = torch.arange(size - min(n, size), size, device=self.device)
+        places = self.start + (self.added - size + age) % self._ring if self._ring else age
+        return self._at(torch.where(age < self.start, age, places) if self.start else places)
+
+    def spread(self, n: int) -> tuple[Tensor, Tensor]:
+        """n images, or as many as are held, evenly spaced in the pool, with their target classes."""
+        return self._at(torch.linspace(0, len(self) - 1, min(n, len(self)), device=self.device).long())
 
     def _at(self, places: Tensor) -> tuple[Tensor, Tensor]:
         return self.images[places].float().div_(255), self.targets[places]
@@ -119,6 +151,7 @@ class ImagePool:
             "targets": self.targets[:size].clone(),
             "added": self.added,
             "rest": self._rest.clone(),
+            **({"start": self.start} if self.start else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -126,15 +159,17 @@ class ImagePool:
         images, targets, rest = state["images"], state["targets"], state["rest"]
         if not all(map(torch.is_tensor, (images, targets, rest))) or type(state["added"]) is not int:
             raise ValueError("its pool is damaged")
+        if state.get("start", 0) != self.start:
+            raise ValueError(f"its pool begins with {state.get('start', 0)} images, not {self.start}")
         if images.shape[1:] != self.images.shape[1:] or targets.shape != images.shape[:1]:
             raise ValueError(f"its pool has images of shape {tuple(images.shape[1:])}")
         if [part.dtype for part in (images, targets, rest)] != [torch.uint8, torch.long, torch.long]:
             raise ValueError("its pool is of other types")
-        size = len(images)
-        if size != min(state["added"], len(self.images)):
+        size, made = len(images), min(state["added"], self._ring)
+        if size != self.start + made:
             raise InputError(
-                f"the checkpoint's pool holds {size} of {state['added']} images made but this run's would "
-                f"hold {min(state['added'], len(self.images))}; give the --pool_size it was written with"
+                f"the checkpoint's pool holds {size - self.start} of {state['added']} images made but this run's would "
+                f"hold {made}; give the --pool_size it was written with"
             )
         self.images[:size] = state["images"].to(self.device)
         self.targets[:size] = state["targets"].to(self.device)

@@ -19,16 +19,19 @@ class StepCounts(Protocol):
     g_steps: int
     warmup: int
     synthesis_rounds: int | None
+    round_batches: int
+    warmup_batches: int | None
 
 
 @dataclass(frozen=True)
 class Schedule:
     """Epochs of rounds, each of some synthesis steps and some student steps.
 
-    rounds: of an epoch. kd_steps, g_steps: student and synthesis steps of a round; g_steps is 0 for a source that takes
-    no steps. batch_size: images of a student step. warmup: first epochs, in which images are synthesised and the
-    student is not trained. synthesis_rounds: the first rounds of the run that synthesise; None for all. length: student
-    steps of the run, had there been no warm-up, if its last epoch may be shorter; None if that has all its rounds.
+    rounds: of an epoch. kd_steps: student steps of a round. g_steps: synthesis steps of a batch, of which a round has
+    one or several; 0 for a source that takes no steps. batch_size: images of a student step. warmup: first epochs, in
+    which images are synthesised and the student is not trained. synthesis_rounds: the first rounds of the run that
+    synthesise; None for all. batches, warmup_batches: synthesised in a round, after the warm-up and in it. length:
+    student steps of the run, had there been no warm-up, if its last epoch may be shorter; None if it has all rounds.
     """
 
     epochs: int
@@ -38,6 +41,8 @@ class Schedule:
     g_steps: int = 0
     warmup: int = 0
     synthesis_rounds: int | None = None
+    batches: int = 1
+    warmup_batches: int = 1
     length: int | None = None
 
     @classmethod
@@ -63,7 +68,9 @@ class Schedule:
             )
         rounds, steps = o.ep_steps // o.kd_steps, o.g_steps if g_steps is None else g_steps
         epochs = o.epochs + o.warmup if o.warmup_is_extra else o.epochs
-        return cls(epochs, rounds, o.kd_steps, batch_size, steps, o.warmup, o.synthesis_rounds)
+        warm = o.round_batches if o.warmup_batches is None or not o.warmup else o.warmup_batches
+        counts = (o.warmup, o.synthesis_rounds, o.round_batches, warm)
+        return cls(epochs, rounds, o.kd_steps, batch_size, steps, *counts)
 
     def lasting(self, length: int) -> "Schedule":
         """The same for another ``length``; where it ends, a round and an epoch may be shorter than the others."""
@@ -98,6 +105,20 @@ class Schedule:
         return work["warmup"] + work["synthesis"]
 
     @property
+    def total_batches(self) -> int:
+        """Batches that the whole run synthesises."""
+        return self.batches_until(self.epochs)
+
+    def batches_until(self, epoch: int, round: int = 0) -> int:
+        """Batches that are synthesised before a position."""
+        work = self.work_until(epoch, round)
+        return work["warmup"] * self.warmup_batches + work["synthesis"] * self.batches
+
+    def round_steps(self, warm: bool) -> int:
+        """Synthesis steps of a round, in the warm-up or after it."""
+        return self.g_steps * (self.warmup_batches if warm else self.batches)
+
+    @property
     def total_student_steps(self) -> int:
         """Student steps of the whole run, over which the learning rate falls."""
         return self.work_until(self.epochs)["student"]
@@ -113,7 +134,8 @@ class Schedule:
     def steps_until(self, epoch: int, round: int = 0, step: int = 0) -> int:
         """Steps of both phases before a position, for the progress bar."""
         work = self.work_until(epoch, round, step)
-        return (work["warmup"] + work["synthesis"]) * self.g_steps + work["student"]
+        synthesis = work["warmup"] * self.round_steps(True) + work["synthesis"] * self.round_steps(False)
+        return synthesis + work["student"]
 
     def work_until(self, epoch: int, round: int = 0, step: int = 0) -> dict[str, int]:
         """Work before a position, by kinds that cost differently: rounds of synthesis in the warm-up and after it,

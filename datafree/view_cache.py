@@ -102,20 +102,21 @@ class ViewCache:
         return Features(logits, embed, pooled=found.get("pooled"))
 
 
-def expected_new_views(schedule: Schedule, views: int, images: int, capacity: int, count: int, places: int) -> float:
+def expected_new_views(
+    schedule: Schedule, views: int, images: int, capacity: int, count: int, places: int, start: int = 0
+) -> float:
     """How many views of a whole run a :class:`ViewCache` will not know, if all that exist are equally likely.
 
-    views: of a student step. images: that a round of synthesis adds to the pool. capacity: of the pool. count: views of
-    an image. places: of the cache.
+    views: of a student step. images: of a batch that synthesis adds to the pool. capacity: of the pool. count: views of
+    an image. places: of the cache. start: images that are in the pool from the beginning to the end.
     """
     first, rounds = schedule.warmup * schedule.rounds, schedule.total_rounds
-    making = schedule.total_synthesis_rounds
     chunk = -(-rounds // MOST_ROUNDS)
-    held, unseen, faded, new = 0, 0.0, 0.0, 0.0
+    held, unseen, faded, new = start, float(start * count), 0.0, 0.0
     parts: deque[tuple[int, float]] = deque()  # of the pool: images, and ``faded`` when they came
     for begun in range(first, rounds, chunk):
         done = min(begun + chunk, rounds)
-        came = (min(done, making) - min(begun, making) * (begun > first)) * images
+        came = (schedule.batches_until(0, done) - schedule.batches_until(0, begun) * (begun > first)) * images
         parts.append((came, faded))
         held, unseen = held + came, unseen + came * count
         while held > capacity:

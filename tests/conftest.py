@@ -80,6 +80,7 @@ def tiny_run(*words):
         *(TINY_GENERATOR if traits.has_generator else ()),
         *(("--warmup", 0) if config.schedule.warmup else ()),
         *(("--reset_epoch", 2) if config.synthesis.reset_epoch else ()),
+        *(("--pool_images", ROOT / "docs" / "results") if config.synthesis.source == "folder" else ()),
     )
 
 

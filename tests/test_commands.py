@@ -120,7 +120,9 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
     assert summary["last_acc1"] == pytest.approx(rows(folder)[-1]["acc1"], abs=1e-3)
     assert summary["best_acc1"] >= summary["last_acc1"] and summary["teacher_acc1"] > 80
     shown = 2 * 6 * 16  # those of a pool are shown more than once
-    assert summary["images"] == {"real": 0, **dict.fromkeys(("noise", *STREAMS), shown)}.get(method, 64)
+    assert summary["images"] == {"real": 0, "folder": 0, "nayer": 128, **dict.fromkeys(("noise", *STREAMS), shown)}.get(
+        method, 64
+    )
     capsys.readouterr()
     distil("--student_weights", folder / "checkpoints" / "model_last.pth", "--evaluate_only")
     assert accuracy(capsys.readouterr().out) == pytest.approx(summary["last_acc1"], abs=1e-3)
@@ -129,7 +131,7 @@ def test_a_run_of_every_method_leaves_what_is_promised(method, distil, capsys, t
 @pytest.mark.parametrize("method", METHODS)
 def test_rgal_goes_into_every_method(method, distil, refused):
     triplets = ("--triplet", 0.2, "--striplet", 0.3)
-    if method in ("noise", "real"):  # nothing is synthesised there
+    if method in ("noise", "real", "folder"):  # nothing is synthesised there
         line = refused(partial(distil, method=method), *triplets, code=2)
         assert "--triplet has no effect" in line and f"source is {method}" in line
         triplets = triplets[2:]

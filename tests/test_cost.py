@@ -117,6 +117,19 @@ def test_views_of_images_that_leave_the_pool_are_new_ones_again():
     assert expected_new_views(schedule, 8, images, capacity, count, 10**9) == pytest.approx(new, rel=0.03)
 
 
+def test_views_of_images_that_the_pool_begins_with_are_new_once():
+    schedule = Schedule(20, 2, 20, 8, 1, 2, None, 2, 3)
+    images, start, count = 4, 50, 9
+    random, seen, new, made = np.random.default_rng(0), set(), 0, start
+    for round in range(40):
+        made += images * (3 if round < 4 else 2)
+        for _ in range(20 if round >= 4 else 0):
+            drawn = random.integers(made, size=8) * count + random.integers(count, size=8)
+            new += len(set(drawn.tolist()) - seen)
+            seen.update(drawn.tolist())
+    assert expected_new_views(schedule, 8, images, 10**6, count, 10**9, start) == pytest.approx(new, rel=0.03)
+
+
 def test_a_schedule_of_any_length_is_reckoned_at_once():
     schedule = Schedule(10**9, 10**9, 10**9, 8, g_steps=1)
     assert expected_new_views(schedule, 8, 8, 10**6, 9, 10**9) > 0
@@ -124,7 +137,8 @@ def test_a_schedule_of_any_length_is_reckoned_at_once():
 
 def test_the_steps_of_a_run_are_counted_as_it_takes_them(distil, monkeypatch):
     words = ("--epochs", 5, "--warmup", 2, "--g_steps", 2, "--eval_every", 2, "--grid_every", 3, "--ep_steps", 8)
-    words += ("--kd_steps", 4, "--synthesis_rounds", 7, "--batch_size", 16)
+    words += ("--kd_steps", 4, "--synthesis_rounds", 7, "--batch_size", 16, "--round_batches", 2)
+    words += ("--warmup_batches", 3)
     calls = {
         "synthesis": count_calls(monkeypatch, SynthesisObjective, "__call__"),
         "student": count_calls(monkeypatch, Learner, "step"),
@@ -133,13 +147,13 @@ def test_the_steps_of_a_run_are_counted_as_it_takes_them(distil, monkeypatch):
         "grid": count_calls(monkeypatch, Gallery, "draw"),
     }
     distil(*words)
-    schedule = Schedule(5, 2, 4, 16, g_steps=2, warmup=2, synthesis_rounds=7)
+    schedule = Schedule(5, 2, 4, 16, g_steps=2, warmup=2, synthesis_rounds=7, batches=2, warmup_batches=3)
     phases = {name: Rate(1, 1, None, images=355) for name in ("evaluation", "teacher")}
     counted = amounts_of(schedule, Run(eval_every=2, grid_every=3), 355, 0.0, phases)
     counted["synthesis"] += counted.pop("warmup")
     counted["evaluation"] += counted.pop("teacher")
     assert {name: counted[name] for name in calls} == {name: len(found) for name, found in calls.items()}
-    assert calls["grid"] and len(calls["synthesis"]) == 14
+    assert calls["grid"] and len(calls["synthesis"]) == 2 * (4 * 3 + 3 * 2)
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,7 @@ from datafree.quantizer import quantise
 from datafree.runtime import choose_device, seed_everything
 from datafree.synthesis.generative import GenerativeSynthesis
 from datafree.synthesis.inversion import InversionSynthesis, PixelSynthesis
+from datafree.synthesis.noisy_layer import NoisyLayerSynthesis
 
 SHAPE, CLASSES = parts.SHAPE, parts.CLASSES
 EVERY_IMAGE_TERM = dict(bn=1.0, oh=1.0, adv=1.0, act=0.1, balance=1.0, cr=0.5, tv=1e-3, l2=1e-3, triplet=1.0)
@@ -164,6 +165,7 @@ def round_of(kind, **values):
         terms, objective = source.round(0, with_student=True), source.objective
         trained = [source.pixels] if kind is PixelSynthesis else [*source.generator.parameters()]
         trained += [*objective.contrast.head.parameters()] if objective.contrast else []
+        trained += [*source.norm.parameters()] if kind is NoisyLayerSynthesis else []
         return terms, source.round_loss, [p.grad for p in trained], source.batch(5).images
 
     return work
@@ -215,6 +217,7 @@ def check_steps():
     assert_same_apart(round_of(InversionSynthesis, **EVERY_IMAGE_TERM))
     assert_same_apart(round_of(InversionSynthesis, bn=1.0, triplet=1.0, triplet_target="teacher", relation="release"))
     assert_same_apart(round_of(PixelSynthesis, **EVERY_IMAGE_TERM))
+    assert_same_apart(round_of(NoisyLayerSynthesis, bn=1.0, oh=1.0, adv=1.0, triplet=1.0))
     assert_same_apart(round_of(GenerativeSynthesis, bn=1.0, adv=1.0, class_embedding=True))
     assert_same_apart(step_of(distilling(**EVERY_TERM, pair_sample=True), images(7)))
     assert_same_apart(step_of(distilling(kd=1.0, striplet=1.0, striplet_feature="features", mixup=0.5), images(7)))
@@ -360,9 +363,9 @@ GENTLE = ("--lr_g", 0.003, "--lr", 0.02, "--epochs", 2)  # rates at which roundi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["cmi", "deepinv", "fast", "dafl", "rgal_fast", "real"])
+@pytest.mark.parametrize("method", ["cmi", "deepinv", "fast", "nayer", "dafl", "rgal_fast", "real", "folder"])
 def test_two_processes_give_the_losses_of_one_for_every_kind_of_method(method, kd):
-    words = GENTLE if method != "real" else GENTLE[2:]
+    words = GENTLE if method not in ("real", "folder") else GENTLE[2:]
     words += ("--reset_epoch", 1) if method == "fast" else ()
     _, one = kd(1, *words, tag="one", method=method)
     codes, two = kd(2, *words, tag="two", method=method)

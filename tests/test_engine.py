@@ -39,6 +39,7 @@ VARIANTS = {
     "ring": ("--pool_size", 24, "--balanced_sampling", "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
     "maml": ("--generator_init", "maml", "--bn_momentum", 0.5, "--reset_epoch", 2, "--at_loss", 1),
     "few synthesis rounds": ("--synthesis_rounds", 3, "--bn_momentum", 0.5),
+    "several batches": ("--round_batches", 2, "--warmup", 1, "--warmup_batches", 3, "--cr", 0.5),
     "stream": ("--method", "dfq", "--triplet", 0.1, "--striplet", 0.1, "--cr", 0.5, "--bn_momentum", 0.5),
     "user-defined learner": ("--learner", custom.name("Averaged")),
     "learner with options": ("--learner", custom.name("Scaled"), "--factor", 0.5),

@@ -15,6 +15,8 @@ from datafree.datasets.splits import TensorSplit
 from datafree.engine import Means
 from datafree.learners.incremental import ReplayedTask, TranslatedTask
 from datafree.pool import Batch
+from datafree.synthesis.inversion import InversionSynthesis
+from datafree.synthesis.noisy_layer import NoisyLayerSynthesis
 from datafree.view_cache import ViewCache
 
 ALL = dict(bn=1.0, oh=1.0, adv=1.0, act=1.0, balance=1.0, cr=1.0, tv=1.0, l2=1.0)
@@ -38,12 +40,12 @@ class Waits(TorchDispatchMode):
         return operator(*args, **(kwargs or {}))
 
 
-def both_phases(synthesis, relation, distill, cached=False):
+def both_phases(synthesis, relation, distill, cached=False, kind=InversionSynthesis):
     """A source with one round in its pool, and a learner."""
     synthesis = config.Synthesis(**synthesis, nz=4, ngf=4, synthesis_batch_size=8, pool_size=40, balanced_sampling=True)
     options = parts.options(synthesis, relation, config.Distill(**distill), g_steps=3)
     teacher, student = parts.network(nets.tiny).freeze(), parts.network(nets.small)
-    source = parts.make_source(options, teacher, student, CropFlip())
+    source = parts.make_source(options, teacher, student, CropFlip(), kind)
     learner = parts.make_learner(options, teacher, student, CropFlip())
     source.round(0, with_student=True)
     source.batch(8)  # the range of the first batch is checked, which waits
@@ -84,6 +86,14 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
         means.add("synthesis", source.round(1, with_student=True))
         for _ in range(2):
             means.add("student", learner.step(source.batch(8)))
+    assert waits.found == []
+
+
+def test_a_noisy_layer_and_a_new_generator_do_not_wait_for_the_host():
+    source, _ = both_phases({**ALL, "generator_life": 1}, config.Relation(), {}, kind=NoisyLayerSynthesis)
+    with Waits() as waits:
+        source.round(1, with_student=True)
+        source.batch(8)
     assert waits.found == []
 
 

@@ -73,7 +73,7 @@ def distillations(distil, teacher):
         one("stages", "--striplet_feature", "features", "--triplet_target", "teacher")
         one("reptile", "--generator_init", "reptile", "--meta_rate", 0.5, "--reset_epoch", 1, "--class_noise", 1)
         one("maml", "--generator_init", "maml", "--synthesis_rounds", 1, "--teacher_mean", 0.5, "--teacher_std", 0.5)
-        for method in ("dfq", "deepinv", "noise"):
+        for method in ("dfq", "deepinv", "nayer", "noise"):
             one(method, "--method", method)
         distil("--student_weights", teacher, "--student", nets.name("tiny"), "--evaluate_only")
 
@@ -101,6 +101,7 @@ def test_every_option_of_datafree_quantize_is_read(quantised):
         one("pool", "--view_cache", 1, "--pool_size", 16, "--balanced_sampling", method="pixels")
         rounds = ("--source", "inversion", "--class_embedding", "false", "--nz", 8, "--ngf", 4, "--lr_z", 0.01)
         one("reptile", *rounds, "--generator_init", "reptile", "--reset_epoch", 1, "--class_noise", 1, method="pixels")
+        one("noisy", "--source", "noisy_layer", *rounds[2:], method="pixels")
         one("noise", "--teacher_mean", 0.5, "--teacher_std", 0.5, method="noise")
         quantised("--student_weights", "runs/digits_rgal_nets-tiny_w3a3/run", "--evaluate_only", tag="file")
 
@@ -122,6 +123,7 @@ def increments():
     one("rdfcil", "maps", *replay, "--kd", 1, "--striplet", 1, "--striplet_feature", "features", "--class_order", order)
     inverted = "--source inversion --pool_size 16 --balanced_sampling --lr_z 0.01 --meta_rate 0.5 --reset_epoch 1"
     one("abd", "pool", *replay, *inverted.split(), "--generator_init", "maml", "--classes_per_batch", 2)
+    one("abd", "noisy", *replay, "--source", "noisy_layer")
     one("lwf", "lwf", "--weights", "runs/digits_rgal_nets-tiny/terms/task_00")
     one("fetril", "fetril", "--weights", "runs/digits_rgal_nets-tiny/terms/task_00", "--evaluate_only")
 

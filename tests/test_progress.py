@@ -36,7 +36,7 @@ def published_schedule(config_class, files, name):
     config, _ = cli.parse(
         config_class, ["--method", name], description="", method_files=files, other_configs=CONFIGS, examples=""
     )
-    g_steps = 0 if config.synthesis.source in ("noise", "real") else None
+    g_steps = 0 if config.synthesis.source in ("noise", "real", "folder") else None
     return Schedule.of(config.schedule, 1, g_steps)
 
 
@@ -52,7 +52,7 @@ def simulate(bar, s, clock, epoch, round):
     if s.synthesises(epoch, round):
         kind = "warmup" if warm else "synthesis"
         with bar.phase(kind):
-            clock[0] += SECONDS[kind] * s.g_steps
+            clock[0] += SECONDS[kind] * s.round_steps(warm)
             bar.finish()
     if not warm:
         with bar.phase("student"):

@@ -24,6 +24,11 @@ PUBLISHED = {
         "epochs 220, warmup 20, g_steps 10, lr_g 0.002, lr_z 0.01, bn 10, bn_momentum 0.9, oh 0.4, adv 1.1,"
         " reset_epoch 139, lr 0.2, batch_size 256, T 20",
     ),
+    "nayer": (
+        "NAYER's repository (tmtuan1307/NAYER), its README's command for CIFAR-100, WRN-40-2 > WRN-16-2, 120 epochs",
+        "epochs 120, warmup 20, g_steps 40, round_batches 2, warmup_batches 10, generator_life 10, lr_g 0.004, bn 10,"
+        " oh 0.5, adv 1.33, synthesis_batch_size 400, batch_size 512, lr 0.2, T 20",
+    ),
     "dafl": (
         "Chen et al., ICCV 2019, as in " + CMI_SCRIPTS,
         "g_steps 1, kd_steps 5, synthesis_batch_size 256, nz 512, oh 1, act 0.001, balance 20, lr_g 0.001, lr 0.1,"
@@ -48,6 +53,7 @@ CHOICES = {
     " adv_distance kl, adv_where agree",
     "rgal_release": "relation release, sampling_space logits, sampling focal, sampling_dim nominal",
     "fast": "generator_init maml",
+    "nayer": "source noisy_layer, oh_target target, adv_where agree",
     "dafl": "source generator, oh_target predicted, flip off",
     "dfq": "source generator, oh_target predicted, adv_where all",
     "zskt": "source generator, adv_distance kl, adv_where all",
@@ -165,7 +171,7 @@ def test_the_choices_of_an_incremental_method_are_those_of_its_source(method):
 
 
 def test_every_method_file_is_compared_with_its_source_or_is_ours():
-    ours = {"rgal_fast", "noise", "real"}  # our recipe, and the controls
+    ours = {"rgal_fast", "noise", "real", "folder"}  # our recipe, and what synthesises nothing
     assert set(PUBLISHED) | set(CHOICES) | ours == set(registry.METHODS) and (ROOT / "configs" / "methods").is_dir()
 
 

@@ -9,9 +9,9 @@ from datafree.errors import InputError
 from datafree.schedule import Schedule
 
 SCHEDULES = [
-    Schedule(epochs, rounds, kd_steps, 8, g_steps, warmup, synthesis_rounds)
-    for epochs, rounds, kd_steps, g_steps, warmup, synthesis_rounds in product(
-        (1, 2, 5), (1, 3), (1, 4), (0, 3), (0, 1, 3), (None, 1, 2, 4, 100)
+    Schedule(epochs, rounds, kd_steps, 8, g_steps, warmup, synthesis_rounds, *batches)
+    for epochs, rounds, kd_steps, g_steps, warmup, synthesis_rounds, batches in product(
+        (1, 2, 5), (1, 3), (1, 4), (0, 3), (0, 1, 3), (None, 1, 2, 4, 100), ((1, 1), (2, 3))
     )
     if warmup < epochs
 ]
@@ -32,7 +32,9 @@ def loop(schedule):
             if schedule.synthesis_rounds is None or synthesised < schedule.synthesis_rounds:
                 synthesised += 1
                 yield "round", epoch, round_, 0
-                yield from (("synthesis", epoch, round_, step) for step in range(schedule.g_steps))
+                for _ in range(schedule.warmup_batches if epoch < schedule.warmup else schedule.batches):
+                    yield "batch", epoch, round_, 0
+                    yield from (("synthesis", epoch, round_, step) for step in range(schedule.g_steps))
             if epoch >= schedule.warmup:
                 yield from (("student", epoch, round_, step) for step in range(min(schedule.kd_steps, left)))
             left -= schedule.kd_steps
@@ -44,9 +46,11 @@ def test_counts_are_those_of_a_nested_loop(schedule):
     kinds = [kind for kind, *_ in steps]
     assert schedule.total_student_steps == kinds.count("student") > 0
     assert schedule.total_synthesis_rounds == kinds.count("round") > 0
+    assert schedule.total_batches == kinds.count("batch")
     for epoch in range(schedule.epochs + 1):
         before = [kind for kind, at, *_ in steps if at < epoch and kind != "round"]
-        assert schedule.steps_until(epoch) == len(before)
+        assert schedule.batches_until(epoch) == before.count("batch")
+        assert schedule.steps_until(epoch) == len(before) - before.count("batch")
     assert schedule.rounds_of(schedule.epochs) == 0 < schedule.rounds_of(schedule.epochs - 1)
     synthesising = {(epoch, round_) for kind, epoch, round_, _ in steps if kind == "round"}
     for at in product(range(schedule.epochs), range(schedule.rounds)):
@@ -73,6 +77,14 @@ def test_the_schedule_of_the_options():
     assert Schedule.of(options, 16, g_steps=0).g_steps == 0  # of a source that takes no steps
     assert Schedule.of(config.ScheduleOptions(ep_steps=4, kd_steps=4), 1).rounds == 1
     assert Schedule.of(config.ScheduleOptions(), 1).synthesis_rounds is None
+    for given, warmup, expected in (
+        ({}, 1, (1, 1)),
+        ({"round_batches": 2}, 1, (2, 2)),
+        ({"warmup_batches": 3}, 1, (1, 3)),
+        ({"warmup_batches": 3}, 0, (1, 1)),
+    ):
+        schedule = Schedule.of(config.ScheduleOptions(warmup=warmup, **given), 16)
+        assert (schedule.batches, schedule.warmup_batches) == expected
 
 
 @pytest.mark.parametrize(

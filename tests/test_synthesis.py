@@ -609,10 +609,11 @@ def test_the_class_of_a_source_has_the_traits_of_the_table(name):
 @pytest.mark.parametrize(
     "trait, without",
     [
-        ("synthesises", {"noise", "real"}),
+        ("synthesises", {"noise", "real", "folder"}),
         ("keeps_pool", {"generator", "noise", "real"}),
-        ("has_generator", {"pixels", "noise", "real"}),
-        ("has_rounds", {"generator", "noise", "real"}),
+        ("has_generator", {"pixels", "noise", "real", "folder"}),
+        ("has_rounds", {"generator", "noise", "real", "folder"}),
+        ("has_noisy_layer", {"inversion", "pixels", "generator", "noise", "real", "folder"}),
     ],
 )
 def test_sources_without_a_trait(trait, without):

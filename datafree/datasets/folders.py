@@ -108,7 +108,7 @@ def _grouped_images(root: Path, split: str) -> tuple[Path, Groups, Counter[str]]
     left_out: Counter[str] = Counter()
     for path in class_folders(folder):
         _check_encoding(path)
-        images, others = _images_in(path)
+        images, others = images_in(path)
         groups.setdefault(composed(path.name), []).extend(images)
         left_out += others
     for path in folder.iterdir() if folder.is_dir() else ():
@@ -128,7 +128,7 @@ def _check_encoding(folder: Path) -> None:
         raise InputError(f"the name of the folder {ascii(str(folder))} has control characters; rename it")
 
 
-def _images_in(folder: Path) -> tuple[list[str], Counter[str]]:
+def images_in(folder: Path) -> tuple[list[str], Counter[str]]:
     """Paths of the images in ``folder`` and below, sorted, and how many other files there are of each kind."""
     images: list[str] = []
     others: Counter[str] = Counter()

@@ -74,7 +74,7 @@ def load_split(
     """
     if split not in SPLIT_FOLDERS:
         raise ValueError(f"split must be one of {', '.join(SPLIT_FOLDERS)}, not {split!r}")
-    root = None if card.loader else _folder_of(card.name, data_root)
+    root = None if card.loader else folder_of(card.name, data_root)
     if root:
         return _folder_split(card, root, split, device, workers, classes)
     if card.loader:
@@ -245,7 +245,7 @@ def _folder(data_root: Path, name: str) -> Path:
     return alike[0] if alike and not os.path.isdir(data_root / name) else data_root / name
 
 
-def _folder_of(name: str, data_root: str | Path) -> Path | None:
+def folder_of(name: str, data_root: str | Path) -> Path | None:
     """The folder of data set ``name`` that contains the folder of a split, or None."""
     roots = [_folder(Path(data_root), folder) for folder in (name, OTHER_FOLDER_NAMES.get(name)) if folder]
     return next((root for root in roots if _splits_in(root)), None)

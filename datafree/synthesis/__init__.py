@@ -13,13 +13,16 @@ class Traits:
 
     synthesises: optimises images under the terms of the objective; False for a control such as noise, for which
     collapse warnings are disabled too. keeps_pool: the images of a round enter a pool. has_generator: images are the
-    output of a generator. has_rounds: a round optimises one batch, from an initialisation of its own.
+    output of a generator. has_rounds: a round optimises a batch, or several in turn, from an initialisation of its own.
+    has_noisy_layer: the generator's input is not a latent of each image but an embedding of its class, through a layer
+    of random weights.
     """
 
     synthesises: bool = True
     keeps_pool: bool = True
     has_generator: bool = True
     has_rounds: bool = True
+    has_noisy_layer: bool = False
 
 
 CONTROL = Traits(synthesises=False, keeps_pool=False, has_generator=False, has_rounds=False)
@@ -35,11 +38,13 @@ class Source(NamedTuple):
 SOURCES = {
     "inversion": Source("datafree.synthesis.inversion:InversionSynthesis", Traits()),
     "pixels": Source("datafree.synthesis.inversion:PixelSynthesis", Traits(has_generator=False)),
+    "noisy_layer": Source("datafree.synthesis.noisy_layer:NoisyLayerSynthesis", Traits(has_noisy_layer=True)),
     "generator": Source(
         "datafree.synthesis.generative:GenerativeSynthesis", Traits(keeps_pool=False, has_rounds=False)
     ),
     "noise": Source("datafree.synthesis.controls:NoiseSource", CONTROL),
     "real": Source("datafree.synthesis.controls:RealSource", CONTROL),
+    "folder": Source("datafree.synthesis.controls:FolderSource", replace(CONTROL, keeps_pool=True)),
 }
 
 

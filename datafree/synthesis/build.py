@@ -1,17 +1,27 @@
-"""The source of images that the options name."""
+"""The source of images that the options name, and the images that its pool begins with."""
 
 from typing import TYPE_CHECKING
 
+import torch
+from torch import Tensor
+
+from datafree import checkpoint
+from datafree.datasets.given import OPTION, find_images
+from datafree.datasets.loading import folder_of
 from datafree.determinism import require_deterministic
-from datafree.errors import InputError
+from datafree.errors import InputError, OptionError
 from datafree.network import Network
-from datafree.plugins import construct, is_custom
+from datafree.plugins import construct, digest, is_custom
+from datafree.pool import ImagePool
 from datafree.synthesis import SOURCES, traits_of
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.controls import RealSource
+from datafree.synthesis.optimised import RoundSynthesis
 
 if TYPE_CHECKING:
     from datafree.session import Session
+
+PREDICTED_AT_ONCE = 256  # images
 
 
 def build_source(session: "Session", teacher: Network, student: Network) -> BaseSynthesis:
@@ -41,4 +51,47 @@ def build_source(session: "Session", teacher: Network, student: Network) -> Base
         vars(source).update({**parts, **vars(source), "traits": traits_of(name), "card": session.card})
     if type(source).sample is BaseSynthesis.sample:
         raise InputError(f"{type(source).__name__} has no method sample(n); it must return n images and their classes")
+    options = session.config.schedule
+    if not isinstance(source, RoundSynthesis) and (options.round_batches > 1 or options.warmup_batches):
+        raise InputError(f"{name} is no RoundSynthesis, which alone reads --round_batches and --warmup_batches")
+    if session.config.synthesis.class_embeddings:
+        embeddings = checkpoint.read_array(session.config.synthesis.class_embeddings)
+        session.digests["class_embeddings"] = digest(embeddings.float().numpy().tobytes())
+    if session.config.synthesis.pool_images:
+        begin_with_images(session, teacher, source)
+    elif name == "folder":
+        raise OptionError(f"--source folder needs {OPTION} FOLDER, whose images are all that the student sees")
     return source
+
+
+def begin_with_images(session: "Session", teacher: Network, source: BaseSynthesis) -> None:
+    """Put the images of ``pool_images`` into the source's pool, and note what they are.
+
+    Their classes are those of their folders or their pool, or else the teacher's predictions.
+    """
+    folder, pool = session.config.synthesis.pool_images, getattr(source, "pool", None)
+    if not isinstance(pool, ImagePool):
+        raise InputError(f"{type(source).__name__} keeps no ImagePool called pool for {OPTION}; remove it")
+    found = find_images(folder, session.card, folder_of(session.card.name, session.data.data_root))
+
+    def read() -> tuple[Tensor, Tensor]:
+        images = found.read()
+        labels = predictions(teacher, images) if found.labels is None else found.labels
+        parts = [images, *([] if found.labels is None else [found.labels])]
+        session.digests[OPTION.strip("-")] = digest(*(part.numpy().tobytes() for part in parts))
+        return images.to(pool.device), labels.to(pool.device)
+
+    pool.begin_with(found.count, read)
+    classes = f"what the {teacher.name} predicts" if found.labels is None else "stated there"
+    session.notes += [
+        f"The pool begins with {found.count:,} images of {folder}, which stay in it; their classes are {classes}. "
+        "Whether the run is data-free depends on what they are.",
+        *found.notes,
+    ]
+
+
+@torch.no_grad()
+def predictions(teacher: Network, images: Tensor) -> Tensor:
+    """The teacher's class (N,) of each of the images, bytes (N, C, H, W)."""
+    parts = images.split(PREDICTED_AT_ONCE)
+    return torch.cat([teacher(part.to(teacher.device).float() / 255).argmax(1) for part in parts])

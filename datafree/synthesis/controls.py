@@ -1,4 +1,4 @@
-"""The two controls of every data-free claim: plain noise, and the real training images."""
+"""Sources that synthesise nothing: the controls of every data-free claim, noise and the training images; a folder."""
 
 from typing import Any, ClassVar
 
@@ -7,8 +7,8 @@ from torch import Tensor
 
 from datafree.datasets.cards import DatasetCard
 from datafree.datasets.splits import Split
-from datafree.pool import Batch
-from datafree.synthesis import CONTROL, Traits
+from datafree.pool import Batch, ImagePool
+from datafree.synthesis import CONTROL, SOURCES, Traits
 from datafree.synthesis.base import BaseSynthesis
 
 
@@ -27,6 +27,30 @@ class NoiseSource(BaseSynthesis):
         self.images_made += n
         noise = torch.randn(n, *self.shape, device=self.device)
         return Batch((noise * self.std + self.mean).clamp(0, 1))
+
+
+class FolderSource(BaseSynthesis):
+    """The images of ``pool_images``, which fill the pool before the run begins (datafree.synthesis.build)."""
+
+    traits: ClassVar[Traits] = SOURCES["folder"].traits
+
+    def __init__(self, *, card: DatasetCard, config: Any, device: torch.device | str = "cpu", **parts: Any):
+        super().__init__(card=card, config=config, device=device, **parts)
+        self.pool = ImagePool(0, card.shape, card.num_classes, self.device)
+
+    def sample(self, n: int) -> Batch:
+        settings = self.config.synthesis
+        return self.pool.sample(n, settings.balanced_sampling, settings.pool_order == "passes")
+
+    def latest(self) -> tuple[Tensor, Tensor | None]:
+        return self.pool.spread(256)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "pool": self.pool.state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.pool.load_state_dict(state["pool"])
 
 
 class RealSource(BaseSynthesis):

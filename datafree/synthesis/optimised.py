@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -87,11 +87,21 @@ class OptimisedSynthesis(BaseSynthesis):
         self.objective.load_state_dict(state["objective"])
 
 
-class RoundSynthesis(OptimisedSynthesis):
-    """Phase 1 of RGAL, CMI, Fast and DeepInversion: a round is ``g_steps`` steps on one batch, which enters the pool.
+class Made(NamedTuple):
+    """A batch of images (N, C, H, W) in [0, 1], their target classes (N,), and the loss and terms of its step."""
 
-    A subclass states what is optimised by :meth:`_begin_round`, and by :meth:`_before_step` and :meth:`_end_round` if
-    there is more to do.
+    images: Tensor
+    targets: Tensor
+    loss: Tensor
+    terms: dict[str, Tensor]
+
+
+class RoundSynthesis(OptimisedSynthesis):
+    """Phase 1 of RGAL, CMI, Fast, NAYER and DeepInversion: ``g_steps`` steps on a batch, which enters the pool.
+
+    A round has one batch or several (``batches``, in the warm-up ``warmup_batches``), one after another. A subclass
+    states what is optimised by :meth:`_begin_round`, and by :meth:`_before_step` and :meth:`_end_round` if there is
+    more to do; they are called for each batch.
     """
 
     _pool_is_saved = True
@@ -99,6 +109,8 @@ class RoundSynthesis(OptimisedSynthesis):
     def __init__(self, *parts: Any, **named: Any):
         super().__init__(*parts, **named)
         self.pool = make_pool(self.config, self.card, self.device)
+        plan = Schedule.of(self.config.schedule, self.settings.synthesis_batch_size)
+        self.batches, self.warmup_batches = plan.batches, plan.warmup_batches
 
     def _begin_round(self, targets: Tensor) -> tuple[Render, list[torch.optim.Optimizer]]:
         """A function that renders images of these target classes (N,), and the optimisers of its parameters."""
@@ -119,9 +131,19 @@ class RoundSynthesis(OptimisedSynthesis):
         """Called in each step after the backward pass, before the optimisers step."""
 
     def _end_round(self) -> None:
-        """Called after a round's last step."""
+        """Called after a batch's last step."""
 
     def synthesize(self) -> dict[str, Tensor]:
+        # The pool gets them when all are made, so that a round that is stopped leaves nothing in it.
+        made = [self._make_batch() for _ in range(self.batches if self.with_student else self.warmup_batches)]
+        for batch in made:
+            self.pool.add(batch.images, batch.targets)
+        self.images_made = self.pool.added
+        self.round_loss = torch.stack([batch.loss for batch in made]).mean()
+        return {name: torch.stack([batch.terms[name] for batch in made]).mean() for name in made[0].terms}
+
+    def _make_batch(self) -> Made:
+        """Optimise one batch."""
         targets = self._targets()
         render, optimizers = self._checked_round(self._begin_round(targets))
         kept = torch.zeros(len(targets), *self.pool.shape, device=self.device)
@@ -138,12 +160,9 @@ class RoundSynthesis(OptimisedSynthesis):
                     for name, term in terms.items()
                 }
                 self.tick()
-        self.round_loss = lowest
         self._end_round()
-        self.pool.add(kept, targets)
-        self.images_made = self.pool.added
         self.objective.end_round(kept)
-        return kept_terms
+        return Made(kept, targets, lowest, kept_terms)
 
     def sample(self, n: int) -> Batch:
         return self.pool.sample(n, self.settings.balanced_sampling, self.settings.pool_order == "passes")
@@ -183,16 +202,18 @@ class RoundSynthesis(OptimisedSynthesis):
 def make_pool(config: Any, card: DatasetCard, device: torch.device) -> ImagePool:
     """A pool for all images of a run, or for ``pool_size``. Raises InputError if that cannot hold one round."""
     size, batch = config.synthesis.pool_size, config.synthesis.synthesis_batch_size
-    if 0 < size < batch:
+    plan = Schedule.of(config.schedule, batch)
+    most = max(plan.batches, plan.warmup_batches) * batch
+    if 0 < size < most:
+        several = "" if most == batch else f" times {most // batch} batches"
         raise InputError(
-            f"--pool_size {size} cannot hold the images of one round; raise it to --synthesis_batch_size {batch} or "
-            "more, or give 0 to keep all"
+            f"--pool_size {size} cannot hold the images of one round; raise it to {most} (--synthesis_batch_size "
+            f"{batch}{several}) or more, or give 0 to keep all"
         )
-    capacity = pool_capacity(config, Schedule.of(config.schedule, batch))
-    return ImagePool(capacity, card.shape, card.num_classes, device)
+    return ImagePool(pool_capacity(config, plan), card.shape, card.num_classes, device)
 
 
 def pool_capacity(config: Any, schedule: Schedule) -> int:
     """Images that a pool has to hold: all that the schedule makes, or ``pool_size``."""
-    images = schedule.total_synthesis_rounds * config.synthesis.synthesis_batch_size
+    images = schedule.total_batches * config.synthesis.synthesis_batch_size
     return min(config.synthesis.pool_size or images, images)
