@@ -104,6 +104,13 @@ class Run:
         "Mode of torch.compile for the networks: minutes to compile, then faster steps; reduce-overhead needs a GPU.",
         affects_result=False,
     )
+    micro_batch: int = option(
+        0,
+        "Images at most that go through a network at once: a larger batch is computed in parts, twice where it has "
+        "gradients, so that a step takes their memory; the losses are those of the whole batch, but BatchNorm in "
+        "training mode, of student and generator, normalises by its part. 0 sets no limit.",
+        low=0,
+    )
     threads: int = option(
         0,
         "CPU threads; 0 leaves torch's default. Only runs with the same number are identical to the bit.",
@@ -154,6 +161,14 @@ class Run:
         high=256,
         affects_result=False,
     )
+
+    def validate(self) -> None:
+        """Raise an OptionError for batches in parts by compiled networks."""
+        if self.micro_batch and self.compile != "off":
+            raise OptionError(
+                f"--micro_batch {self.micro_batch} does not go with --compile {self.compile}, because compiled code "
+                "cannot compute a part again in the backward pass; remove one of them"
+            )
 
 
 @dataclass
@@ -776,6 +791,7 @@ class DistillConfig:
         """Raise an InputError for options that do not go together."""
         _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
 
     def networks(self) -> list[tuple[str, str]]:
@@ -795,6 +811,7 @@ class ScratchConfig:
 
     def validate(self) -> None:
         """Raise an OptionError for options that do not go together."""
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--weights", self.training.weights)
 
     def networks(self) -> list[tuple[str, str]]:
@@ -834,6 +851,7 @@ class QuantizeConfig:
         _check_student_terms(self, Schedule.of(self.schedule, self.finetune.batch_size))
         self.relation.validate()
         self.quantizer.validate()
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
         for name, plain in (("precision", "none"), ("compile", "off")):
             if getattr(self.run, name) != plain:
@@ -1039,6 +1057,7 @@ class IncrementalConfig:
         """Raise an InputError for options that do not go together."""
         _check_student_terms(self, Schedule.of(self.schedule, self.incremental.batch_size))
         self.relation.validate()
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--weights", self.incremental.weights)
         if self.run.resume not in ("none", "auto"):
             raise OptionError(

@@ -17,7 +17,7 @@ from datafree import launch, plan
 from datafree.config import Run
 from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine
-from datafree.errors import out_of_memory_in, printable
+from datafree.errors import batch_or_parts, out_of_memory_in, printable
 from datafree.files import writing
 from datafree.logger import RunFolder
 from datafree.network import Network
@@ -142,8 +142,8 @@ def measure_training(session: Session, training: Training) -> Rates:
     source.g_steps = min(schedule.g_steps, ROUND)
     work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
     steps = _Steps(session.config, training)
-    images, few = steps.images, fewest(schedule.batch_size)
-    with unchanged(learner.network), out_of_memory_in("the measured steps", "the batch sizes"):
+    images, few, limit = steps.images, fewest(schedule.batch_size), session.run.micro_batch
+    with unchanged(learner.network), out_of_memory_in("the measured steps", batch_or_parts("the batch sizes", limit)):
         if not source.traits.synthesises:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
@@ -156,17 +156,17 @@ def measure_training(session: Session, training: Training) -> Rates:
         in_use = reset_peak(device)
         if test:
             count = min(session.evaluation_batch, len(test))
-            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device)
+            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device, micro_batch=limit)
             if training.teacher:
-                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device)
+                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device, micro_batch=limit)
         if work["student"]:
-            phases["student"] = measure(steps.train, schedule.batch_size, device)
+            phases["student"] = measure(steps.train, schedule.batch_size, device, micro_batch=limit)
             if learner.cache:
                 views = round(steps.views * schedule.batch_size)
-                phases["views"] = measure(_passes(learner.cache.teacher), views, device)
+                phases["views"] = measure(_passes(learner.cache.teacher), views, device, micro_batch=limit)
         for kind in ("warmup", "synthesis"):
             if work[kind]:
-                rate = measure(steps.synthesise(kind == "synthesis"), images, device)
+                rate = measure(steps.synthesise(kind == "synthesis"), images, device, micro_batch=limit)
                 phases[kind] = rate._replace(seconds=rate.seconds / steps.ticks, flop=rate.flop / steps.ticks)
     return Rates(phases, in_use, *files)
 
@@ -222,13 +222,15 @@ def _share_of_batches(config: Any, share: float) -> Iterator[None]:
             setattr(section, name, size)
 
 
-def measure(step: Step, images: int, device: torch.device, tries: int = 2) -> Rate:
+def measure(step: Step, images: int, device: torch.device, tries: int = 2, micro_batch: int = 0) -> Rate:
     """The rate of ``step`` on so many images, measured on the SHARES of them, while that is quick.
 
     tries: sizes at least. Beyond what was tried, seconds and FLOP grow with the images, and memory as it did from the
-    last but one size to the last.
+    last but one size to the last. micro_batch: images at most that are computed at once; fewer than two such parts are
+    not tried, because from there on memory grows less.
     """
-    sizes = sorted({max(fewest(images), images // part) for part in SHARES})
+    least = max(fewest(images), min(images, 2 * micro_batch))
+    sizes = sorted({max(least, images // part) for part in SHARES})
     started, peaks, seconds = now(device), dict[int, float | None](), 0.0
     with FlopCounterMode(display=False) as counter:
         step(sizes[0], 0)

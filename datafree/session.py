@@ -188,6 +188,7 @@ class Session:
                 f"[Alarm] The outputs of the {network.name} for an image are not the same in any batch, and of several "
                 "processes each has another batch; with one the numbers would be others."
             )
+        network.micro_batch = self.run.micro_batch
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)
