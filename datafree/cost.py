@@ -147,7 +147,9 @@ def measure_training(session: Session, training: Training) -> Rates:
         if not source.traits.synthesises:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
-            steps.synthesise(not work["warmup"])(fewest(images), 0)  # or there were no images to learn from
+            fill = steps.synthesise(not work["warmup"])  # or there were no images to learn from
+            if seconds_of(fill, fewest(images), 0, device) > SECONDS:
+                source.g_steps = 1  # what a round does besides is no matter then
         if work["warmup"] and learner.acts_in_warmup:
             phases["ranges"] = measure(steps.observe, schedule.batch_size, device, tries=1)
         if work["student"]:
@@ -231,14 +233,18 @@ def measure(step: Step, images: int, device: torch.device, tries: int = 2, micro
     """
     least = max(fewest(images), min(images, 2 * micro_batch))
     sizes = sorted({max(least, images // part) for part in SHARES})
-    started, peaks, seconds = now(device), dict[int, float | None](), 0.0
+    started, peaks = now(device), dict[int, float | None]()
+    reset_peak(device)
     with FlopCounterMode(display=False) as counter:
-        step(sizes[0], 0)
+        seconds = seconds_of(step, sizes[0], 0, device)
+    is_slow = seconds > SECONDS  # so that what only a first step does is no matter
+    if is_slow:
+        peaks[sizes.pop(0)] = peak_memory(device)
     for size in sizes:
         if len(peaks) >= tries and now(device) - started + 4 * seconds > SECONDS:
             break
         reset_peak(device)
-        if peaks:
+        if peaks and not is_slow:
             step(size, 0)  # the first one of a size is slower
         seconds = seconds_of(step, size, 0.5, device)
         peaks[size] = peak_memory(device)
@@ -246,7 +252,7 @@ def measure(step: Step, images: int, device: torch.device, tries: int = 2, micro
     repeats = min(REPEATS, int((SECONDS - now(device) + started) / max(seconds, 1e-9)))
     if repeats > 0:
         seconds = sum(seconds_of(step, tried, (i + 0.5) / repeats, device) for i in range(repeats)) / repeats
-    flop = counter.get_total_flops() * images / sizes[0]
+    flop = counter.get_total_flops() * images / least
     return Rate(seconds * images / tried, flop, _at(images, peaks), images, tried)
 
 

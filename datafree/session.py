@@ -168,8 +168,12 @@ class Session:
             if weights and weights != OWN:
                 network = Network.from_file(weights, model, self.card, key=key, **options)
             else:
-                brought = weights == OWN and role not in self.given
-                network = Network.build(self.given.get(role, model), self.card, pretrained=brought, **options)
+                brought, built = weights == OWN and role not in self.given, list[Network]()
+                with self._planning():
+                    built.append(Network.build(self.given.get(role, model), self.card, pretrained=brought, **options))
+                if not built:  # those that it would bring could not be had
+                    weights, built = "", [Network.build(model, self.card, **options)]
+                network = built[0]
         if weights:
             tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
             # As bytes, because NumPy has no bfloat16; an object may be on a GPU.
