@@ -234,12 +234,9 @@ def measure(step: Step, images: int, device: torch.device, tries: int = 2, micro
     least = max(fewest(images), min(images, 2 * micro_batch))
     sizes = sorted({max(least, images // part) for part in SHARES})
     started, peaks = now(device), dict[int, float | None]()
-    reset_peak(device)
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False) as counter:  # which keeps tensors, so that memory is measured without it
         seconds = seconds_of(step, sizes[0], 0, device)
-    is_slow = seconds > SECONDS  # so that what only a first step does is no matter
-    if is_slow:
-        peaks[sizes.pop(0)] = peak_memory(device)
+    is_slow = seconds > SECONDS  # so that what only a first step of a size does is no matter
     for size in sizes:
         if len(peaks) >= tries and now(device) - started + 4 * seconds > SECONDS:
             break

@@ -67,7 +67,7 @@ class Features:
     def pooled(self) -> Sequence[Tensor]:
         """[(N, C_l)], the stages averaged over space, in fp32; each is computed when it is read."""
         if self._pooled is None and self._stages is not None:
-            return _Pooled(self._stages, self._whole)
+            return _Pooled(self._stages, self._gather)
         return self._present(self._pooled, "pooled")
 
     @property
@@ -134,16 +134,20 @@ class Features:
 
 
 class _Pooled(Sequence[Tensor]):
-    """The means over space of ``stages``, each computed, and gathered, when it is read."""
+    """The means over space of ``stages``, each computed, and gathered, when it is read.
 
-    def __init__(self, stages: Sequence[Tensor], gather: Callable[[Tensor], Tensor]):
+    It does not know its Features, or these, with their maps and graph, would be there until the garbage collector came.
+    """
+
+    def __init__(self, stages: Sequence[Tensor], gather: Callable[[Tensor], Tensor] | None):
         self.stages, self.gather = stages, gather
 
     def __len__(self) -> int:
         return len(self.stages)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.gather(pooled(self.stages[index]))
+        rows = pooled(self.stages[index])
+        return self.gather(rows) if self.gather else rows
 
 
 class FeatureTap:

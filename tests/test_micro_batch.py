@@ -1,5 +1,6 @@
 """Steps computed in parts: gradients of the whole batch, what sees a part, memory, resume, and whole programs."""
 
+import gc
 import re
 from dataclasses import replace
 from functools import partial
@@ -8,7 +9,7 @@ import nets
 import parts
 import pytest
 import torch
-from conftest import call, scratch
+from conftest import ROOT, call, rows, scratch
 from parts import count_calls
 from resuming import assert_same_run, at_call, kill, stopped
 from test_distributed import distilling, images, quantising, replaying, round_of, step_of
@@ -17,6 +18,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import datafree_incremental
+import datafree_kd
 from datafree import config, micro_batch, shares
 from datafree.augment import CropFlip
 from datafree.config import Run
@@ -196,11 +198,14 @@ def test_a_batch_that_is_no_larger_is_computed_as_ever(passes, monkeypatch):
 
 
 @pytest.mark.skipif(reset_peak(CPU) is None, reason="the peak of memory can be reset on Linux alone")
-def test_a_step_takes_the_memory_of_its_parts():
-    """Of both phases."""
+def test_a_step_takes_the_memory_of_its_parts(request):
+    """Of both phases, without the garbage collector, so that what is freed depends on nothing else."""
     shape = (3, 64, 64)
     teacher, student = (parts.network(lambda n, c: nets.tiny(n, c, width=32), shape) for _ in range(2))
     given = parts.options(synthesis_batch_size=64, bn=1.0, oh=1.0, adv=1.0, g_steps=1, nz=8, ngf=8)
+
+    gc.disable()
+    request.addfinalizer(gc.enable)
 
     def peak(limit):
         teacher.micro_batch = student.micro_batch = limit
@@ -215,7 +220,7 @@ def test_a_step_takes_the_memory_of_its_parts():
         return found
 
     for whole, limited_to_4 in zip(peak(0), peak(4)):
-        assert limited_to_4 < 0.6 * whole, (whole, limited_to_4)
+        assert limited_to_4 < 0.5 * whole, (whole, limited_to_4)
 
 
 def test_images_of_224_pixels_take_a_small_part_at_a_time(passes):
@@ -248,6 +253,19 @@ def _limited(network):
 
 
 # Whole programs.
+
+
+def test_the_recipe_for_224_pixels_runs_with_small_networks_and_batches(passes, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save(nets.tiny(1000).state_dict(), "teacher.pth")
+    networks = ("--teacher", nets.name("tiny"), "--teacher_weights", "teacher.pth", "--student", nets.name("small"))
+    sizes = "--micro_batch 2 --batch_size 3 --synthesis_batch_size 3 --pool_size 6 --ngf 4 --nz 8 --threads 1"
+    steps = "--eval none --epochs 1 --ep_steps 2 --kd_steps 2 --g_steps 2"
+    recipe = ROOT / "configs/imagenet/rgal_resnet50_resnet18.yaml"
+    call(datafree_kd, "--config", recipe, *networks, *sizes.split(), *steps.split())
+    [row] = rows(next(tmp_path.glob("runs/imagenet_rgal_*/seed0")))
+    assert row["images"] == 3 and row["student/kd"] >= 0 and row["synthesis/bn"] > 0
+    assert 2 in passes and max(passes) == 2
 
 
 def test_no_pass_of_any_program_has_more_images_and_a_run_resumes_bit_for_bit(distil, passes, monkeypatch):
