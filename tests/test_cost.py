@@ -322,7 +322,7 @@ def test_weights_that_a_model_would_download_are_missing_as_a_file_is(refused, t
         call(datafree_kd, *words, "--dry_run")
     printed = capsys.readouterr()
     assert "Plan: " in printed.out and told(printed.out) and "Missing: torchvision's weights of" in printed.out
-    assert "cannot be had: no route to the host; download them where" in printed.err
+    assert "cannot be had: OSError: no route to the host; download them where" in printed.err
     assert "cannot be had" in refused(call, datafree_kd, *words)
 
 

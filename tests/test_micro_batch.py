@@ -270,17 +270,18 @@ def test_the_recipe_for_224_pixels_runs_with_small_networks_and_batches(passes, 
 
 def test_no_pass_of_any_program_has_more_images_and_a_run_resumes_bit_for_bit(distil, passes, monkeypatch):
     """Although the views whose outputs are not cached are others then, which are computed in parts, too."""
-    words = ("--micro_batch", 9, "--epochs", 4)
+    words = ("--micro_batch", 9, "--epochs", 4, "--ep_steps", 3)
     straight = distil(*words, tag="straight")
     assert max(passes) == 9
     text = (straight / "log.txt").read_text()
     assert "Steps of 32 images in 4 parts and of 16 images in 2 parts, of at most 9 images at once." in text
     with monkeypatch.context() as patch, stopped(kill):
-        at_call(patch, Learner, "step", 15, kill)
+        at_call(patch, Learner, "step", 8, kill)
         distil(*words, tag="interrupted")
     assert_same_run(straight, distil(*words, "--resume", "auto", tag="interrupted"))
 
 
+@pytest.mark.slow
 def test_the_other_programs_compute_parts_too(quantised, passes, tmp_path):
     """But ranges are observed on whole batches, as are extremes."""
     quantised("--micro_batch", 7)
