@@ -1,8 +1,8 @@
 """Batch statistics of the inputs of BatchNorm layers, for the distance to the running ones (L_bn)."""
 
 import inspect
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any, NamedTuple
 
 import torch
@@ -30,6 +30,33 @@ class LayerStatistics(NamedTuple):
     variance: Tensor
     running_mean: Tensor
     running_variance: Tensor
+
+
+@lru_cache(maxsize=64)
+def fractions(sizes: tuple[int, ...], device: torch.device) -> Tensor:
+    """The fraction (parts, 1) of a batch that each of its parts is; made once, for a GPU is waited for."""
+    return (torch.tensor(sizes, dtype=torch.float64) / sum(sizes)).float()[:, None].to(device)
+
+
+def combined(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and biased variance (C,) of a batch from those of its parts (parts, C) and their :func:`fractions`."""
+    mean = (weights * means).sum(0)
+    return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
+
+
+def combined_statistics(parts: Sequence[list[LayerStatistics]], sizes: Sequence[int]) -> list[LayerStatistics]:
+    """The statistics of each layer in a batch, from those in its parts of these sizes."""
+    return [
+        LayerStatistics(
+            *combined(
+                torch.stack([layer.mean for layer in layers]),
+                torch.stack([layer.variance for layer in layers]),
+                fractions(tuple(sizes), layers[0].mean.device),
+            ),
+            *layers[0][2:],
+        )
+        for layers in zip(*parts)
+    ]
 
 
 def running_statistics(module: nn.Module) -> tuple[Tensor, Tensor] | None:

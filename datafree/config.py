@@ -107,6 +107,13 @@ class Run:
         "Mode of torch.compile for the networks: minutes to compile, then faster steps; reduce-overhead needs a GPU.",
         affects_result=False,
     )
+    micro_batch: int = option(
+        0,
+        "Images at most that go through a network at once: a larger batch is computed in parts, twice where it has "
+        "gradients, so that a step takes their memory; the losses are those of the whole batch, but BatchNorm in "
+        "training mode, of student and generator, normalises by its part. 0 sets no limit.",
+        low=0,
+    )
     threads: int = option(
         0,
         "CPU threads; 0 leaves torch's default. Only runs with the same number are identical to the bit.",
@@ -157,6 +164,14 @@ class Run:
         high=256,
         affects_result=False,
     )
+
+    def validate(self) -> None:
+        """Raise an OptionError for batches in parts by compiled networks."""
+        if self.micro_batch and self.compile != "off":
+            raise OptionError(
+                f"--micro_batch {self.micro_batch} does not go with --compile {self.compile}, because compiled code "
+                "cannot compute a part again in the backward pass; remove one of them"
+            )
 
 
 @dataclass
@@ -836,6 +851,7 @@ class DistillConfig:
         seconds_of(self.schedule.budget)
         _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
 
     def networks(self) -> list[tuple[str, str]]:
@@ -856,6 +872,7 @@ class ScratchConfig:
     def validate(self) -> None:
         """Raise an OptionError for options that do not go together."""
         seconds_of(self.training.budget)
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--weights", self.training.weights)
 
     def networks(self) -> list[tuple[str, str]]:
@@ -896,6 +913,7 @@ class QuantizeConfig:
         _check_student_terms(self, Schedule.of(self.schedule, self.finetune.batch_size))
         self.relation.validate()
         self.quantizer.validate()
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
         for name, plain in (("precision", "none"), ("compile", "off")):
             if getattr(self.run, name) != plain:
@@ -1101,6 +1119,7 @@ class IncrementalConfig:
         """Raise an InputError for options that do not go together."""
         _check_student_terms(self, Schedule.of(self.schedule, self.incremental.batch_size))
         self.relation.validate()
+        self.run.validate()
         _validate_evaluation(self.run, self.data, "--weights", self.incremental.weights)
         for name in ("pool_images", "class_embeddings"):
             if getattr(self.synthesis, name):

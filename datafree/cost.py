@@ -20,7 +20,7 @@ from datafree.budget import seconds_of as budget_seconds
 from datafree.config import Run
 from datafree.datasets.splits import Split
 from datafree.engine import LAST, Engine
-from datafree.errors import InputError, out_of_memory_in, printable
+from datafree.errors import InputError, batch_or_parts, out_of_memory_in, printable
 from datafree.files import writing
 from datafree.logger import RunFolder
 from datafree.network import Network
@@ -224,12 +224,15 @@ def measure_training(session: Session, training: Training) -> Rates:
     work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
     steps = _Steps(session.config, training)
     limit = min(SECONDS, MEASURED * budget_seconds(training.budget)) if training.budget else SECONDS
-    images, few = steps.images, fewest(schedule.batch_size)
-    with unchanged(learner.network), _short_rounds(source), out_of_memory_in("the measured steps", "the batch sizes"):
+    images, few, most = steps.images, fewest(schedule.batch_size), session.run.micro_batch
+    remedy = batch_or_parts("the batch sizes", most)
+    with unchanged(learner.network), _short_rounds(source), out_of_memory_in("the measured steps", remedy):
         if not source.traits.synthesises:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
-            steps.synthesise(not work["warmup"])(fewest(images), 0)  # or there were no images to learn from
+            fill = steps.synthesise(not work["warmup"])  # or there were no images to learn from
+            if seconds_of(fill, fewest(images), 0, device) > SECONDS:
+                source.g_steps = 1  # what a round does besides is no matter then
         if work["warmup"] and learner.acts_in_warmup:
             phases["ranges"] = measure(steps.observe, schedule.batch_size, device, limit, tries=1)
         if work["student"]:
@@ -238,17 +241,17 @@ def measure_training(session: Session, training: Training) -> Rates:
         in_use = reset_peak(device)
         if test:
             count = min(session.evaluation_batch, len(test))
-            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device, limit)
+            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device, limit, micro_batch=most)
             if training.teacher:
-                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device, limit)
+                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device, limit, micro_batch=most)
         if work["student"]:
-            phases["student"] = measure(steps.train, schedule.batch_size, device, limit)
+            phases["student"] = measure(steps.train, schedule.batch_size, device, limit, micro_batch=most)
             if learner.cache:
                 views = round(steps.views * schedule.batch_size)
-                phases["views"] = measure(_passes(learner.cache.teacher), views, device, limit)
+                phases["views"] = measure(_passes(learner.cache.teacher), views, device, limit, micro_batch=most)
         for kind in ("warmup", "synthesis"):
             if work[kind]:
-                rate = measure(steps.synthesise(kind == "synthesis"), images, device, limit)
+                rate = measure(steps.synthesise(kind == "synthesis"), images, device, limit, micro_batch=most)
                 phases[kind] = rate._replace(seconds=rate.seconds / steps.ticks, flop=rate.flop / steps.ticks)
     return Rates(phases, in_use, *files)
 
@@ -304,21 +307,24 @@ def _share_of_batches(config: Any, share: float) -> Iterator[None]:
             setattr(section, name, size)
 
 
-def measure(step: Step, images: int, device: torch.device, limit: float, tries: int = 2) -> Rate:
+def measure(step: Step, images: int, device: torch.device, limit: float, tries: int = 2, micro_batch: int = 0) -> Rate:
     """The rate of ``step`` on so many images, measured on the SHARES of them, while that is quick.
 
     limit: seconds, after which no more images are tried. tries: sizes at least. Beyond what was tried, seconds and FLOP
-    grow with the images, and memory as it did from the last but one size to the last.
+    grow with the images, and memory as it did from the last but one size to the last. micro_batch: images at most that
+    are computed at once; fewer than two such parts are not tried, because from there on memory grows less.
     """
-    sizes = sorted({max(fewest(images), images // part) for part in SHARES})
-    started, peaks, seconds = now(device), dict[int, float | None](), 0.0
-    with FlopCounterMode(display=False) as counter:
-        step(sizes[0], 0)
+    least = max(fewest(images), min(images, 2 * micro_batch))
+    sizes = sorted({max(least, images // part) for part in SHARES})
+    started, peaks = now(device), dict[int, float | None]()
+    with FlopCounterMode(display=False) as counter:  # which keeps tensors, so that memory is measured without it
+        seconds = seconds_of(step, sizes[0], 0, device)
+    is_slow = seconds > SECONDS  # so that what only a first step of a size does is no matter
     for size in sizes:
         if len(peaks) >= tries and now(device) - started + 4 * seconds > limit:
             break
         reset_peak(device)
-        if peaks:
+        if peaks and not is_slow:
             step(size, 0)  # the first one of a size is slower
         seconds = seconds_of(step, size, 0.5, device)
         peaks[size] = peak_memory(device)
@@ -326,7 +332,7 @@ def measure(step: Step, images: int, device: torch.device, limit: float, tries: 
     repeats = min(REPEATS, int((limit - now(device) + started) / max(seconds, 1e-9)))
     if repeats > 0:
         seconds = sum(seconds_of(step, tried, (i + 0.5) / repeats, device) for i in range(repeats)) / repeats
-    flop = counter.get_total_flops() * images / sizes[0]
+    flop = counter.get_total_flops() * images / least
     return Rate(seconds * images / tried, flop, _at(images, peaks), images, tried)
 
 

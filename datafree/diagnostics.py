@@ -54,7 +54,7 @@ def describe(
     Distances are between L2-normalised teacher embeddings.
     """
     with student.frozen():
-        features, student_labels = teacher.features(images), student(images).argmax(1)
+        features, student_labels = teacher.features(images, with_maps=False), student(images).argmax(1)
     labels, count = features.logits.argmax(1), len(images)
     share = torch.bincount(labels, minlength=teacher.num_classes) / count
     entropy = torch.special.entr(share).sum()

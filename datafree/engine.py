@@ -27,7 +27,7 @@ from torch import Tensor
 from datafree import checkpoint, distributed
 from datafree.budget import Budget
 from datafree.config import Run
-from datafree.errors import InputError, out_of_memory_in
+from datafree.errors import InputError, batch_or_parts, out_of_memory_in
 from datafree.evaluators import scores_line
 from datafree.grids import Gallery
 from datafree.learners.base import Learner
@@ -159,7 +159,7 @@ class Engine:
             with (
                 self.progress.phase("warmup" if warm else "synthesis"),
                 self._clock("synthesis"),
-                out_of_memory_in("synthesis", "--synthesis_batch_size"),
+                out_of_memory_in("synthesis", batch_or_parts("--synthesis_batch_size", self.run.micro_batch)),
             ):
                 terms = self.source.round(self.position["epoch"], with_student=not warm)
                 self.progress.finish()
@@ -184,7 +184,7 @@ class Engine:
     def _student_step(self) -> None:
         at, s = self.position, self.schedule
         done = s.student_steps_done(**at)
-        with out_of_memory_in("a training step", "--batch_size"):
+        with out_of_memory_in("a training step", batch_or_parts("--batch_size", self.run.micro_batch)):
             terms = self.learner.step(self.source.batch(s.batch_size), s.progress(**at))
         self.means.add("student", terms)
         at["step"] += 1

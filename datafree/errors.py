@@ -77,6 +77,13 @@ def usage(text: str, at_least: int) -> None:
         sys.exit(0 if wants_help else 2)
 
 
+def batch_or_parts(batch: str, micro_batch: int) -> str:
+    """What to lower where a step does not fit, for :func:`out_of_memory_in`. batch: the option of its size."""
+    if micro_batch > 1:
+        return f"--micro_batch {micro_batch} or {batch}"
+    return f"{batch}" + ", or give a --micro_batch, by which it is computed in parts" * (micro_batch == 0)
+
+
 @contextmanager
 def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
     """Turn running out of memory in the block, on any device, into one sentence."""

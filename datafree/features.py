@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from datafree.batchnorm import LayerStatistics
+from datafree.batchnorm import LayerStatistics, combined_statistics
 from datafree.errors import InputError
 from datafree.outputs import Output, raw_logits
 from datafree.stages import Stage, Trace, find_head, find_stages, first_tensor
@@ -67,7 +67,7 @@ class Features:
     def pooled(self) -> Sequence[Tensor]:
         """[(N, C_l)], the stages averaged over space, in fp32; each is computed when it is read."""
         if self._pooled is None and self._stages is not None:
-            return _Pooled(self._stages, self._whole)
+            return _Pooled(self._stages, self._gather)
         return self._present(self._pooled, "pooled")
 
     @property
@@ -83,18 +83,36 @@ class Features:
         """These features, of this process's share of a batch, as those of the whole batch."""
         return Features(self._logits, self._embed, self._stages, self._pooled, self._batch_norm, gather)
 
+    def computed(self, with_maps: bool) -> "Features":
+        """These features as plain tensors, computed and gathered; without whole maps if they are not wanted."""
+        stages = self.stages if with_maps else None
+        return Features(self.logits, self.embed, stages, list(self.pooled), self._batch_norm)
+
     @classmethod
-    def joined(cls, parts: Sequence["Features"]) -> "Features":
-        """Logits, embeddings and stages of several batches as those of one."""
-        logits, embed, stages = zip(*((part._logits, part._embed, part._stages) for part in parts))
+    def joined(cls, parts: Sequence["Features"], places: Tensor | None = None) -> "Features":
+        """The features of several batches as those of one; places: (N,), where each of its rows is among theirs."""
+        sizes = [len(part._present(part._logits, "logits")) for part in parts]
+
+        def rows_of(values: Sequence[Any]) -> Any:
+            """The rows of all parts, of tensors or of lists of tensors; None if a part has none."""
+            if any(value is None for value in values):
+                return None
+            if not torch.is_tensor(values[0]):
+                return [rows_of(layer) for layer in zip(*values)]
+            return torch.cat(values) if places is None else torch.cat(values)[places]  # type: ignore[arg-type]
 
         def gather(rows: Tensor) -> Tensor:
-            pieces = rows.split([len(part) for part in logits])
-            return torch.cat([part._whole(piece) for part, piece in zip(parts, pieces)])
+            return torch.cat([part._whole(piece) for part, piece in zip(parts, rows.split(sizes))])
 
-        joined = [torch.cat(maps) for maps in zip(*stages)]
-        divided = any(part._gather for part in parts)
-        return cls(torch.cat(logits), torch.cat(embed), joined, gather=gather if divided else None)
+        some_are_pooled = any(part._pooled is not None for part in parts)
+        return cls(
+            rows_of([part._logits for part in parts]),
+            rows_of([part._embed for part in parts]),
+            rows_of([part._stages for part in parts]),
+            rows_of([list(part.pooled) for part in parts]) if some_are_pooled else None,
+            combined_statistics([part._batch_norm or [] for part in parts], sizes) or None,
+            gather if any(part._gather for part in parts) else None,
+        )
 
     def _whole(self, rows: Tensor) -> Tensor:
         return self._gather(rows) if self._gather else rows
@@ -116,16 +134,20 @@ class Features:
 
 
 class _Pooled(Sequence[Tensor]):
-    """The means over space of ``stages``, each computed, and gathered, when it is read."""
+    """The means over space of ``stages``, each computed, and gathered, when it is read.
 
-    def __init__(self, stages: Sequence[Tensor], gather: Callable[[Tensor], Tensor]):
+    It does not know its Features, or these, with their maps and graph, would be there until the garbage collector came.
+    """
+
+    def __init__(self, stages: Sequence[Tensor], gather: Callable[[Tensor], Tensor] | None):
         self.stages, self.gather = stages, gather
 
     def __len__(self) -> int:
         return len(self.stages)
 
     def __getitem__(self, index: Any) -> Any:
-        return self.gather(pooled(self.stages[index]))
+        rows = pooled(self.stages[index])
+        return self.gather(rows) if self.gather else rows
 
 
 class FeatureTap:

@@ -5,6 +5,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from datafree.datasets.cards import DatasetCard
 from datafree.determinism import nondeterministic_operations, require_deterministic
 from datafree.errors import InputError, shown
 from datafree.features import Features, FeatureTap
+from datafree.micro_batch import in_parts
 from datafree.models import MODELS
 from datafree.models.factory import (
     AUXILIARY_HEADS,
@@ -167,7 +169,8 @@ class Network(nn.Module):
     shape: (C, H, W) of the images. mean, std: per channel, in [0, 1] units. metadata: what the file of its
     weights states (acc1, epoch, dataset, ...), if there is one. notes: sentences on what was guessed, converted or left
     out when it was built, without their subject. stages: names of the modules whose outputs are its stages; found by
-    themselves if there are none.
+    themselves if there are none. micro_batch: views at most that are computed at once (:mod:`datafree.micro_batch`); 0
+    sets no limit.
     """
 
     def __init__(
@@ -195,6 +198,7 @@ class Network(nn.Module):
         self.outputs = {False: self.trial.output, True: self.trial.output}  # by whether it is in training mode
         self.tap = FeatureTap(model, self.shape, stages, self.trial.dtype, self.trial.output)
         self.compile_mode: str | None = None
+        self.micro_batch = 0
         self._classes: slice | None = None
 
     @classmethod
@@ -306,11 +310,23 @@ class Network(nn.Module):
 
     def forward(self, views: Tensor) -> Tensor:
         """Views (N, C, H, W) in [0, 1] -> logits (N, classes)."""
-        return shares.divided(self._forward, views)
+        return in_parts(partial(shares.divided, self._forward), views, self.micro_batch, self)
 
-    def features(self, views: Tensor) -> Features:
-        """Views (N, C, H, W) in [0, 1] -> :class:`datafree.features.Features`."""
-        return shares.divided(self._features, views)
+    def features(self, views: Tensor, with_maps: bool = True) -> Features:
+        """Views (N, C, H, W) in [0, 1] -> :class:`datafree.features.Features`.
+
+        with_maps: whether its field ``stages`` is needed, which takes memory where the views are computed in parts.
+        """
+        return in_parts(partial(shares.divided, self._features), views, self.micro_batch, self, with_maps)
+
+    @contextmanager
+    def whole_batches(self) -> Iterator[None]:
+        """Inside, no batch is computed in parts."""
+        before, self.micro_batch = self.micro_batch, 0
+        try:
+            yield
+        finally:
+            self.micro_batch = before
 
     def _forward(self, views: Tensor) -> Tensor:
         return self._logits(raw_logits(self.model(self.normalise(views)), self.model))

@@ -52,6 +52,7 @@ def describe_distillation(
     in_pairs = config.distill.pair_sample and config.distill.learner not in LearnersOfOtherOptions()
     views = schedule.batch_size * (2 if in_pairs else 1)
     images, budget = config.synthesis.synthesis_batch_size, config.schedule.budget
+    lines += describe_parts(config.run.micro_batch, views, images * bool(source.g_steps))
     return [*lines, describe_cost(schedule, source, views, images, budget)]
 
 
@@ -67,7 +68,7 @@ def describe_quantization(
 ) -> list[str]:
     """The plan of a quantization. tested: number of test images."""
     assert isinstance(student.model, QuantizedModel)
-    budget = config.schedule.budget
+    images, budget = config.synthesis.synthesis_batch_size, config.schedule.budget
     return [
         f"Plan: quantising {config.teacher.teacher} on {describe_images(card)}, {describe_test(tested)}, "
         f"on {teacher.device}.",
@@ -81,7 +82,8 @@ def describe_quantization(
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
         + (f"each of {_count(schedule.warmup, 'epoch')} of warm-up." if not budget else "each epoch of warm-up."),
         *(["Nothing is trained."] if schedule.epochs == schedule.warmup else []),
-        describe_cost(schedule, source, schedule.batch_size, config.synthesis.synthesis_batch_size, budget),
+        *describe_parts(config.run.micro_batch, schedule.batch_size, images * bool(source.g_steps)),
+        describe_cost(schedule, source, schedule.batch_size, images, budget),
     ]
 
 
@@ -126,6 +128,20 @@ def describe_cache(cache: ViewCache | None) -> list[str]:
     return [f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB."]
 
 
+def describe_parts(micro_batch: int, *batches: int) -> list[str]:
+    """How steps on batches of these sizes are computed in parts, if they are to be; see ``--micro_batch``."""
+    if not micro_batch:
+        return []
+    counts = {size: -(-size // micro_batch) for size in batches if size > micro_batch}
+    if not counts:
+        return [f"[Alarm] --micro_batch {micro_batch} makes no difference to a step, none of which has more images."]
+    parts = " and ".join(f"of {size} images in {count} parts" for size, count in counts.items())
+    return [
+        f"Steps {parts}, of at most {micro_batch} images at once. Every term of the losses sees the whole batch, L_bn "
+        "included; BatchNorm in training mode (of student and generator) normalises by its part."
+    ]
+
+
 def describe_training(
     model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network, budget: str | None
 ) -> list[str]:
@@ -136,6 +152,7 @@ def describe_training(
         f"on {network.device}: "
         f"{length} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
         *describe_network(network),
+        *describe_parts(network.micro_batch, schedule.batch_size),
     ]
 
 
@@ -166,7 +183,9 @@ def describe_task(
         )
         lines.append(f"Learner: {options.learner}; {kept}.")
     lines += describe_objective(source)
-    return [*lines, describe_cost(schedule, source, views, config.synthesis.synthesis_batch_size)]
+    images = config.synthesis.synthesis_batch_size
+    lines += describe_parts(config.run.micro_batch, views, images * bool(source.g_steps))
+    return [*lines, describe_cost(schedule, source, views, images)]
 
 
 def describe_images(card: DatasetCard) -> str:
@@ -362,7 +381,8 @@ def describe_costs(costs: "Sequence[Cost]", free: float, folder: str, free_on_di
         )
         if most - in_use > free:
             lines.append(
-                "[Alarm] The memory does not suffice; lower --synthesis_batch_size, --batch_size or --pool_size."
+                "[Alarm] The memory does not suffice; compute steps in (smaller) parts by --micro_batch, or lower "
+                "--synthesis_batch_size, --batch_size or --pool_size."
             )
     else:
         lines.append("Memory: not known, because it can be measured on Linux and on a GPU alone.")

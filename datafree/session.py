@@ -169,8 +169,12 @@ class Session:
             if weights and weights != OWN:
                 network = Network.from_file(weights, model, self.card, key=key, **options)
             else:
-                brought = weights == OWN and role not in self.given
-                network = Network.build(self.given.get(role, model), self.card, pretrained=brought, **options)
+                brought, built = weights == OWN and role not in self.given, list[Network]()
+                with self._planning():
+                    built.append(Network.build(self.given.get(role, model), self.card, pretrained=brought, **options))
+                if not built:  # those that it would bring could not be had
+                    weights, built = "", [Network.build(model, self.card, **options)]
+                network = built[0]
         if weights:
             tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
             # As bytes, because NumPy has no bfloat16; an object may be on a GPU.
@@ -189,6 +193,7 @@ class Session:
                 f"[Alarm] The outputs of the {network.name} for an image are not the same in any batch, and of several "
                 "processes each has another batch; with one the numbers would be others."
             )
+        network.micro_batch = self.run.micro_batch
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)

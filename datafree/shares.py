@@ -14,7 +14,7 @@ nothing averages the gradients, as in a user-defined source with a backward pass
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import lru_cache, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
 from datafree import distributed
-from datafree.batchnorm import LayerStatistics, channel_statistics
+from datafree.batchnorm import LayerStatistics, channel_statistics, combined, fractions
 from datafree.distributed import call
 
 _averaged = False  # whether the gradients of what is computed now are averaged
@@ -155,23 +155,11 @@ def whole_statistics(statistics: Sequence[LayerStatistics], total: int) -> list[
     widths = [len(vector) for layer in statistics for vector in layer[:2]]
     own = torch.cat([vector for layer in statistics for vector in layer[:2]])
     parts = iter(whole(own[None], distributed.count()).split(widths, 1))
-    weights = _weights(total, own.device)
+    weights = fractions(tuple(sizes(total)), own.device)
     return [
-        LayerStatistics(*_combined(mean, variance, weights), *layer[2:])
+        LayerStatistics(*combined(mean, variance, weights), *layer[2:])
         for layer, mean, variance in zip(statistics, parts, parts)
     ]
-
-
-@lru_cache(maxsize=64)
-def _weights(total: int, device: torch.device) -> Tensor:
-    """The fraction of a batch that each process has, (processes, 1)."""
-    return (torch.tensor(sizes(total), dtype=torch.float64) / total).float()[:, None].to(device)
-
-
-def _combined(means: Tensor, variances: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Mean and biased variance (C,) of a batch from those of its shares (processes, C)."""
-    mean = (weights * means).sum(0)
-    return mean, (weights * (variances + (means - mean) ** 2)).sum(0)
 
 
 class _WholeBatchNorm(TorchFunctionMode):
@@ -219,7 +207,7 @@ class _NormaliseByWholeBatch(torch.autograd.Function):
         parts = [torch.empty_like(own) for _ in range(distributed.count())]
         call(dist.all_gather, parts, own)
         means, variances = torch.stack(parts, 1)
-        mean, variance = _combined(means, variances, _weights(_divided, x.device))
+        mean, variance = combined(means, variances, fractions(tuple(sizes(_divided)), x.device))
         ctx.save_for_backward(x, weight, mean, variance)
         ctx.eps, ctx.values = eps, in_whole_batch(x.numel() // x.shape[1])
         ctx.mark_non_differentiable(mean, variance)

@@ -41,13 +41,16 @@ class Update:
         """
         if self.network.compile_mode is not None:
             torch.compiler.cudagraph_mark_step_begin()  # outputs of the previous step may be overwritten
-        with autocast(self.network.device, self.precision), shares.averaged_gradients():
-            loss, result = compute()
-        if not loss.requires_grad:
-            raise InputError("the loss does not depend on anything that is trained; check for detach() and no_grad()")
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        with shares.averaged_gradients():
+            with autocast(self.network.device, self.precision):
+                loss, result = compute()
+            if not loss.requires_grad:
+                raise InputError(
+                    "the loss does not depend on anything that is trained; check for detach() and no_grad()"
+                )
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.scaler.scale(loss).backward()  # which computes the parts of a batch again
         loss = shares.average_gradients(optimizers, loss.detach())
         for optimizer in optimizers:
             self.scaler.unscale_(optimizer)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from datafree.synthesis.base import BaseSynthesis
 
 # Misses are padded to a multiple of 32, so that the same kernels (and rounding) are used as for full batches; of
-# several processes each has such a multiple.
+# several processes each has such a multiple. With a --micro_batch below that, they are padded to a multiple of it.
 PAD_TO = 32
 MOST_ROUNDS = 10_000  # that are reckoned one by one
 
@@ -84,11 +84,15 @@ class ViewCache:
         self.hit_rate()
 
     def _run_teacher(self, views: Tensor, new: Tensor) -> Tensor:
-        multiple = PAD_TO * distributed.count()
+        multiple, most = PAD_TO * distributed.count(), self.teacher.micro_batch
+        multiple = min(multiple, most or multiple)
         padded = new[torch.arange(-(-len(new) // multiple) * multiple, device=new.device) % len(new)]
-        features = self.teacher.features(views[padded])
+        parts = padded.split(most // multiple * multiple or len(padded))  # none is computed in parts of other sizes
+        return torch.cat([self._values(self.teacher.features(views[rows])) for rows in parts])[: len(new)]
+
+    def _values(self, features: Features) -> Tensor:
         parts = {"logits": [features.logits], "embed": [features.embed], "pooled": features.pooled}
-        return torch.cat([part.float() for name in self.widths for part in parts[name]], 1)[: len(new)]
+        return torch.cat([part.float() for name in self.widths for part in parts[name]], 1)
 
     def _keep(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
         self.keys[places] = keys

@@ -46,16 +46,28 @@ def clock(monkeypatch):
     return reading
 
 
-@pytest.mark.parametrize("of_an_image, sizes", [(0.001, [32, 64, 128, 256]), (0.1, [32, 64]), (9.0, [32, 64])])
-def test_a_step_is_measured_on_ever_more_images_while_that_is_quick(of_an_image, sizes, clock):
+@pytest.mark.parametrize(
+    "of_an_image, micro_batch, sizes",
+    [
+        (0.001, 0, [32, 64, 128, 256]),
+        (0.1, 0, [32, 64]),
+        (9.0, 0, [32, 64]),
+        (9.0, 16, [32, 64]),
+        (0.1, 50, [100, 128]),
+        (0.1, 200, [256]),
+    ],
+)
+def test_a_step_is_measured_on_ever_more_images_while_that_is_quick(of_an_image, micro_batch, sizes, clock):
+    """A slow one once for each size, beside that in which FLOP are counted; of a batch in parts two parts at least."""
     tried = []
 
     def take(images, progress):
         tried.append(images)
         clock[0] += of_an_image * images
 
-    rate = measure(take, 256, CPU, cost.SECONDS)
+    rate = measure(take, 256, CPU, cost.SECONDS, micro_batch=micro_batch)
     assert sorted(set(tried)) == sizes and (rate.images, rate.measured) == (256, sizes[-1])
+    assert len(tried) == len(sizes) + 1 or of_an_image * sizes[0] < 4
     assert rate.seconds == pytest.approx(256 * of_an_image)
 
 
@@ -311,6 +323,22 @@ def test_without_its_teacher_a_dry_run_tells_the_plan_and_how_to_get_it(refused,
 
 
 SYNTHESIS = tuple("--g_steps 2 --synthesis_batch_size 16 --nz 8 --ngf 4".split())
+
+
+def test_weights_that_a_model_would_download_are_missing_as_a_file_is(refused, tmp_path, monkeypatch, capsys):
+    def offline(name):
+        raise OSError("no route to the host")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("torchvision.models.get_model_weights", offline)
+    small = ("--dataset", "cifar10", "--teacher", "torchvision:shufflenet_v2_x0_5", "--teacher_weights", "own")
+    words = (*small, "--student", TINY, "--eval", "none", *SHORT, *SYNTHESIS)
+    with pytest.raises(SystemExit):
+        call(datafree_kd, *words, "--dry_run")
+    printed = capsys.readouterr()
+    assert "Plan: " in printed.out and told(printed.out) and "Missing: torchvision's weights of" in printed.out
+    assert "cannot be had: OSError: no route to the host; download them where" in printed.err
+    assert "cannot be had" in refused(call, datafree_kd, *words)
 
 
 def test_without_images_a_dry_run_plans_with_as_many_as_are_published(refused, tmp_path, monkeypatch, capsys):

@@ -322,7 +322,7 @@ class PixelTeacher:
     tap = Stages([2], [(4, 4)])
     tap.embed_dim = 48
 
-    def features(self, images):
+    def features(self, images, with_maps=True):
         return Features(images.mean((2, 3)), images.flatten(1), [images[:, :2]])
 
 
@@ -396,7 +396,7 @@ def test_contrast_owns_no_weights_of_the_teacher():
             super().__init__()
             self.network, self.tap = network, FeatureTap(network, (3, 4, 4))
 
-        def features(self, images):
+        def features(self, images, with_maps=True):
             return self.tap(images)
 
     owned = {name for name, _ in InstanceContrast(Teacher(), 0.2).named_parameters()}

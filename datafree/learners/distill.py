@@ -67,7 +67,8 @@ class DistillLearner(TransferLearner):
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         views, teacher = self._views(batch)
-        return weighted_sum([t for t in self.terms if progress < t.until], teacher, self.network.features(views))
+        terms = [term for term in self.terms if progress < term.until]
+        return weighted_sum(terms, teacher, self.student_features(views, terms))
 
     @torch.no_grad()
     def _views(self, batch: Batch) -> tuple[Tensor, Features]:
@@ -77,7 +78,7 @@ class DistillLearner(TransferLearner):
             return self.views(batch, times)
         draw = self.augment.draw(times * len(batch.images), batch.images.device)
         views = mixup(shift_flip(batch.images, *draw), self.settings.mixup)
-        return views, self.teacher.features(views)
+        return views, self.teacher_features(views)
 
     def _kd(self, teacher: Features, student: Features) -> Tensor:
         if self.settings.kd_distance == "l1":

@@ -56,7 +56,7 @@ class DistilledTask(TransferLearner):
         assert batch.targets is not None
         views, teacher = self.views(batch)
         labels = Labels(batch.targets, len(batch.targets))
-        return weighted_sum(self.terms, teacher, self.network.features(views), labels)
+        return weighted_sum(self.terms, teacher, self.student_features(views, self.terms), labels)
 
     def _lce(self, teacher: Features, student: Features, labels: Labels) -> Tensor:
         logits, classes = student.logits[: labels.real, self.old :], labels.classes[: labels.real]
@@ -135,13 +135,13 @@ class ReplayedTask(DistilledTask):
 
     def _features(self, views: Tensor, real: int) -> Features:
         if self.settings.passes == "together":
-            return self.network.features(views)
-        return Features.joined([self.network.features(part) for part in (views[:real], views[real:])])
+            return self.student_features(views, self.terms)
+        return Features.joined([self.student_features(part, self.terms) for part in (views[:real], views[real:])])
 
     @torch.no_grad()
     def _frozen_embed(self, views: Tensor) -> Tensor:
         self.network.eval()
-        return self.network.features(views).embed
+        return self.network.features(views, with_maps=False).embed
 
     def _features_for_head(self, views: Tensor) -> Features:
         embed = self._frozen_embed(views)
@@ -238,7 +238,7 @@ class TranslatedTask(Learner):
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         assert batch.targets is not None
         with torch.no_grad():
-            embed = self.network.features(batch.images).embed.float()
+            embed = self.network.features(batch.images, with_maps=False).embed.float()
             old, moved = self.translated(embed, batch.targets)
         logits = self.network.classify(torch.cat([embed, moved])).float()
         labels = torch.cat([batch.targets, old])
@@ -262,6 +262,6 @@ def class_means(network: Network, split: Split, batch_size: int) -> Tensor:
     sums = torch.zeros(split.num_classes, network.tap.embed_dim, device=network.device)
     counts = torch.zeros(split.num_classes, device=network.device)
     for images, labels in split.batches(batch_size):
-        sums.index_add_(0, labels, network.features(images).embed.float())
+        sums.index_add_(0, labels, network.features(images, with_maps=False).embed.float())
         counts.index_add_(0, labels, torch.ones(len(labels), device=network.device))
     return sums / counts.clamp_min(1)[:, None]

@@ -46,17 +46,20 @@ class QuantizeLearner(TransferLearner):
 
     @torch.no_grad()
     def end_warmup_epoch(self, draw: Callable[[], Batch]) -> None:
-        """Observe the ranges anew, on batches that ``draw`` returns; the last ones are kept."""
+        """Observe the ranges anew, on batches that ``draw`` returns; the last ones are kept.
+
+        The extremes of a part are not those of its batch, so that each batch is computed at once.
+        """
         assert isinstance(self.network.model, QuantizedModel)
         self.network.eval()
-        with self.network.model.observing():
+        with self.network.model.observing(), self.network.whole_batches():
             for _ in range(self.batches):
                 self.network(self.augment(draw().images))
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         views, teacher = self.views(batch)
         targets = teacher.logits.argmax(1) if batch.targets is None else batch.targets
-        return weighted_sum(self.terms, teacher, self.network.features(views), targets)
+        return weighted_sum(self.terms, teacher, self.student_features(views, self.terms), targets)
 
     def _kd(self, teacher: Features, student: Features, targets: Tensor) -> Tensor:
         return criterions.distillation(student.logits, teacher.logits, self.settings.T)

@@ -61,9 +61,17 @@ class TransferLearner(Learner):
         shift, flip = self.augment.draw(times * len(images), images.device)
         views = shift_flip(images, shift, flip)
         if self.cache is None or batch.ids is None:
-            return views, self.teacher.features(views)
+            return views, self.teacher_features(views)
         keys = batch.ids.repeat(times) * self.augment.count + self.augment.number(shift, flip)
         return views, self.cache.features(views, keys)
+
+    def teacher_features(self, views: Tensor) -> Features:
+        """The teacher's Features of views (N, C, H, W), with whole maps if a term reads them."""
+        return self.teacher.features(views, with_maps="stages" in fields_read(self.terms, "teacher"))
+
+    def student_features(self, views: Tensor, terms: Sequence[Term]) -> Features:
+        """The student's Features of views (N, C, H, W), with whole maps if one of the ``terms`` reads them."""
+        return self.network.features(views, with_maps="stages" in fields_read(terms, "student"))
 
     def _striplet(self, teacher: Features, student: Features, *more: Any) -> Tensor:
         return self._separate(self._triplet_layers(student), teacher.logits.argmax(1), self._space(teacher, student))

@@ -11,7 +11,7 @@ import torch
 import torchvision
 from torch import nn
 
-from datafree.errors import InputError, OptionError
+from datafree.errors import InputError, MissingError, OptionError
 from datafree.plugins import FAILURES, first_line, is_custom, load_custom
 
 from . import MODELS
@@ -135,7 +135,10 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, pretrained:
         weights = torchvision.models.get_model_weights(name).DEFAULT
         model = torchvision.models.get_model(name, weights=weights, **options)
     except Exception as error:  # a download may fail in many ways
-        raise InputError(f"torchvision's weights of {name} cannot be had: {first_line(error)}") from error
+        raise MissingError(
+            f"torchvision's weights of {name} cannot be had: {first_line(error)}; download them where there is a "
+            "network, and name the file"
+        ) from error
     transform = weights.transforms()
     # As timm's networks state theirs.
     model.pretrained_cfg = {"mean": tuple(transform.mean), "std": tuple(transform.std)}

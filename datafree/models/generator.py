@@ -1,12 +1,14 @@
 """The image generator: latents in, images in [0, 1] out, for any image size."""
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from datafree import shares
+from datafree.micro_batch import in_parts
 
 
 class UpsampleConv(nn.Module):
@@ -35,11 +37,13 @@ class Generator(nn.Module):
     and leaky ReLU, a last 3x3 convolution, sigmoid. Larger images need more upsamplings; the
     output is cropped to its centre if a size is not a multiple of the upsampling factor.
 
-    ngf: channels of the last feature map. shape: (C, H, W).
+    ngf: channels of the last feature map. shape: (C, H, W). micro_batch: images at most that are computed at once
+    (:mod:`datafree.micro_batch`), by whose statistics BatchNorm normalises them; 0 sets no limit.
     """
 
-    def __init__(self, nz: int, ngf: int, shape: tuple[int, int, int]):
+    def __init__(self, nz: int, ngf: int, shape: tuple[int, int, int], micro_batch: int = 0):
         super().__init__()
+        self.micro_batch = micro_batch
         channels, self.height, self.width = shape
         doublings = max(2, math.ceil(math.log2(max(self.height, self.width) / 8)))
         scale = 2**doublings
@@ -68,7 +72,7 @@ class Generator(nn.Module):
         _initialise(self.project)
 
     def forward(self, z: Tensor) -> Tensor:
-        return shares.divided(self._render, z)
+        return in_parts(partial(shares.divided, self._render), z, self.micro_batch, self)
 
     def _render(self, z: Tensor) -> Tensor:
         x = self.project(z).view(-1, *self.base).contiguous(memory_format=torch.channels_last)

@@ -37,7 +37,7 @@ class InstanceContrast(nn.Module):
 
     def forward(self, images: Tensor, global_features: Features) -> Tensor:
         """images (N, C, H, W) in [0, 1]; global_features: the teacher's Features of their global views."""
-        local = self.head(instance(self._teacher_features(random_resized_crop(images))))
+        local = self.head(instance(self._teacher_features(random_resized_crop(images), with_maps=False)))
         size = min(self.added, BANK_SIZE)
         drawn = torch.randint(max(size, 1), (min(NEGATIVES, size),), device=self.bank.device)
         with torch.no_grad():
@@ -47,7 +47,7 @@ class InstanceContrast(nn.Module):
     @torch.no_grad()
     def remember(self, images: Tensor) -> None:
         """Add a round's kept images (N, C, H, W) to the bank, in place of the oldest."""
-        rows = instance(self._teacher_features(images)).float()
+        rows = instance(self._teacher_features(images, with_maps=False)).float()
         place = (self.added + torch.arange(len(rows), device=rows.device)) % BANK_SIZE
         self.bank[place] = rows
         self.added += len(rows)

@@ -29,7 +29,7 @@ class GenerativeSynthesis(OptimisedSynthesis):
     def __init__(self, teacher: Any, student: Any, augment: Any, card: Any, config: Any, device: Any = "cpu"):
         super().__init__(teacher, student, augment, card, config, device)
         nz = self.settings.nz
-        self.generator = Generator(nz, self.settings.ngf, card.shape).to(self.device)
+        self.generator = Generator(nz, self.settings.ngf, card.shape, config.run.micro_batch).to(self.device)
         self.embedding = nn.Embedding(self.num_classes, nz).to(self.device) if self.settings.class_embedding else None
         trained = [parameter for part in self._parts().values() for parameter in part.parameters()]
         self.optimizer = torch.optim.Adam(trained, self.settings.lr_g, ADAM_BETAS)

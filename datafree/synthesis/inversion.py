@@ -31,7 +31,7 @@ class InversionSynthesis(RoundSynthesis):
     def __init__(self, teacher: Any, student: Any, augment: Any, card: Any, config: Any, device: Any = "cpu"):
         super().__init__(teacher, student, augment, card, config, device)
         settings = self.settings
-        self.generator = Generator(settings.nz, settings.ngf, card.shape).to(self.device)
+        self.generator = Generator(settings.nz, settings.ngf, card.shape, config.run.micro_batch).to(self.device)
         self.optimizer, self.meta_optimizer = self._new_optimizer(), None
         if settings.generator_init == "maml":
             rate = settings.meta_rate * settings.lr_g * self.g_steps

@@ -1,6 +1,5 @@
 """The loss under which images are synthesised: a weighted sum of terms, of which those of weight 0 are not computed."""
 
-from contextlib import nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from datafree.batchnorm import BatchNormTap, LayerStatistics
 from datafree.config import Relation, Synthesis
 from datafree.errors import InputError
 from datafree.features import Features
+from datafree.micro_batch import in_parts
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.terms import Term, fields_read, weighted, weighted_sum
 from datafree.trial import trial_images, unchanged
@@ -94,14 +94,25 @@ class SynthesisObjective:
         with_student: whether terms that use the student take part.
         """
         terms = self.active(with_student)
-        with_statistics = "batch_norm" in fields_read(terms, "teacher")
-        with self.bn_tap if with_statistics else nullcontext():
-            teacher = self.teacher.features(views)
+        of_teacher, of_student = (fields_read(terms, network) for network in ("teacher", "student"))
+        with_statistics = "batch_norm" in of_teacher
+        teacher = in_parts(
+            self._teacher_with_statistics if with_statistics else self.teacher.features,
+            views,
+            self.teacher.micro_batch,
+            self.teacher,
+            with_maps="stages" in of_teacher,
+        )
         if with_statistics:
-            self.statistics = shares.whole_statistics(self.bn_tap.statistics, len(views))
-            teacher = teacher.with_batch_norm(self.statistics)
-        student = self.student.features(views) if any(term.student for term in terms) else Features()
+            self.statistics = teacher.batch_norm
+        student = self.student.features(views, with_maps="stages" in of_student) if of_student else Features()
         return weighted_sum(terms, teacher, student, Synthesised(images, targets))
+
+    def _teacher_with_statistics(self, views: Tensor) -> Features:
+        """The teacher's Features of views (N, C, H, W), which are computed at once, with its BatchNorm statistics."""
+        with self.bn_tap:
+            features = self.teacher.features(views)
+        return features.with_batch_norm(shares.whole_statistics(self.bn_tap.statistics, len(views)))
 
     def active(self, with_student: bool = True) -> list[Term]:
         """The terms to compute; InputError if there is none."""

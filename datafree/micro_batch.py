@@ -1,0 +1,79 @@
+"""Batches that are computed in parts, so that a step takes the memory of ``--micro_batch`` images.
+
+No more images than that go through a network at once. Of a pass with gradients only the outputs are kept; the backward
+pass computes each part again when it comes to it, accumulates its gradients and frees it (Chen et al. 2016). The loss
+is one function of the outputs of all parts, as in Gao et al. 2021, and not a mean of losses of parts: so the gradients
+are those of the whole batch, whatever the loss makes of it and however long the parts are. What is normalised by the
+batch within a pass, that is by BatchNorm in training mode, is normalised by its part.
+
+Rows are dealt out to the parts in turn, so that each has its share of what a batch has in order: sorted target classes,
+real images before synthetic ones. Of several processes each has its share of each part (:mod:`datafree.shares`).
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+from datafree.features import Features
+from datafree.runtime import load_rng_state, rng_state, same_rng
+
+
+def in_parts(
+    compute: Callable[[Tensor], Any], batch: Tensor, most: int, module: nn.Module, with_maps: bool = True
+) -> Any:
+    """``compute(batch)`` for a batch (N, ...), of which at most ``most`` rows are computed at once; 0 sets no limit.
+
+    compute: gives a tensor (N, ...) or :class:`Features` by ``module``, whose weights may have gradients. with_maps:
+    whether Features of several parts have whole maps.
+    """
+    count = -(-len(batch) // most) if most else 1
+    if count <= 1:
+        return compute(batch)
+    order = torch.cat([torch.arange(first, len(batch), count, device=batch.device) for first in range(count)])
+    sizes = [len(range(first, len(batch), count)) for first in range(count)]
+    parts = [_part(partial(_outputs, compute, with_maps), rows, module) for rows in batch[order].split(sizes)]
+    places = order.argsort()
+    return torch.cat(parts)[places] if torch.is_tensor(parts[0]) else Features.joined(parts, places)
+
+
+def _outputs(compute: Callable[[Tensor], Any], with_maps: bool, rows: Tensor) -> Any:
+    found = compute(rows)
+    return found if torch.is_tensor(found) else found.computed(with_maps)
+
+
+def _part(compute: Callable[[Tensor], Any], rows: Tensor, module: nn.Module) -> Any:
+    if not torch.is_grad_enabled():
+        return compute(rows)
+    with set_checkpoint_early_stop(False):  # or an exception would end the second pass, through hooks and collectives
+        return checkpoint(
+            compute, rows, use_reentrant=False, preserve_rng_state=False, context_fn=partial(_contexts, module)
+        )
+
+
+def _contexts(module: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """Those of the first and of the second pass of a part."""
+    buffers = [buffer for part in module.modules() if part.training for buffer in part.buffers(recurse=False)]
+    return nullcontext(), _as_before(rng_state(), buffers, [buffer.clone() for buffer in buffers])
+
+
+@contextmanager
+def _as_before(rng: dict[str, Any], buffers: list[Tensor], before: list[Tensor]) -> Iterator[None]:
+    """Inside, random states and buffers, such as running statistics, are those of ``before``; then as they are now."""
+    now = [buffer.clone() for buffer in buffers]
+    _fill(buffers, before)
+    try:
+        with same_rng():
+            load_rng_state(rng)
+            yield
+    finally:
+        _fill(buffers, now)
+
+
+def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:
+    for buffer, value in zip(buffers, values):
+        buffer.data.copy_(value)  # by data, for another graph may keep the buffer, and would refuse its new version
