@@ -67,7 +67,8 @@ class Engine:
     ``tick`` before each batch, which may end it by an exception.
     monitor: called after each epoch, or None. gallery: draws the image grids.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
-    when the run is resumed, except the number of epochs. budget: of which the length of the run follows, or None.
+    when the run is resumed, except the number of epochs. defaults: of these options. budget: of which the length of the
+    run follows, or None.
     """
 
     def __init__(
@@ -82,11 +83,12 @@ class Engine:
         monitor: Monitor | None = None,
         gallery: Gallery | None = None,
         metadata: dict[str, Any] | None = None,
+        defaults: Mapping[str, Any] | None = None,
         budget: Budget | None = None,
     ):
         self.learner, self.source, self.schedule, self.folder, self.run = learner, source, schedule, folder, run
         self.evaluate, self.monitor, self.metadata, self.budget = evaluate, monitor, metadata or {}, budget
-        self.gallery = gallery or Gallery(())
+        self.gallery, self.defaults = gallery or Gallery(()), defaults
         self.position = {"epoch": 0, "round": 0, "step": 0}
         self.means = Means()
         self.best: dict[str, float] = {"acc1": -1.0, "epoch": -1}
@@ -442,7 +444,7 @@ class Engine:
         theirs, ours = (metadata.get("options", {}) for metadata in (state["metadata"], self.metadata))
         # Without any epochs other options are unused, so that a run of none is another run.
         but = ("epochs",) if theirs.get("epochs") and ours.get("epochs") and not self.budget else ()
-        require_same_options(theirs, ours, path, but=but)
+        require_same_options(theirs, ours, path, but, self.defaults)
         if not self.budget and state["position"]["epoch"] > self.schedule.epochs:
             raise InputError(
                 f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
@@ -461,11 +463,18 @@ def obey_alarms(run: Run, folder: RunFolder, alarms: Sequence[str]) -> None:
 
 
 def require_same_options(
-    theirs: Mapping[str, Any], ours: Mapping[str, Any], path: Path, but: Sequence[str] = ()
+    theirs: Mapping[str, Any],
+    ours: Mapping[str, Any],
+    path: Path,
+    but: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Raise InputError if ``path`` was written with other options than ours, but for those that may change."""
+    """Raise InputError if ``path`` was written with other options than ours, but for those that may change.
+
+    defaults: of the options, with which a version that did not have one of them wrote.
+    """
     for name in {**theirs, **ours}:
-        then, now = theirs.get(name), ours.get(name)
+        then, now = theirs.get(name, (defaults or {}).get(name)), ours.get(name)
         if name in but or then == now:
             continue
         if is_same_code(then, now):

@@ -22,7 +22,7 @@ from datafree.learners.base import Learner
 from datafree.learners.incremental import class_means
 from datafree.logger import RunFolder, plain, table
 from datafree.network import Network
-from datafree.options import result_options
+from datafree.options import default_options, result_options
 from datafree.plan import describe_task, least_useful
 from datafree.results import read_matrix, read_summary
 from datafree.runtime import environment, seed_everything
@@ -350,7 +350,7 @@ class IncrementalRun:
         if self.session.run.resume != "auto" or not path.is_file():
             return
         found = read_matrix(path, len(self.tasks))
-        require_same_options(found["options"], self.options, path)
+        require_same_options(found["options"], self.options, path, defaults=default_options(self.session.config))
         self.finished, self.results.matrix = found["finished"], found["accuracy"]
         if self.finished > (1 if self.settings.weights else 0):
             weights = self.task_folder(self.finished - 1) / "checkpoints" / checkpoint.LAST_WEIGHTS[0]

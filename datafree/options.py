@@ -196,6 +196,11 @@ def result_options(config: Any) -> dict[str, Any]:
     }
 
 
+def default_options(config: Any) -> dict[str, Any]:
+    """Option -> default of all that the result may depend on."""
+    return {o.name: o.default for o in list_options(type(config)) if o.affects_result}
+
+
 def why_unused(opt: Option, values: Mapping[str, Any], options: Options, path: tuple[str, ...] = ()) -> dict[str, Any]:
     """Option -> value of the reasons why nothing reads ``opt``; empty if something does. path: options on the way."""
     for condition in opt.unused_when:

@@ -18,7 +18,7 @@ from datafree.launch import command
 from datafree.learners.base import Learner
 from datafree.logger import ReadOnlyFolder, RunFolder, table
 from datafree.network import Network
-from datafree.options import result_options
+from datafree.options import default_options, result_options
 from datafree.plugins import short_name
 from datafree.runtime import environment, peak_memory
 from datafree.schedule import Schedule
@@ -87,6 +87,7 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
             monitor=training.monitor,
             gallery=gallery(session, training),
             metadata=metadata,
+            defaults=default_options(session.config),
             budget=budget,
         )
         if not resume(session, engine) and budget:

@@ -454,6 +454,16 @@ def test_another_teacher_under_the_same_name_is_noticed_at_resume(distil, teache
     assert "--teacher_weights" in line
 
 
+def test_a_version_that_lacked_an_option_wrote_with_its_default(distil, refused):
+    last = distil("--epochs", 1) / "checkpoints" / "last.pth"
+    state = torch.load(last, weights_only=True)
+    assert state["metadata"]["options"].pop("micro_batch") == 0
+    torch.save(state, last)
+    words = ("--epochs", 2, "--resume", "auto")
+    assert "written with --micro_batch 0, not 4" in refused(distil, *words, "--micro_batch", 4, before_run=False)
+    assert len(rows(distil(*words))) == 2
+
+
 def test_a_refused_checkpoint_leaves_the_folder_free(distil, refused):
     last = distil("--epochs", 1, tag="first") / "checkpoints" / "last.pth"
     new = partial(distil, tag="second")
