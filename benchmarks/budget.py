@@ -1,6 +1,7 @@
 """The number of epochs that fit into a time budget: python -m benchmarks.budget SECONDS FOLDER...
 
-By the mean seconds that an epoch of the finished runs below the folders took for synthesis and student training.
+By the mean seconds that an epoch of the finished runs below the folders took for synthesis and student training. So all
+seeds of a comparison have the same epochs, unlike with --budget, by which every run measures itself.
 """
 
 import statistics

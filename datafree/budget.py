@@ -15,7 +15,7 @@ UNITS = {"s": 1, "m": 60, "h": 3600}
 LONGEST = 10**9  # seconds, and student steps
 FIRST = 0.05  # share of the budget that is spent when the run's own steps first decide
 AGAIN = 0.25  # share of what is left after which they decide again,
-LAST = 0.98  # up to this share of the budget
+UNTIL = 0.98  # up to this share of the budget
 CLOSE = 0.02  # share of the budget by which a plan may miss it and stays
 
 now = time.perf_counter
@@ -62,9 +62,9 @@ class Budget:
         done: student steps of the run so far, as in :attr:`Schedule.steps`.
         """
         ends = plan.steps, (plan.synthesis_rounds or 0) * plan.kd_steps
-        return done in ends or self._due <= min(self.spent, LAST * self.seconds)
+        return done in ends or self._due <= min(self.spent, UNTIL * self.seconds)
 
-    def relay(self, current: Schedule, done: int, seconds_left: Seconds) -> Schedule:
+    def replan(self, current: Schedule, done: int, seconds_left: Seconds) -> Schedule:
         """The plan from now on, after ``done`` student steps.
 
         It is the ``current`` one if that ends nearly in time.
@@ -120,8 +120,13 @@ def fitted(
         return in_proportion(recipe, rounds, current, -(-done // recipe.kd_steps))
 
     def largest(least: int, schedule_of: Callable[[int], Schedule]) -> int:
-        tried = range(least, max(least, LONGEST))
-        return least + max(0, bisect_left(tried, True, key=lambda n: seconds(schedule_of(n)) > available) - 1)
+        def is_too_long(n: int) -> bool:
+            return seconds(schedule_of(n)) > available
+
+        more = 1
+        while least + more < LONGEST and not is_too_long(least + more):
+            more *= 2
+        return least + max(0, bisect_left(range(least, least + more), True, key=is_too_long) - 1)
 
     warm = (current.warmup if current else min(recipe.warmup, 1)) * recipe.rounds
     whole = of_rounds(largest(max(warm + 1, -(-done // recipe.kd_steps)), of_rounds))
@@ -140,11 +145,11 @@ def in_proportion(recipe: Schedule, rounds: int, current: Schedule | None, begun
     else:
         share = recipe.warmup / recipe.epochs
         warmup = min(max(round(share * plan.epochs), min(recipe.warmup, 1)), plan.epochs - 1)
-    making = rounds
+    synthesising = rounds
     if recipe.synthesis_rounds is not None:
         share = min(1.0, recipe.synthesis_rounds / recipe.total_rounds)
         beyond = recipe.synthesis_rounds > recipe.warmup * recipe.rounds  # with terms that the warm-up lacks
-        making = min(rounds, max(round(share * rounds), warmup * recipe.rounds + 1 if beyond else 1, begun))
+        synthesising = min(rounds, max(round(share * rounds), warmup * recipe.rounds + 1 if beyond else 1, begun))
     if current and current.synthesis_rounds is not None and begun > current.synthesis_rounds:
-        making = current.synthesis_rounds  # a round without synthesis is not made up for
-    return replace(plan, warmup=warmup, synthesis_rounds=making)
+        synthesising = current.synthesis_rounds  # a round without synthesis is not made up for
+    return replace(plan, warmup=warmup, synthesis_rounds=synthesising)

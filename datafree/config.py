@@ -335,9 +335,9 @@ class Synthesis:
 
     source: Literal["inversion", "pixels", "noisy_layer", "generator", "noise", "real", "folder"] = option(
         "inversion",
-        "Source of images: a generator optimised in each round, pixels optimised directly, a generator of class "
-        "embeddings behind a noisy layer (NAYER), one generator trained throughout whose images are not kept, noise, "
-        "the training set, the images of pool_images alone, or a user-defined class.",
+        "Source of images: a generator optimised in each round, pixels optimised directly, a generator fed with "
+        "class embeddings through noisy layers (NAYER), one generator trained throughout whose images are not kept, "
+        "noise, the training set, the images of pool_images alone, or a user-defined class.",
         custom=True,
     )
     synthesis_batch_size: int = option(256, "Images of a synthesis step; those of a round enter the pool.", low=1)
@@ -1073,8 +1073,9 @@ class Replay(Synthesis):
 
     source: Literal["inversion", "pixels", "noisy_layer", "generator", "noise"] = option(
         "generator",
-        "Source of images: a generator optimised in each round, pixels optimised directly, a generator of class "
-        "embeddings behind a noisy layer, one generator whose images are not kept, noise, or a user-defined class.",
+        "Source of images: a generator optimised in each round, pixels optimised directly, a generator fed with "
+        "class embeddings through noisy layers, one generator whose images are not kept, noise, or a user-defined "
+        "class.",
         unused_when=NO_REPLAY,
         custom=True,
     )

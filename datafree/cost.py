@@ -30,7 +30,7 @@ from datafree.schedule import Schedule
 from datafree.session import Session
 from datafree.signals import handled, leave
 from datafree.synthesis.base import BaseSynthesis
-from datafree.synthesis.optimised import RoundSynthesis
+from datafree.synthesis.optimised import RoundSynthesis, pool_capacity
 from datafree.training import Training, gallery, test_images, weights_metadata
 from datafree.trial import trial_images, unchanged
 from datafree.view_cache import expected_new_views
@@ -112,6 +112,7 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
     lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
     if (processes := launch.processes()) > 1:
         lines.append(f"Measured in one process alone; the {processes} of the run divide each batch.")
+
     for line in [*lines, *describe(session, costs)]:
         print(printable(line), flush=True)
     if session.missing:
@@ -123,6 +124,7 @@ def lay_plan(session: Session, training: Training, engine: Engine) -> None:
 
     The run's own steps correct it. Raises InputError for a budget that is too short.
     """
+    training.learner.follow(training.schedule.total_student_steps)  # refuses one that cannot, before it is measured
     budget, before, found = engine.budget, copy.deepcopy(engine.state_dict()), None
     assert budget
     if not distributed.rank():
@@ -185,8 +187,11 @@ def forecasts(session: Session, trainings: Iterable[Training]) -> Iterator[tuple
             measured[kind] = measure_training(session, training)
         if training.budget:
             schedule = planned_schedule(session, training, measured[kind])
+            training.learner.follow(schedule.total_student_steps)
             training.source.follow(schedule)
-            line = f"Budget {training.budget}, by steps tried here: {plan.describe_length(schedule)}."
+            processes = launch.processes()
+            evenly = f", as if {processes} processes divided the time evenly" * (processes > 1)
+            line = f"Budget {training.budget}, by steps tried here{evenly}: {plan.describe_length(schedule)}."
             training = replace(training, schedule=schedule, plan=[*training.plan, line])
         yield training, None if known else measured[kind], total(session, training, measured[kind])
 
@@ -440,8 +445,7 @@ def total(session: Session, training: Training, rates: Rates) -> Cost:
     phases, tested = rates.phases, len(test_images(session, training) or ())
     known = 0.0
     if "views" in phases:
-        images = session.config.synthesis.synthesis_batch_size
-        known = known_views(training, phases["views"].images, images, session.augment.count)
+        known = known_views(session, training, phases["views"].images)
     amounts = amounts_of(training.schedule, session.run, tested, known, phases)
     seconds = {phase: amounts[phase] * rate.seconds for phase, rate in phases.items()}
     by_kind = {kind: sum(seconds.get(phase, 0.0) for phase in parts) for kind, parts in KINDS.items()}
@@ -480,15 +484,17 @@ def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: 
     }
 
 
-def known_views(training: Training, views: int, images: int, count: int) -> float:
-    """The share of the ``views`` of a student step whose outputs the view cache will know.
-
-    images: of a batch of synthesis. count: views of an image.
-    """
-    cache, pool, schedule = training.learner.cache, getattr(training.source, "pool", None), training.schedule
+def known_views(session: Session, training: Training, views: int) -> float:
+    """The share of the ``views`` of a student step whose outputs the view cache will know."""
+    cache, source, schedule = training.learner.cache, training.source, training.schedule
+    pool, count, made = getattr(source, "pool", None), session.augment.count, 0
     assert cache and isinstance(pool, ImagePool)
-    made = images if training.source.traits.synthesises else 0
-    new = expected_new_views(schedule, views, made, pool.capacity, count, len(cache), pool.start)
+    capacity = pool.capacity
+    if isinstance(source, RoundSynthesis):  # whose pool is as large as the schedule wants
+        capacity = pool.start + pool_capacity(session.config, schedule)
+        made = session.config.synthesis.synthesis_batch_size * source.traits.synthesises
+    places = cache.places_for(capacity * count)
+    new = expected_new_views(schedule, views, made, capacity, count, places, pool.start)
     return 1 - new / max(schedule.total_student_steps * views, 1)
 
 

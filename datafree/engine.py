@@ -34,6 +34,7 @@ from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.plan import describe_length
 from datafree.plugins import first_line, is_same_code
+from datafree.pool import ImagePool
 from datafree.progress import Progress
 from datafree.results import is_number
 from datafree.runtime import load_rng_state, rng_state
@@ -203,11 +204,20 @@ class Engine:
         if not distributed.least(int(budget.is_due(self.schedule, done))):
             return
         self._wait_for_device()
-        plan = distributed.gathered(budget.relay(self.schedule, done, self._seconds_left))[0]
-        if plan != self.schedule:
+        plan = distributed.gathered(budget.replan(self.schedule, done, self._seconds_left))[0]
+        if plan == self.schedule:
+            return
+        before, obstacle = self.schedule, ""
+        try:
             self.follow(plan)
-            self.folder.log(f"Budget {budget.text}, after {budget.spent:.1f} s: {describe_length(plan)}.")
-            self.save()
+        except InputError as error:  # such as no room for the images of a longer run
+            obstacle = str(error)
+        if found := [text for text in distributed.gathered(obstacle) if text]:
+            self.follow(before)
+            self.folder.log(f"[Alarm] Budget {budget.text}: the plan stays, because of a longer one {found[0]}")
+            return
+        self.folder.log(f"Budget {budget.text}, after {budget.spent:.1f} s: {describe_length(plan)}.")
+        self.save()
 
     def _seconds_left(self, plan: Schedule) -> float:
         """What the rest of the run takes by that plan, at the rate of its own steps, or of those tried before it."""
@@ -221,10 +231,16 @@ class Engine:
 
     def follow(self, plan: Schedule) -> None:
         """Go on with a schedule of another length; before the run begins, it may differ in its warm-up, too."""
-        self.schedule = plan
         self.learner.follow(plan.total_student_steps)
-        self.source.follow(plan)
+        cache, pool = self.learner.cache, getattr(self.source, "pool", None)
+        if cache and isinstance(pool, ImagePool):
+            views = cache.possible // pool.capacity  # of an image
+            self.source.follow(plan)
+            cache.resize(pool.capacity * views)
+        else:
+            self.source.follow(plan)
         self.progress.follow(plan)
+        self.schedule = plan
 
     def _close_unless_stopped(self) -> list[str]:
         """:meth:`close_epoch`; if a signal stops its evaluation, everything is as before, to be closed on resume."""

@@ -1,10 +1,11 @@
 """Batches that are computed in parts, so that a step takes the memory of ``--micro_batch`` images.
 
-No more images than that go through a network at once. Of a pass with gradients only the outputs are kept; the backward
-pass computes each part again when it comes to it, accumulates its gradients and frees it (Chen et al. 2016). The loss
-is one function of the outputs of all parts, as in Gao et al. 2021, and not a mean of losses of parts: so the gradients
-are those of the whole batch, whatever the loss makes of it and however long the parts are. What is normalised by the
-batch within a pass, that is by BatchNorm in training mode, is normalised by its part.
+No more images than that go through a network at once, except within ``Network.whole_batches``. Of a pass with
+gradients only the outputs are kept; the backward pass computes each part again when it comes to it, accumulates its
+gradients and frees it (Chen et al. 2016). The loss is one function of the outputs of all parts, as in Gao et al. 2021,
+and not a mean of losses of parts: so the gradients are those of the whole batch, whatever the loss makes of it and
+however long the parts are. What is normalised by the batch within a pass, that is by BatchNorm in training mode, is
+normalised by its part.
 
 Rows are dealt out to the parts in turn, so that each has its share of what a batch has in order: sorted target classes,
 real images before synthetic ones. Of several processes each has its share of each part (:mod:`datafree.shares`).

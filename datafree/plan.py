@@ -52,7 +52,7 @@ def describe_distillation(
     in_pairs = config.distill.pair_sample and config.distill.learner not in LearnersOfOtherOptions()
     views = schedule.batch_size * (2 if in_pairs else 1)
     images, budget = config.synthesis.synthesis_batch_size, config.schedule.budget
-    lines += describe_parts(config.run.micro_batch, views, images * bool(source.g_steps))
+    lines += describe_parts(config.run.micro_batch, "student and generator", views, images * bool(source.g_steps))
     return [*lines, describe_cost(schedule, source, views, images, budget)]
 
 
@@ -82,7 +82,7 @@ def describe_quantization(
         f"Ranges are observed on {_count(config.quantizer.calibration, 'batch')} of {schedule.batch_size} images after "
         + (f"each of {_count(schedule.warmup, 'epoch')} of warm-up." if not budget else "each epoch of warm-up."),
         *(["Nothing is trained."] if schedule.epochs == schedule.warmup else []),
-        *describe_parts(config.run.micro_batch, schedule.batch_size, images * bool(source.g_steps)),
+        *describe_parts(config.run.micro_batch, "a generator", schedule.batch_size, images * bool(source.g_steps)),
         describe_cost(schedule, source, schedule.batch_size, images, budget),
     ]
 
@@ -128,8 +128,11 @@ def describe_cache(cache: ViewCache | None) -> list[str]:
     return [f"View cache: {len(cache):,} of {cache.possible:,} views, at most {megabytes:.0f} MB."]
 
 
-def describe_parts(micro_batch: int, *batches: int) -> list[str]:
-    """How steps on batches of these sizes are computed in parts, if they are to be; see ``--micro_batch``."""
+def describe_parts(micro_batch: int, trained: str, *batches: int) -> list[str]:
+    """How steps on batches of these sizes are computed in parts, if they are to be; see ``--micro_batch``.
+
+    trained: what may have BatchNorm in training mode.
+    """
     if not micro_batch:
         return []
     counts = {size: -(-size // micro_batch) for size in batches if size > micro_batch}
@@ -138,7 +141,7 @@ def describe_parts(micro_batch: int, *batches: int) -> list[str]:
     parts = " and ".join(f"of {size} images in {count} parts" for size, count in counts.items())
     return [
         f"Steps {parts}, of at most {micro_batch} images at once. Every term of the losses sees the whole batch, L_bn "
-        "included; BatchNorm in training mode (of student and generator) normalises by its part."
+        f"included; BatchNorm in training mode (of {trained}) normalises by its part."
     ]
 
 
@@ -146,13 +149,13 @@ def describe_training(
     model: str, card: DatasetCard, images: int, tested: int, schedule: Schedule, network: Network, budget: str | None
 ) -> list[str]:
     """The plan of supervised training. images, tested: number of training and of test images. budget: its --budget."""
-    length = f"{budget} of epochs" if budget else _count(schedule.epochs, "epoch")
+    length = f"for {budget}, in epochs" if budget else _count(schedule.epochs, "epoch")
     return [
         f"Plan: training {model} on {images:,} images of {describe_images(card)}, {describe_test(tested)}, "
         f"on {network.device}: "
         f"{length} of {schedule.kd_steps} steps of {schedule.batch_size} images.",
         *describe_network(network),
-        *describe_parts(network.micro_batch, schedule.batch_size),
+        *describe_parts(network.micro_batch, "the network", schedule.batch_size),
     ]
 
 
@@ -184,7 +187,7 @@ def describe_task(
         lines.append(f"Learner: {options.learner}; {kept}.")
     lines += describe_objective(source)
     images = config.synthesis.synthesis_batch_size
-    lines += describe_parts(config.run.micro_batch, views, images * bool(source.g_steps))
+    lines += describe_parts(config.run.micro_batch, "student and generator", views, images * bool(source.g_steps))
     return [*lines, describe_cost(schedule, source, views, images)]
 
 
@@ -270,7 +273,11 @@ def describe_source(options: Synthesis, teacher: Network) -> str:
         "real": "the real training images: not data-free",
         "folder": f"those of {folder}",
     }
-    made = f"by {name}" if is_custom(name) else f"from noise, guided by the {teacher.name}"
+    start = "noise"
+    if name == "noisy_layer":
+        given = f"the embeddings in {options.class_embeddings}" if options.class_embeddings else "random embeddings"
+        start = f"{given} of the classes, through noisy layers"
+    made = f"by {name}" if is_custom(name) else f"from {start}, guided by the {teacher.name}"
     opened = f"no training image is opened, if none is in {folder}" if folder else "no training image is opened"
     return f"Images: {kinds.get(name) or f'synthesised {made}; {opened}'}."
 
@@ -291,7 +298,8 @@ def describe_triplets(objective: SynthesisObjective) -> list[str]:
 def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int, budget: str | None = None) -> str:
     """Steps and images of the whole run. views: of a student step. images: of a synthesis step. budget: --budget."""
     if budget:
-        steps = f"{source.g_steps} synthesis steps of {images} images and " if source.g_steps else ""
+        of_round = f"{describe_batches(schedule)}{source.g_steps} synthesis steps of {images} images and "
+        steps = of_round * bool(source.g_steps)
         return f"Cost: {budget}, in rounds of {steps}{schedule.kd_steps} student steps of {views} views."
     cost = f"{schedule.total_student_steps:,} student steps of {views} views"
     if source.g_steps:

@@ -22,6 +22,13 @@ class Batch(NamedTuple):
     ids: Tensor | None = None
 
 
+def as_bytes(images: Tensor) -> Tensor:
+    """Images in [0, 1] as they are kept: rounded to uint8, 255 for 1; bytes are returned as they are."""
+    if images.dtype == torch.uint8:
+        return images
+    return images.detach().float().mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+
 class ImagePool:
     """A uint8 ring buffer of images (N, C, H, W) with their target classes; beyond ``capacity`` the oldest are dropped.
 
@@ -37,10 +44,15 @@ class ImagePool:
         self._rest = torch.empty(0, dtype=torch.long, device=device)  # of the current pass
 
     def resize(self, capacity: int) -> None:
-        """Have room for so many images beside those of the start, at least all that were added; these stay."""
+        """Have room for so many images beside those of the start, which stay, as do all that were added.
+
+        Unless some were dropped, or would be: then the others are forgotten, too.
+        """
         if capacity == self._ring:
             return
-        held = self.start + min(self.added, capacity)
+        if self.added > min(self._ring, capacity):
+            self.added, self._rest = 0, self._rest[:0]
+        held = len(self)
         images, targets = self.images[:held], self.targets[:held]
         self._allocate(self.start + capacity, "--pool_size")
         self.images[:held], self.targets[:held] = images, targets
@@ -76,13 +88,12 @@ class ImagePool:
         return self.start + min(self.added, self._ring)
 
     def add(self, images: Tensor, targets: Tensor) -> None:
-        """Append images (N, C, H, W) in [0, 1], rounded to bytes, and their target classes (N,)."""
+        """Append images (N, C, H, W), as bytes or in [0, 1], and their target classes (N,)."""
         if tuple(images.shape[1:]) != self.shape:
             raise InputError(f"images of shape {tuple(images.shape[1:])} do not fit into a pool of {self.shape}")
         place = self.start + (self.added + torch.arange(len(images), device=self.device)) % self._ring
         last = slice(-self._ring, None)  # of a batch larger than the pool, because no place may occur twice
-        pixels = images[last].detach().float().mul(255).round_().clamp_(0, 255)
-        self.images[place[last]] = pixels.to(torch.uint8)
+        self.images[place[last]] = as_bytes(images[last])
         self.targets[place[last]] = targets[last]
         self.added += len(images)
         self._rest = self._rest[:0]  # a new pass has the new images, too

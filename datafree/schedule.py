@@ -23,6 +23,14 @@ class StepCounts(Protocol):
     warmup_batches: int | None
 
 
+class Rounds(Protocol):
+    """What :meth:`Schedule.of` reads of a source of images, which may have other rounds than the options state."""
+
+    g_steps: int
+    batches: int
+    warmup_batches: int
+
+
 @dataclass(frozen=True)
 class Schedule:
     """Epochs of rounds, each of some synthesis steps and some student steps.
@@ -46,8 +54,8 @@ class Schedule:
     length: int | None = None
 
     @classmethod
-    def of(cls, options: StepCounts, batch_size: int, g_steps: int | None = None) -> "Schedule":
-        """The schedule that the options make; g_steps: those of the source, if it has its own.
+    def of(cls, options: StepCounts, batch_size: int, source: Rounds | None = None) -> "Schedule":
+        """The schedule that the options make. source: what is built of them, whose rounds are its own.
 
         Raises InputError for options that do not go together.
         """
@@ -66,11 +74,13 @@ class Schedule:
             raise InputError(
                 f"warmup {o.warmup} leaves none of {o.epochs} epochs for the student; lower --warmup or raise --epochs"
             )
-        rounds, steps = o.ep_steps // o.kd_steps, o.g_steps if g_steps is None else g_steps
         epochs = o.epochs + o.warmup if o.warmup_is_extra else o.epochs
-        warm = o.round_batches if o.warmup_batches is None or not o.warmup else o.warmup_batches
-        counts = (o.warmup, o.synthesis_rounds, o.round_batches, warm)
-        return cls(epochs, rounds, o.kd_steps, batch_size, steps, *counts)
+        steps, batches = o.g_steps, o.round_batches
+        warm = batches if o.warmup_batches is None or not o.warmup else o.warmup_batches
+        if source:
+            steps, batches, warm = source.g_steps, source.batches, source.warmup_batches
+        counts = (o.warmup, o.synthesis_rounds, batches, warm)
+        return cls(epochs, o.ep_steps // o.kd_steps, o.kd_steps, batch_size, steps, *counts)
 
     def lasting(self, length: int) -> "Schedule":
         """The same for another ``length``; where it ends, a round and an epoch may be shorter than the others."""

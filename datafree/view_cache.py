@@ -43,17 +43,31 @@ class ViewCache:
 
     def __init__(self, teacher: Network, fields: Collection[str], possible: int, megabytes: int):
         self.teacher, self.possible = teacher, possible
-        tap, device = teacher.tap, teacher.device
+        tap = teacher.tap
         widths = {"logits": [teacher.num_classes], "embed": [tap.embed_dim], "pooled": tap.stage_channels}
         if unknown := set(fields) - widths.keys():
             raise ValueError(f"cannot cache {', '.join(sorted(unknown))}, only {', '.join(widths)}")
         self.widths = {name: widths[name] for name in widths if name in fields}
-        width = sum(map(sum, self.widths.values()))
-        self.bytes_per_view = 4 * width + 8
-        self.places = max(1, min(possible, megabytes * 10**6 // self.bytes_per_view))
-        self.values = torch.empty(self.places + 1, width, device=device)  # the last row is never read
+        self.width, self.megabytes = sum(map(sum, self.widths.values())), megabytes
+        self.bytes_per_view = 4 * self.width + 8
+        self._allocate()
+        self._hits, self.lookups = torch.zeros((), dtype=torch.long, device=teacher.device), 0
+
+    def places_for(self, possible: int) -> int:
+        """How many of so many views have a place."""
+        return max(1, min(possible, self.megabytes * 10**6 // self.bytes_per_view))
+
+    def _allocate(self) -> None:
+        device = self.teacher.device
+        self.places = self.places_for(self.possible)
+        self.values = torch.empty(self.places + 1, self.width, device=device)  # the last row is never read
         self.keys = torch.full((self.places,), -1, device=device)
-        self._hits, self.lookups = torch.zeros((), dtype=torch.long, device=device), 0
+
+    def resize(self, possible: int) -> None:
+        """Have room for so many views, within the same limit; if that changes its size, it forgets all."""
+        if possible != self.possible:
+            self.possible = possible
+            self._allocate()
 
     def __len__(self) -> int:
         return self.places

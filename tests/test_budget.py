@@ -26,6 +26,7 @@ from datafree.engine import Engine
 from datafree.errors import InputError, OptionError
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
+from datafree.pool import ImagePool
 from datafree.report import group, read_summaries, report
 from datafree.schedule import Schedule
 from datafree.session import Session
@@ -364,6 +365,30 @@ def test_what_was_planned_is_told(distil_within, timed, capsys):
     assert "Budget 14s, by steps tried here: 3.33 epochs" in printed and "Time: about 14.0 s" in printed
 
 
+def test_a_dry_run_measures_what_it_plans_for(distil_within, capsys):
+    """A recipe of few rounds, whose pool is small, and a budget of many; several batches a round."""
+    words = ("--budget", "2m", "--round_batches", 2, "--view_cache", 1, "--dry_run")
+    distil_within(*words)
+    printed = capsys.readouterr().out
+    assert "in rounds of 2 batches of 3 synthesis steps of 16 images and 3 student steps" in printed
+    planned = float(re.search(r"by steps tried here: ([0-9.]+) epochs, with .* of 2 batches of 3", printed)[1])
+    assert planned > 12 and re.search(r"Time: about (1\.\d|2\.0) minutes|Time: about 1\d\d\.\d s", printed), printed
+
+
+def test_a_longer_plan_without_room_for_its_images_is_not_taken(distil_within, clock, timed, monkeypatch):
+    resize = ImagePool.resize
+
+    def without_room(pool, capacity):
+        if capacity > pool.capacity and clock[0] > 101:
+            raise InputError("a pool of that size takes more than is free")
+        resize(pool, capacity)
+
+    monkeypatch.setattr(ImagePool, "resize", without_room)
+    timed(3)
+    log = (distil_within("--budget", "20s") / "log.txt").read_text()
+    assert "the plan stays, because of a longer one a pool of that size takes more than is free" in log
+
+
 def test_runs_of_one_budget_share_a_row_whatever_their_plans(distil_within, timed):
     distil_within("--budget", "9s", tag="one")
     timed(3)
@@ -424,6 +449,7 @@ def test_several_processes_follow_the_plan_of_the_first_one(distil_within, timed
     assert "Budget 20s, after" in (folder / "log.txt").read_text()
 
 
+@pytest.mark.slow
 def test_training_on_real_images_ends_in_time(tmp_path, monkeypatch):
     """With the real clock, and a tolerance that a busy machine keeps."""
     monkeypatch.chdir(tmp_path)

@@ -281,6 +281,12 @@ def test_no_pass_of_any_program_has_more_images_and_a_run_resumes_bit_for_bit(di
     assert_same_run(straight, distil(*words, "--resume", "auto", tag="interrupted"))
 
 
+def test_a_generator_of_class_embeddings_computes_parts_too(distil, passes):
+    words = ("--micro_batch", 9, "--epochs", 1, "--ep_steps", 3, "--warmup", 0, "--generator_life", 1)
+    distil(*words, method="nayer")
+    assert max(passes) == 9
+
+
 @pytest.mark.slow
 def test_the_other_programs_compute_parts_too(quantised, passes, tmp_path):
     """But ranges are observed on whole batches, as are extremes."""

@@ -44,6 +44,12 @@ def make(kind=NoisyLayerSynthesis, **values):
     return make_source(options(**{**SMALL, **values}), kind=kind)
 
 
+def test_another_source_has_rounds_of_its_own(distil):
+    """Although the file of the method asks for several batches."""
+    folder = distil("--source", "generator", "--epochs", 1, method="nayer")
+    assert rows(folder)[-1]["images"] > 0
+
+
 # The noisy layer.
 
 
@@ -299,7 +305,7 @@ def test_a_pool_must_hold_the_batches_of_a_round():
 def test_the_plan_counts_batches(given, text):
     values = {"epochs": 4, "ep_steps": 6, "kd_steps": 3, "g_steps": 3, "round_batches": 2, **given}
     source = make(InversionSynthesis, **values)
-    schedule = Schedule.of(source.config.schedule, 8, source.g_steps)
+    schedule = Schedule.of(source.config.schedule, 8, source)
     assert text in describe_cost(schedule, source, 8, BATCH)
 
 

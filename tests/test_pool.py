@@ -183,6 +183,22 @@ def test_a_pool_that_has_not_wrapped_around_may_grow():
     assert held(pool) == list(range(15))
 
 
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize(
+    "count, capacity, expected", [(7, 30, 7), (10, 30, 10), (23, 30, 0), (7, 5, 0), (5, 5, 5), (0, 4, 0)]
+)
+def test_a_pool_of_another_size_holds_what_it_held(start, count, capacity, expected):
+    pool = ImagePool(10, (1, 2, 2), 4, CPU)
+    pool.begin_with(start, lambda: (numbered(200, start)[0].mul(255).byte(), numbered(200, start)[1]))
+    for first in range(0, count, 3):
+        pool.add(*numbered(first, min(3, count - first)))
+    pool.resize(capacity)
+    assert pool.capacity == start + capacity and len(held(pool)) == start + expected
+    pool.add(*numbered(count, 1))
+    oldest = max(count - expected, count + 1 - capacity)
+    assert held(pool) == [*range(oldest, count + 1), *range(200, 200 + start)]
+
+
 def test_nothing_is_shared_with_another_pool():
     one, other = filled(10, 10), ImagePool(10, (1, 2, 2), 4, CPU)
     other.load_state_dict(one.state_dict())

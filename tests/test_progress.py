@@ -15,6 +15,7 @@ from datafree.engine import Engine
 from datafree.logger import RunFolder
 from datafree.progress import Progress
 from datafree.schedule import Schedule
+from datafree.synthesis.base import BaseSynthesis
 
 # Of a step; the end of an epoch, with its evaluation, takes as long as ten student steps.
 SECONDS = {"warmup": 0.7, "synthesis": 1.0, "student": 0.3, "closing": 3.0}
@@ -36,8 +37,8 @@ def published_schedule(config_class, files, name):
     config, _ = cli.parse(
         config_class, ["--method", name], description="", method_files=files, other_configs=CONFIGS, examples=""
     )
-    g_steps = 0 if config.synthesis.source in ("noise", "real", "folder") else None
-    return Schedule.of(config.schedule, 1, g_steps)
+    takes_steps = config.synthesis.source not in ("noise", "real", "folder")
+    return Schedule.of(config.schedule, 1, None if takes_steps else BaseSynthesis())
 
 
 def positions(s, begin=(0, 0)):

@@ -7,6 +7,7 @@ import pytest
 from datafree import config
 from datafree.errors import InputError
 from datafree.schedule import Schedule
+from datafree.synthesis.base import BaseSynthesis
 
 SCHEDULES = [
     Schedule(epochs, rounds, kd_steps, 8, g_steps, warmup, synthesis_rounds, *batches)
@@ -74,7 +75,7 @@ def test_the_schedule_of_the_options():
     options = config.ScheduleOptions(epochs=7, ep_steps=12, kd_steps=3, g_steps=5, warmup=2, synthesis_rounds=9)
     expected = Schedule(7, 4, 3, batch_size=16, g_steps=5, warmup=2, synthesis_rounds=9)
     assert Schedule.of(options, 16) == expected
-    assert Schedule.of(options, 16, g_steps=0).g_steps == 0  # of a source that takes no steps
+    assert Schedule.of(options, 16, BaseSynthesis()).g_steps == 0  # of a source that takes no steps
     assert Schedule.of(config.ScheduleOptions(ep_steps=4, kd_steps=4), 1).rounds == 1
     assert Schedule.of(config.ScheduleOptions(), 1).synthesis_rounds is None
     for given, warmup, expected in (

@@ -136,8 +136,8 @@ def _from_torchvision(name: str, num_classes: int, in_channels: int, pretrained:
         model = torchvision.models.get_model(name, weights=weights, **options)
     except Exception as error:  # a download may fail in many ways
         raise MissingError(
-            f"torchvision's weights of {name} cannot be had: {first_line(error)}; download them where there is a "
-            "network, and name the file"
+            f"torchvision's weights of {name} cannot be had: {first_line(error)}; download them on a machine "
+            "with internet access and give the file by --teacher_weights"
         ) from error
     transform = weights.transforms()
     # As timm's networks state theirs.

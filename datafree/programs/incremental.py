@@ -55,7 +55,7 @@ def replayed(run: "IncrementalRun", task: int) -> "Training":
     images, student, teacher = run.train_images(task), run.student(task), run.old_network(task)
     source = build_source(session, teacher, student)
     drawn = candidates(options.replay_batch_size, teacher.num_classes, options.classes_per_batch)
-    schedule = Schedule.of(config.schedule, drawn, source.g_steps)
+    schedule = Schedule.of(config.schedule, drawn, source)
     learner = ReplayedTask(student, teacher, session.augment, config, schedule.total_student_steps, images)
     old = student.restricted_to(range(teacher.num_classes))
     watch = Watch(source, teacher, old, config.relation, adversarial=bool(config.synthesis.adv))

@@ -30,7 +30,8 @@ class BaseSynthesis:
     traits: what kind of source it is (:class:`datafree.synthesis.Traits`).
     images_made: how many images were synthesised so far.
     round_loss: the weighted loss of the last round, a scalar, of which the engine checks that it is finite.
-    g_steps: steps of a round, after each of which it calls ``tick``; 0 if it does not.
+    g_steps: steps of a batch, after each of which it calls ``tick``; 0 if it does not. batches, warmup_batches: of a
+    round, after the warm-up and in it.
     epoch: of the current round, counted from 0. with_student: False during warm-up, when terms that use the student
     are inactive. Both are set by :meth:`round`.
     tick: set by the engine; called after each synthesis step. It counts the step, and may end the round by an exception
@@ -46,6 +47,7 @@ class BaseSynthesis:
     images_made = 0
     round_loss: Tensor | None = None
     g_steps = 0
+    batches = warmup_batches = 1
     epoch = 0
     with_student = True
     device = torch.device("cpu")

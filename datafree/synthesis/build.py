@@ -5,7 +5,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from datafree import checkpoint
 from datafree.datasets.given import OPTION, find_images
 from datafree.datasets.loading import folder_of
 from datafree.determinism import require_deterministic
@@ -52,11 +51,11 @@ def build_source(session: "Session", teacher: Network, student: Network) -> Base
     if type(source).sample is BaseSynthesis.sample:
         raise InputError(f"{type(source).__name__} has no method sample(n); it must return n images and their classes")
     options = session.config.schedule
-    if not isinstance(source, RoundSynthesis) and (options.round_batches > 1 or options.warmup_batches):
+    asks = options.round_batches > 1 or options.warmup_batches
+    if asks and is_custom(name) and not isinstance(source, RoundSynthesis):
         raise InputError(f"{name} is no RoundSynthesis, which alone reads --round_batches and --warmup_batches")
     if session.config.synthesis.class_embeddings:
-        embeddings = checkpoint.read_array(session.config.synthesis.class_embeddings)
-        session.digests["class_embeddings"] = digest(embeddings.float().numpy().tobytes())
+        session.digests["class_embeddings"] = digest(vars(source)["embeddings"].cpu().numpy().tobytes())
     if session.config.synthesis.pool_images:
         begin_with_images(session, teacher, source)
     elif name == "folder":

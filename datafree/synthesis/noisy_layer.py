@@ -23,9 +23,9 @@ class NoisyLayerSynthesis(RoundSynthesis):
 
     The input is a fixed embedding of the target class. Embeddings are normalised over the classes (BatchNorm) and
     mapped to the generator's latents by noisy layers: linear, with weights that are drawn anew for each batch and
-    optimised in it together with the generator. A noisy layer has one image of each class (the paper's K-to-1 layer
-    with K the number of classes), so that N images of C classes take N / C layers, rounded up. The generator, that
-    BatchNorm and their Adam live on for ``generator_life`` rounds.
+    optimised in it together with the generator. A noisy layer renders one image of each class (the paper's K-to-1
+    layer with K the number of classes), so that N images of C classes take N / C layers, rounded up. The generator,
+    that BatchNorm and their Adam live on for ``generator_life`` rounds.
 
     embeddings: (classes, D), those of ``class_embeddings``, or else random ones, of which D is ``nz``.
     """
@@ -40,7 +40,7 @@ class NoisyLayerSynthesis(RoundSynthesis):
         else:
             self.embeddings = torch.randn(self.num_classes, settings.nz, device=self.device)
         self.norm = nn.BatchNorm1d(self.embeddings.shape[1], track_running_stats=False).to(self.device)
-        self.generator = Generator(settings.nz, settings.ngf, card.shape).to(self.device)
+        self.generator = Generator(settings.nz, settings.ngf, card.shape, config.run.micro_batch).to(self.device)
         self.optimizer = self._new_optimizer()
         self.age = 0  # rounds of the generator
 
@@ -106,7 +106,8 @@ def read_embeddings(path: str | Path, num_classes: int) -> Tensor:
     given = f"--class_embeddings {path}"
     if found.dim() != 2 or len(found) != num_classes or not 0 < found.shape[1] <= LARGEST_EMBEDDING:
         raise InputError(
-            f"{given} holds numbers of shape {tuple(found.shape)}; it must be ({num_classes}, D), a row for each class"
+            f"{given} holds numbers of shape {tuple(found.shape)}; it must be ({num_classes}, D), a row for each "
+            f"class, with D at most {LARGEST_EMBEDDING:,}"
         )
     found = found.float()
     if not found.isfinite().all():

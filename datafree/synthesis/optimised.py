@@ -9,7 +9,7 @@ from torch import Tensor
 
 from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
-from datafree.pool import Batch, ImagePool
+from datafree.pool import Batch, ImagePool, as_bytes
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.objective import SynthesisObjective
@@ -162,7 +162,7 @@ class RoundSynthesis(OptimisedSynthesis):
                 self.tick()
         self._end_round()
         self.objective.end_round(kept)
-        return Made(kept, targets, lowest, kept_terms)
+        return Made(as_bytes(kept), targets, lowest, kept_terms)
 
     def sample(self, n: int) -> Batch:
         return self.pool.sample(n, self.settings.balanced_sampling, self.settings.pool_order == "passes")
