@@ -12,14 +12,22 @@ set -euo pipefail
 
 weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
 host=$([ "$weights" ] && echo inversion || echo gdfq)
-config=$([ "$weights" ] && echo cifar10/quantize_inversion_cifar_resnet20_cpu || echo digits/quantize_resnet8)
-study=${STUDY:-runs/study_quantization_${config%%/*}}
-ratio=$([ "$weights" ] && echo 0.1 || echo 0.01)  # of RGAL's separating term: 0.1 of the weight of the divergence
+study=${STUDY:-runs/study_quantization_$([ "$weights" ] && echo cifar10 || echo digits)}
 
 quantize() {
     python datafree_quantize.py "$@"
 }
-cells() {  # a name, a method and its options per line
+config() {  # the file for so many bits
+    if [ ! "$weights" ]; then
+        echo digits/quantize_resnet8
+    elif [ "$1" = 4 ]; then
+        echo cifar10/quantize_inversion_cifar_resnet20_w4a4_cpu
+    else
+        echo cifar10/quantize_inversion_cifar_resnet20_cpu
+    fi
+}
+cells() {  # a name, a method and its options per line, for so many bits; 0.1 of the weight of the divergence separates
+    local ratio=$([[ $(config "$1") = *w4a4* ]] && echo 0.1 || echo 0.01)
     local confuse="--triplet ${CONFUSE:-0.1} --start_layer -1" separate="--striplet ${SEPARATE:-$ratio}"
     echo "ranges-noise noise --epochs 0"
     echo "ranges-generated $host --epochs 0"
@@ -37,11 +45,11 @@ for seed in ${SEEDS:-0 1 2 3 4 5 6 7 8 9}; do
         python train_scratch.py --config configs/digits/teacher_resnet20.yaml --model resnet8 --seed "$seed" \
             --save_dir "$study" --resume auto
     for bits in ${BITS:-2 3}; do
-        cells | while read -r name method options; do
+        cells "$bits" | while read -r name method options; do
             [[ $name =~ ${CELLS:-} ]] || continue
             found=$(compgen -G "$study/*_${method}_*_w${bits}a$bits*/$name-seed$seed/summary.json" || true)
             [ "$found" ] ||
-                quantize --config "configs/$config.yaml" --method "$method" --w_bits "$bits" --a_bits "$bits" "$@" \
+                quantize --config "configs/$(config "$bits").yaml" --method "$method" --w_bits "$bits" --a_bits "$bits" "$@" \
                     $options --seed "$seed" --teacher_weights "$teacher" --save_dir "$study" \
                     --log_tag "$name-seed$seed" --resume auto </dev/null
         done
