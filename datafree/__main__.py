@@ -1,8 +1,13 @@
 """The programs of the package: python -m datafree kd --help, or datafree-kd --help where it is installed."""
 
 import importlib
+import signal
 import sys
 from functools import partial
+from pathlib import Path
+
+if __name__ == "__main__" or Path(sys.argv[0]).name.startswith("datafree-"):  # and not where it is merely imported
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until main() answers it: no traceback while packages load
 
 from datafree import __version__
 from datafree.errors import OptionError, exit_on_input_error

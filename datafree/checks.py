@@ -136,7 +136,8 @@ def _confidence(session: Session, teacher: Network) -> Finding:
         f"{seen['teacher_confidence']:.0%} and a balance of the classes of {seen['label_entropy']:.2f} (at most 1)"
     )
     if worry := alarms(seen, seen, adversarial=False):
-        return Finding("warning", "teacher", f"{found}; {worry[0]}; check its weights.")
+        observed = worry[0].partition(";")[0]  # the remedy is for a run
+        return Finding("warning", "teacher", f"{found}; {observed}; check its weights.")
     return Finding("ok", "teacher", f"{found}.")
 
 

@@ -29,6 +29,7 @@ from datafree.config import sections
 from datafree.errors import OptionError, printable, short, shown
 from datafree.options import Invocation, Option, Options, list_options, why_unused, with_custom_sections
 from datafree.plugins import is_custom
+from datafree.registry import shipped
 from datafree.untrusted import LONGEST_NAME, TextLoader, is_name, read_text
 
 BOOLEANS = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -316,7 +317,7 @@ def _read_yaml(
     foreign: sections of other programs, which are checked and left out. above: the files whose base this one is.
     A block ``expect`` states results and is not read here.
     """
-    foreign = foreign or {}
+    foreign, path = foreign or {}, shipped(path)
     options = {name: o for name, o in options.items() if o.section != "call"}
     names = {section for o in options.values() for section in (o.section, *o.also_in)} - {""}
     below: list[Setting] = []

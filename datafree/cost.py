@@ -24,6 +24,7 @@ from datafree.errors import InputError, batch_or_parts, out_of_memory_in, printa
 from datafree.files import writing
 from datafree.logger import RunFolder
 from datafree.network import Network
+from datafree.options import default_options
 from datafree.pool import ImagePool
 from datafree.runtime import free_memory, peak_memory, reset_peak
 from datafree.schedule import Schedule
@@ -201,7 +202,8 @@ def describe(session: Session, costs: Sequence[Cost]) -> list[str]:
     folder = session.run.save_dir
     if session.device.type == "cuda":
         torch.cuda.empty_cache()  # which is free, too
-    return plan.describe_costs(costs, free_memory(session.device), folder, free_disk(folder)) if costs else []
+    options = default_options(session.config)
+    return plan.describe_costs(costs, free_memory(session.device), folder, free_disk(folder), options) if costs else []
 
 
 @contextmanager

@@ -111,11 +111,13 @@ class StageProjection(nn.Module):
 
     Stages of the same spatial size are paired; if no sizes agree, from the last stage backwards. So
     networks with different numbers of stages can be combined.
+
+    terms: the options whose losses use it, for the InputError of a network without stages.
     """
 
-    def __init__(self, student: FeatureTap, teacher: FeatureTap):
+    def __init__(self, student: FeatureTap, teacher: FeatureTap, terms: Sequence[str] = ("cd_loss", "gram_loss")):
         super().__init__()
-        self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes)
+        self.pairs = pair_stages(student.stage_sizes, teacher.stage_sizes, terms)
         self.project = nn.ModuleList(
             nn.Linear(student.stage_channels[s], teacher.stage_channels[t]) for s, t in self.pairs
         )
@@ -188,14 +190,16 @@ def _averages(old: int, new: int, device: torch.device) -> Tensor:
 
 
 def pair_stages(
-    student_sizes: Sequence[Sequence[int]], teacher_sizes: Sequence[Sequence[int]]
+    student_sizes: Sequence[Sequence[int]], teacher_sizes: Sequence[Sequence[int]], terms: Sequence[str]
 ) -> list[tuple[int, int]]:
-    """Index pairs (student stage, teacher stage): those of equal size, else from the last one backwards."""
+    """Index pairs (student stage, teacher stage): those of equal size, else from the last one backwards.
+
+    terms: the options whose losses compare them, for the InputError of a network without stages.
+    """
     for role, sizes in (("student", student_sizes), ("teacher", teacher_sizes)):
         if not sizes:
-            raise InputError(
-                f"the {role} has no stages of feature maps to compare; set --cd_loss 0, --gram_loss 0 and --at_loss 0"
-            )
+            remedy = " and ".join(f"--{term} 0" for term in terms)
+            raise InputError(f"the {role} has no stages of feature maps to compare; set {remedy}")
     equal = [(s, teacher_sizes.index(size)) for s, size in enumerate(student_sizes) if size in teacher_sizes]
     count = min(len(student_sizes), len(teacher_sizes))
     return equal or [(len(student_sizes) - i, len(teacher_sizes) - i) for i in range(count, 0, -1)]

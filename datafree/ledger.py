@@ -18,7 +18,7 @@ import yaml
 
 from datafree.__main__ import TRAINING
 from datafree.errors import InputError, shown
-from datafree.registry import CONFIGS
+from datafree.registry import CONFIGS, shipped
 from datafree.untrusted import TextLoader, read_text
 
 PAGE = Path("docs/results/ledger.md")
@@ -77,6 +77,7 @@ class Cell:
 
 def read_cell(path: str | Path) -> Cell:
     """The block ``expect`` of a YAML file. Raises InputError for a file that cannot be read or whose block is wrong."""
+    path = shipped(path)
     try:
         expect = yaml.load(read_text(path), TextLoader)["expect"]
     except (KeyError, TypeError):

@@ -12,7 +12,7 @@ from typing import Any
 
 from datafree import __version__
 from datafree.curves import PANELS
-from datafree.errors import OptionError, printable, short
+from datafree.errors import InputError, OptionError, printable, short
 from datafree.files import write_text
 from datafree.intervals import Mean, mean_with_interval
 from datafree.logger import columns
@@ -97,6 +97,8 @@ def write_page(
         # Within a script element "<" could end it.
         data=json.dumps(data, separators=(",", ":")).replace("<", "\\u003c"),
     )
+    if not Path(file).parent.is_dir():
+        raise InputError(f"there is no folder {Path(file).parent} for {file}; make it first")
     write_text(file, page, after="")
     return [f"Wrote {file}, {len(page.encode()) / 1e6:.1f} MB", *left_out]
 

@@ -1,6 +1,6 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, Synthesis
@@ -361,6 +361,7 @@ def describe_rates(phases: "Mapping[str, Rate]") -> list[str]:
         {
             "a step of": PHASES[name],
             "takes": duration(rate.seconds),
+            "peak": magnitude(1e6 * rate.peak, "B") if rate.peak else None,
             "FLOP": magnitude(rate.flop, "") if rate.flop else None,
             "of images": rate.images,
             "measured on": rate.measured,
@@ -370,8 +371,13 @@ def describe_rates(phases: "Mapping[str, Rate]") -> list[str]:
     return ["Measured here:", *table(rows).splitlines()]
 
 
-def describe_costs(costs: "Sequence[Cost]", free: float, folder: str, free_on_disk: float) -> list[str]:
-    """What all trainings of a run take together, with an alarm if it does not fit. free, free_on_disk: bytes."""
+def describe_costs(
+    costs: "Sequence[Cost]", free: float, folder: str, free_on_disk: float, options: Collection[str]
+) -> list[str]:
+    """What all trainings of a run take together, with an alarm if it does not fit.
+
+    free, free_on_disk: bytes. options: those that the program has.
+    """
     by_kind = {kind: sum(cost.seconds[kind] for cost in costs) for kind in costs[0].seconds}
     shares = ", ".join(f"{kind} {duration(seconds)}" for kind, seconds in by_kind.items() if seconds)
     known, flop = max(cost.known for cost in costs), sum(cost.flop for cost in costs)
@@ -388,9 +394,10 @@ def describe_costs(costs: "Sequence[Cost]", free: float, folder: str, free_on_di
             f"{magnitude(free, 'B')} are free."
         )
         if most - in_use > free:
+            sizes = [f"--{o}" for o in ("synthesis_batch_size", "pool_size", "batch_size") if o in options]
             lines.append(
                 "[Alarm] The memory does not suffice; compute steps in (smaller) parts by --micro_batch, or lower "
-                "--synthesis_batch_size, --batch_size or --pool_size."
+                f"{' or '.join(sizes)}."
             )
     else:
         lines.append("Memory: not known, because it can be measured on Linux and on a GPU alone.")

@@ -28,6 +28,13 @@ METHODS, QUANTIZATION_METHODS, INCREMENTAL_METHODS = (
 )
 
 
+def shipped(path: str | Path) -> str | Path:
+    """``path``; or, if no such file is here, the one of the package that has this name in a checkout (configs/...)."""
+    first, *rest = Path(path).parts or ("",)
+    ours = CONFIGS.joinpath(*rest)
+    return ours if first == CONFIGS.name and rest and not Path(path).exists() and ours.is_file() else path
+
+
 def get_model(name: str, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> "nn.Module":
     """The network called ``name``, as ``--teacher`` and ``--student`` name it, randomly initialised.
 

@@ -244,7 +244,7 @@ def test_a_dry_run_of_distillation_tells_time_memory_and_disk(distil, capsys):
     files = [path.stat() for path in folder.rglob("*") if path.is_file()]
     size = sum({file.st_ino: file.st_size for file in files}.values())
     assert 1 < disk / size < 3
-    assert "a step of " in printed and re.search(r"^student +[\d.]+ ms +[\d.]+ M +16 +16$", printed, re.MULTILINE)
+    assert "a step of " in printed and re.search(r"^student +[\d.]+ ms +[\d.]+ MB +[\d.]+ M +16 +16$", printed, re.M)
     assert re.search(r"Memory: about [\d.,]+ [MG]B at most, of which .* are in use now; .* are free\.", printed)
 
 
@@ -288,13 +288,17 @@ def test_units_are_those_that_a_reader_expects():
     ]
 
 
+SIZES = {"synthesis_batch_size", "batch_size", "lr"}
+
+
 def test_what_does_not_fit_is_an_alarm():
     one = cost.Cost({"student": 60.0}, 1e12, 9e9, 1e9, 5e9, 0.0)
-    fits = plan.describe_costs([one], 1e10, "runs", 1e10)
+    fits = plan.describe_costs([one], 1e10, "runs", 1e10, SIZES)
     assert not any("[Alarm]" in line for line in fits)
-    alarms = [line for line in plan.describe_costs([one, one], 7e9, "runs", 8e9) if line.startswith("[Alarm]")]
-    assert len(alarms) == 2 and "--synthesis_batch_size" in alarms[0] and "--save_dir" in alarms[1]
-    unknown = plan.describe_costs([cost.Cost({"student": 60.0}, 1e12, None, 0, 5e9, 0.0)], 7e9, "runs", 8e9)
+    alarms = [line for line in plan.describe_costs([one, one], 7e9, "runs", 8e9, SIZES) if line.startswith("[Alarm]")]
+    assert len(alarms) == 2 and "--save_dir" in alarms[1]
+    assert alarms[0].endswith("or lower --synthesis_batch_size or --batch_size.")  # a pool is not among the options
+    unknown = plan.describe_costs([cost.Cost({"student": 60.0}, 1e12, None, 0, 5e9, 0.0)], 7e9, "runs", 8e9, SIZES)
     assert any("Memory: not known" in line for line in unknown)
 
 
@@ -337,7 +341,7 @@ def test_weights_that_a_model_would_download_are_missing_as_a_file_is(refused, t
         call(datafree_kd, *words, "--dry_run")
     printed = capsys.readouterr()
     assert "Plan: " in printed.out and told(printed.out) and "Missing: torchvision's weights of" in printed.out
-    assert "cannot be had: OSError: no route to the host; download them where" in printed.err
+    assert "cannot be had: OSError: no route to the host; download them on a machine" in printed.err
     assert "cannot be had" in refused(call, datafree_kd, *words)
 
 

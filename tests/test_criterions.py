@@ -272,7 +272,7 @@ def test_stages_are_resized_by_adaptive_pooling_whose_gradient_is_repeatable(old
     ids=str,
 )
 def test_stages_are_paired_by_size_else_from_the_end(student, teacher, pairs):
-    assert criterions.pair_stages(student, teacher) == pairs
+    assert criterions.pair_stages(student, teacher, ["at_loss"]) == pairs
 
 
 @pytest.mark.parametrize("term", ["channel", "gram"])
@@ -301,8 +301,9 @@ def test_networks_with_different_stages_can_be_compared(teacher, student):
 @pytest.mark.parametrize("without", ["student", "teacher"])
 def test_a_network_without_stages_is_refused(without):
     empty, full = Stages([], []), Stages([4, 5, 6], SIZES)
-    with pytest.raises(InputError, match=f"{without}.*--cd_loss 0"):
-        criterions.StageProjection(*((empty, full) if without == "student" else (full, empty)))
+    networks = (empty, full) if without == "student" else (full, empty)
+    with pytest.raises(InputError, match=f"the {without} has no stages of feature maps to compare; set --gram_loss 0$"):
+        criterions.StageProjection(*networks, ["gram_loss"])
 
 
 # ---------------------------------------------------------------- contrast

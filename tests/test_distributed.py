@@ -463,12 +463,12 @@ def test_torchrun_starts_a_run_again_of_which_a_process_was_killed(teacher, tmp_
     """It ends as the run of which none was killed; without a restart it ends with a line."""
     words = ("--method", "rgal", "--teacher", nets.name("tiny"), "--teacher_weights", teacher, "--resume", "auto")
 
-    def run(tag, *options, student="Deadly"):
+    def run(tag, *options, student="Deadly", program=(ROOT / "datafree_kd.py",)):
         student = ("--student", nets.name(student), "--log_tag", tag)
-        done = torchrun(*options, ROOT / "datafree_kd.py", *tiny_run(*words), *words, *student, cwd=tmp_path)
+        done = torchrun(*options, *program, *tiny_run(*words), *words, *student, cwd=tmp_path)
         return done, next(tmp_path.glob(f"runs/*/{tag}"))
 
-    done, straight = run("straight", student="small")
+    done, straight = run("straight", student="small", program=("-m", "datafree", "kd"))  # as one who installed it
     assert done.returncode == 0, done.stderr
     done, ended = run("ended")
     assert done.returncode == 1 and "error: lost the connection to another process of the run" in done.stderr

@@ -17,7 +17,10 @@ from datafree.errors import InputError
 from datafree.ledger import PAGE, Measured, cells, ledger, read_cell
 
 CELLS = list(cells(ROOT / "configs"))
-SHARED = {"digits/base", "digits/students", "digits/incremental", "cifar10/incremental", "cifar10_short/students"}
+SHARED = {
+    *("digits/base", "digits/students", "digits/incremental", "cifar10_short/students"),
+    *("cifar10/incremental", "cifar10/quantize_inversion"),
+}
 
 
 def name(path):

@@ -106,6 +106,8 @@ print(100 * (network(images).argmax(1) == labels).float().mean().item())
 """
     loaded = python("-c", script, cwd=tmp_path, path=installed)
     assert float(loaded.stdout) == pytest.approx(accuracy, abs=1e-3), loaded.stderr
+    example = start("kd", "--config", "configs/digits/rgal_resnet20_resnet8.yaml", "--print_config")
+    assert "\n  teacher: resnet20\n" in example.stdout, example.stderr
     words = ["runs/digits_rgal_resnet8_resnet8/seed0", "--format", "pt2", "--repeats", "1"]
     exported = python(installed / "bin" / "datafree-export", *words, cwd=tmp_path, path=installed)
     assert exported.returncode == 0 and "model.pt2" in exported.stdout, exported.stderr

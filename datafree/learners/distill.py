@@ -28,15 +28,14 @@ class DistillLearner(TransferLearner):
     def __init__(self, student: Network, teacher: Network, augment: CropFlip, config: Any, total_steps: int):
         self.settings = config.distill
         if self.settings.at_loss:
-            self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes)
+            self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes, ["at_loss"])
         super().__init__(student, teacher, augment, config, total_steps)
         self._require_loss()
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """The projections, if a term uses them."""
-        if not (self.settings.cd_loss or self.settings.gram_loss):
-            return {}
-        return {"projection": criterions.StageProjection(self.network.tap, self.teacher.tap)}
+        terms = [name for name in ("cd_loss", "gram_loss") if getattr(self.settings, name)]
+        return {"projection": criterions.StageProjection(self.network.tap, self.teacher.tap, terms)} if terms else {}
 
     @property
     def projection(self) -> Any:
