@@ -244,7 +244,7 @@ def test_a_dry_run_of_distillation_tells_time_memory_and_disk(distil, capsys):
     files = [path.stat() for path in folder.rglob("*") if path.is_file()]
     size = sum({file.st_ino: file.st_size for file in files}.values())
     assert 1 < disk / size < 3
-    assert "a step of " in printed and re.search(r"^student +[\d.]+ ms +[\d.]+ MB +[\d.]+ M +16 +16$", printed, re.M)
+    assert "a step of " in printed and re.search(r"^student +[\d.]+ ms +[\d.]+ [MG]B +[\d.]+ M +16 +16$", printed, re.M)
     assert re.search(r"Memory: about [\d.,]+ [MG]B at most, of which .* are in use now; .* are free\.", printed)
 
 
