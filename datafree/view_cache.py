@@ -15,7 +15,7 @@ from torch import Tensor
 
 from datafree import distributed
 from datafree.batchnorm import is_batch_independent
-from datafree.errors import InputError, OptionError
+from datafree.errors import InputError, OptionError, out_of_memory_in
 from datafree.features import Features
 from datafree.network import Network
 from datafree.pool import ImagePool
@@ -60,8 +60,9 @@ class ViewCache:
     def _allocate(self) -> None:
         device = self.teacher.device
         self.places = self.places_for(self.possible)
-        self.values = torch.empty(self.places + 1, self.width, device=device)  # the last row is never read
-        self.keys = torch.full((self.places,), -1, device=device)
+        with out_of_memory_in("allocation of the view cache", "--view_cache"):
+            self.values = torch.empty(self.places + 1, self.width, device=device)  # the last row is never read
+            self.keys = torch.full((self.places,), -1, device=device)
 
     def resize(self, possible: int) -> None:
         """Have room for so many views, within the same limit; if that changes its size, it forgets all."""

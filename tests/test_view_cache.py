@@ -187,3 +187,10 @@ def test_a_view_cache_without_room_or_use_is_refused(distil, refused, monkeypatc
     assert "--view_cache 20 does not fit" in refused(distil, "--dry_run", "--view_cache", 20, "--epochs", 4000)
     for use in (("--mixup", 0.5), ("--gram_loss", 1), ("--at_loss", 1)):
         assert "--view_cache" in refused(distil, "--dry_run", "--view_cache", 10, *use, code=2)
+
+
+def test_memory_that_the_system_refuses_is_one_sentence(oracle, monkeypatch):
+    """As under a limit of a process's memory, which is less than what is free."""
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: (_ for _ in ()).throw(RuntimeError("out of memory")))
+    with pytest.raises(InputError, match="out of memory during allocation of the view cache; lower --view_cache"):
+        ViewCache(oracle, ["logits"], 10, 1)
