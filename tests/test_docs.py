@@ -32,7 +32,7 @@ CONFIGS = sorted(
     path
     for path in ROOT.glob("configs/*/*.yaml")
     if path.parent.name not in ("methods", "quantization", "incremental")
-    and path.stem not in ("base", "students", "incremental")
+    and path.stem not in ("base", "students", "incremental", "quantize_inversion")
 )
 PROGRAMS = {
     "datafree_kd.py": (datafree_kd, DistillConfig, registry.METHODS),
