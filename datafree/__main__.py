@@ -11,6 +11,7 @@ if __name__ == "__main__" or Path(sys.argv[0]).name.startswith("datafree-"):  # 
 
 from datafree import __version__
 from datafree.errors import OptionError, exit_on_input_error
+from datafree.launch import FILES
 
 PROGRAMS = {
     "kd": ("datafree.programs.distill", "a student from a trained teacher, without its data"),
@@ -23,7 +24,7 @@ PROGRAMS = {
     "curves": ("datafree.curves", "a picture of runs over their epochs"),
     "reproduce": ("datafree.reproduce", "an experiment again, compared with what its file expects"),
 }
-TRAINING = ("kd", "quantize", "incremental", "train")  # whose modules have a PROGRAM
+TRAINING = tuple(FILES)  # whose modules have a PROGRAM
 
 
 def start(name: str) -> None:

@@ -28,6 +28,7 @@ WEIGHT_KEYS = ("state_dict", "model_state_dict", "model", "net")  # where a chec
 AVERAGED_KEYS = ("state_dict_ema", "model_ema", "ema_state_dict", "model_state_dict_ema", "ema_model", "net_ema", "ema")
 KEY_OPTION = "--weights_key"
 FACTS = "datafree"  # in the header of safetensors: what this program's files state beside the weights, as JSON
+LAST = "last.pth"  # the one file that a run is resumed from; the others in its folder follow from it
 LAST_WEIGHTS = ("model_last.pth", "student_last.pth")  # of a run, and of one of an earlier version
 LONGEST_FACT = 100_000  # letters of a text beside the weights, or entries of a list
 # Plain values that training programs often save beside the weights: numpy's numbers, parsed options. Building them

@@ -17,9 +17,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from datafree import distributed, launch, plan
 from datafree.budget import fitted
 from datafree.budget import seconds_of as budget_seconds
+from datafree.checkpoint import LAST
 from datafree.config import Run
 from datafree.datasets.splits import Split
-from datafree.engine import LAST, Engine
+from datafree.engine import Engine
 from datafree.errors import InputError, batch_or_parts, out_of_memory_in, printable
 from datafree.files import writing
 from datafree.logger import RunFolder
@@ -113,7 +114,6 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
     lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
     if (processes := launch.processes()) > 1:
         lines.append(f"Measured in one process alone; the {processes} of the run divide each batch.")
-
     for line in [*lines, *describe(session, costs)]:
         print(printable(line), flush=True)
     if session.missing:

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from datafree import checkpoint, distributed
 from datafree.budget import Budget
+from datafree.checkpoint import LAST
 from datafree.config import Run
 from datafree.errors import InputError, batch_or_parts, out_of_memory_in
 from datafree.evaluators import scores_line
@@ -34,7 +35,6 @@ from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.plan import describe_length
 from datafree.plugins import first_line, is_same_code
-from datafree.pool import ImagePool
 from datafree.progress import Progress
 from datafree.results import is_number
 from datafree.runtime import load_rng_state, rng_state
@@ -43,7 +43,6 @@ from datafree.signals import Stopped, StopSignal
 from datafree.synthesis.base import BaseSynthesis
 from datafree.update import is_scalar
 
-LAST = "last.pth"  # the one file that a run is resumed from; the others in its folder follow from it
 ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
@@ -232,13 +231,12 @@ class Engine:
     def follow(self, plan: Schedule) -> None:
         """Go on with a schedule of another length; before the run begins, it may differ in its warm-up, too."""
         self.learner.follow(plan.total_student_steps)
-        cache, pool = self.learner.cache, getattr(self.source, "pool", None)
-        if cache and isinstance(pool, ImagePool):
-            views = cache.possible // pool.capacity  # of an image
-            self.source.follow(plan)
-            cache.resize(pool.capacity * views)
-        else:
-            self.source.follow(plan)
+        cache = self.learner.cache
+        pool: Any = getattr(self.source, "pool", None)  # there is no cache without one
+        views = cache.possible // pool.capacity if cache else 0  # of an image
+        self.source.follow(plan)
+        if cache:
+            cache.resize(views * pool.capacity)
         self.progress.follow(plan)
         self.schedule = plan
 

@@ -7,9 +7,10 @@ from typing import Any
 
 from datafree import checkpoint, distributed, plan, quantizer
 from datafree.budget import Budget
+from datafree.checkpoint import LAST
 from datafree.cli import to_yaml
 from datafree.datasets.splits import Split
-from datafree.engine import LAST, Engine, Monitor, obey_alarms
+from datafree.engine import Engine, Monitor, obey_alarms
 from datafree.errors import InputError, printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over

@@ -66,8 +66,8 @@ class ViewCache:
 
     def resize(self, possible: int) -> None:
         """Have room for so many views, within the same limit; if that changes its size, it forgets all."""
-        if possible != self.possible:
-            self.possible = possible
+        self.possible = possible
+        if self.places_for(possible) != self.places:
             self._allocate()
 
     def __len__(self) -> int:

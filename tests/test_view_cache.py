@@ -194,3 +194,13 @@ def test_memory_that_the_system_refuses_is_one_sentence(oracle, monkeypatch):
     monkeypatch.setattr(torch, "empty", lambda *size, **options: (_ for _ in ()).throw(RuntimeError("out of memory")))
     with pytest.raises(InputError, match="out of memory during allocation of the view cache; lower --view_cache"):
         ViewCache(oracle, ["logits"], 10, 1)
+
+
+def test_a_cache_of_another_size_knows_nothing_and_one_at_its_limit_keeps_what_it_knows(oracle):
+    cache, views, keys = ViewCache(oracle, ["logits"], 40, 1), torch.rand(4, *SHAPE), torch.arange(4)
+    cache.features(views, keys)
+    for possible, known in ((60, 0), (10**9, 0), (2 * 10**9, 4)):
+        cache.resize(possible)
+        assert (cache.keys[keys % len(cache)] == keys).sum() == known and cache.possible == possible
+        assert len(cache) == min(possible, 10**6 // cache.bytes_per_view)
+        cache.features(views, keys)

@@ -14,7 +14,7 @@ from datafree.datasets.folders import MODES, SPLIT_FOLDERS, decode, images_in, l
 from datafree.errors import InputError
 
 OPTION = "--pool_images"
-CHECKPOINT = Path("checkpoints") / "last.pth"  # in the folder of a run
+CHECKPOINT = Path("checkpoints") / checkpoint.LAST  # in the folder of a run
 
 
 @dataclass

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from datafree import checkpoint
+from datafree.checkpoint import LAST
 from datafree.datasets.loading import load_split
 from datafree.datasets.splits import Split
-from datafree.engine import LAST
 from datafree.errors import InputError
 from datafree.exporting.subject import Subject
 from datafree.exporting.tracing import exact

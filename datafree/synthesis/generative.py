@@ -11,7 +11,6 @@ from datafree.pool import Batch
 from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
 from datafree.synthesis.optimised import OptimisedSynthesis
-from datafree.update import load_part
 
 
 class GenerativeSynthesis(OptimisedSynthesis):
@@ -31,7 +30,7 @@ class GenerativeSynthesis(OptimisedSynthesis):
         nz = self.settings.nz
         self.generator = Generator(nz, self.settings.ngf, card.shape, config.run.micro_batch).to(self.device)
         self.embedding = nn.Embedding(self.num_classes, nz).to(self.device) if self.settings.class_embedding else None
-        trained = [parameter for part in self._parts().values() for parameter in part.parameters()]
+        trained = [parameter for network in self._networks().values() for parameter in network.parameters()]
         self.optimizer = torch.optim.Adam(trained, self.settings.lr_g, ADAM_BETAS)
 
     def synthesize(self) -> dict[str, Tensor]:
@@ -57,16 +56,9 @@ class GenerativeSynthesis(OptimisedSynthesis):
         targets = self._targets(n)
         return Batch(self._render(targets), targets)
 
-    def _parts(self) -> dict[str, nn.Module]:
+    def _networks(self) -> dict[str, nn.Module]:
         """The networks that are trained, by name."""
         return {"generator": self.generator, **({"embedding": self.embedding} if self.embedding else {})}
 
-    def state_dict(self) -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**super().state_dict(), **parts, "optimizer": self.optimizer.state_dict()}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        super().load_state_dict(state)
-        for name, part in self._parts().items():
-            part.load_state_dict(state[name])
-        load_part(self.optimizer, state["optimizer"])
+    def _parts(self) -> dict[str, Any]:
+        return {**self._networks(), "optimizer": self.optimizer}

@@ -12,7 +12,6 @@ from datafree.schedule import Schedule
 from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
 from datafree.synthesis.optimised import Render, RoundSynthesis
-from datafree.update import load_part
 
 
 class InversionSynthesis(RoundSynthesis):
@@ -95,13 +94,10 @@ class InversionSynthesis(RoundSynthesis):
         return {"generator": self.generator, **kept[self.settings.generator_init]}
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**super().state_dict(), **parts, "centres": self.centres, "reset_done": self.reset_done}
+        return {**super().state_dict(), "centres": self.centres, "reset_done": self.reset_done}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for name, part in self._parts().items():
-            load_part(part, state[name])
         if state["centres"].shape != self.centres.shape or type(state["reset_done"]) is not bool:
             raise ValueError("its centres of the classes are damaged")
         self.centres, self.reset_done = state["centres"].to(self.device), state["reset_done"]

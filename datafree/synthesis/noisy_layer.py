@@ -13,7 +13,6 @@ from datafree.models.generator import Generator
 from datafree.synthesis import SOURCES, Traits
 from datafree.synthesis.objective import ADAM_BETAS
 from datafree.synthesis.optimised import Render, RoundSynthesis
-from datafree.update import load_part
 
 LARGEST_EMBEDDING = 65_536  # numbers of a class
 
@@ -84,13 +83,10 @@ class NoisyLayerSynthesis(RoundSynthesis):
         return {"generator": self.generator, "norm": self.norm, "optimizer": self.optimizer}
 
     def state_dict(self) -> dict[str, Any]:
-        parts = {name: part.state_dict() for name, part in self._parts().items()}
-        return {**super().state_dict(), **parts, "embeddings": self.embeddings, "age": self.age}
+        return {**super().state_dict(), "embeddings": self.embeddings, "age": self.age}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
-        for name, part in self._parts().items():
-            load_part(part, state[name])
         embeddings, age = state["embeddings"], state["age"]
         if embeddings.shape != self.embeddings.shape or type(age) is not int or age < 0:
             raise ValueError("its embeddings of the classes, or the age of its generator, are damaged")

@@ -13,7 +13,7 @@ from datafree.pool import Batch, ImagePool, as_bytes
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.objective import SynthesisObjective
-from datafree.update import Update, detached
+from datafree.update import Update, detached, load_part
 
 if TYPE_CHECKING:
     from datafree.network import Network
@@ -74,21 +74,28 @@ class OptimisedSynthesis(BaseSynthesis):
         loss, (images, terms) = self.update(compute, [*optimizers, *self.objective.optimizers], before_step)
         return images.detach().float(), loss, detached(terms)
 
+    def _parts(self) -> dict[str, Any]:
+        """What a subclass trains, and the optimisers that live on: name -> object with state_dict, load_state_dict."""
+        return {}
+
     def state_dict(self) -> dict[str, Any]:
         return {
             **super().state_dict(),
             "scaler": self.update.scaler.state_dict(),
             "objective": self.objective.state_dict(),
+            **{name: part.state_dict() for name, part in self._parts().items()},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         super().load_state_dict(state)
         self.update.scaler.load_state_dict(state["scaler"])
         self.objective.load_state_dict(state["objective"])
+        for name, part in self._parts().items():
+            load_part(part, state[name])
 
 
 class Made(NamedTuple):
-    """A batch of images (N, C, H, W) in [0, 1], their target classes (N,), and the loss and terms of its step."""
+    """A batch of images (N, C, H, W) as bytes, their target classes (N,), and the loss and terms of its step."""
 
     images: Tensor
     targets: Tensor
