@@ -138,10 +138,10 @@ def peak_memory(device: torch.device) -> int | None:
     """Peak memory so far, in MB: of tensors on a GPU, or of this process on the CPU (None if unknown)."""
     if device.type == "cuda":
         return round(torch.cuda.max_memory_allocated(device) / 1e6)
-    if resource is None:
-        return None
-    kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return round(kilobytes * (1 if sys.platform == "darwin" else 1024) / 1e6)
+    peak = _number_in("/proc/self/status", r"VmHWM:\s*(\d+) kB", 1024)  # Linux, whose getrusage counts a parent's too
+    if peak is None and resource is not None:
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+    return peak and round(peak / 1e6)
 
 
 def reset_peak(device: torch.device) -> float | None:

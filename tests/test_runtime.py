@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -134,6 +135,13 @@ def test_commit_and_dirty_flag_are_of_this_tree_only(tmp_path, monkeypatch):
     assert runtime.environment(CPU)["dirty"]
     monkeypatch.setattr(runtime, "SOURCE", tmp_path / "inside")  # the parent's repository is another project's
     assert runtime.environment(CPU)["commit"] is None
+
+
+def test_peak_memory_is_that_of_this_program_and_not_of_the_one_that_began_it():
+    held = torch.ones(10**9 // 4)  # which a child's ru_maxrss counts on Linux
+    code = "import torch; from datafree.runtime import peak_memory; print(peak_memory(torch.device('cpu')))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert 0 < int(done.stdout) < held.numel() * 4 / 1e6
 
 
 def test_peak_memory_is_no_less_than_what_is_held():
