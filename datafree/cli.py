@@ -201,7 +201,7 @@ def _refuse_unused(settings: list[Setting], preset: list[Setting], values: dict[
         opt, level = setting.option, sources.index(setting.source)
         reasons = why_unused(opt, defaults | values, options)
         if reasons and values[opt.name] != before[opt.name] and all(decided.get(name, -1) <= level for name in reasons):
-            because = " and ".join(f"{name} is {_shown(value)}" for name, value in reasons.items())
+            because = " and ".join(f"{name} is {display(value)}" for name, value in reasons.items())
             change = f"the {next(iter(reasons))}" if len(reasons) == 1 else "one of these"
             raise _error(f"{setting.place} has no effect because {because}; remove it or change {change}")
 
@@ -449,9 +449,9 @@ def _help(
 def _help_entry(opt: Option, from_method: Mapping[Option, Any], width: int) -> str:
     value = "NAME" if opt.choices else {bool: "", int: "N", float: "X", tuple: "X,X,X", str: "TEXT"}[opt.kind]
     facts = [opt.allowed] if opt.choices else []
-    facts.append(f"default {_shown(opt.default)}")
+    facts.append(f"default {display(opt.default)}")
     if from_method.get(opt, opt.default) != opt.default:
-        facts.append(f"the default method sets {_shown(from_method[opt])}")
+        facts.append(f"the default method sets {display(from_method[opt])}")
     left = f"  {', '.join([f'--{opt.name}', *opt.flags])} {value}"
     return textwrap.fill(
         f"{opt.help} ({'; '.join(facts)})",
@@ -463,7 +463,8 @@ def _help_entry(opt: Option, from_method: Mapping[Option, Any], width: int) -> s
     )
 
 
-def _shown(value: Any) -> str:
+def display(value: Any) -> str:
+    """A value of an option, as help and messages show it."""
     if isinstance(value, tuple):
         value = ",".join(map(str, value))
     return {"": "empty", "True": "true", "False": "false", "None": "none"}.get(str(value), str(value))

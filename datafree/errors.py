@@ -11,6 +11,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
+from datafree import signals
 from datafree.screen import occupy_closed_streams, silence
 from datafree.signals import answer, handled, leave
 
@@ -125,7 +126,7 @@ def exit_on_input_error(main: Callable[[], object]) -> None:
             print(f"error: {one_line(str(error))}", file=sys.stderr)
         code = error.exit_code
     except KeyboardInterrupt:
-        answer("interrupted; --resume auto continues from the last checkpoint")
+        answer(f"interrupted{signals.advice}")
         code = 130
     except SystemExit as stop:
         code = stop.code

@@ -6,7 +6,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from datafree import cli, launch
+from datafree import cli, launch, signals
 from datafree.config import CONFIGS
 from datafree.errors import exit_on_input_error
 from datafree.options import Invocation
@@ -61,6 +61,7 @@ def run(program: Program) -> None:
 
     Of several processes, which torchrun starts, all do so.
     """
+    signals.let_resume()
     if launch.processes() == 1:
         _run(program)
         return

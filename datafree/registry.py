@@ -35,11 +35,12 @@ def shipped(path: str | Path) -> str | Path:
     return ours if first == CONFIGS.name and rest and not Path(path).exists() and ours.is_file() else path
 
 
-def get_model(name: str, num_classes: int, in_channels: int = 3, pretrained: bool = False) -> "nn.Module":
+def get_model(name: str, num_classes: int, pretrained: bool = False, in_channels: int = 3) -> "nn.Module":
     """The network called ``name``, as ``--teacher`` and ``--student`` name it, randomly initialised.
 
     It takes normalised images and returns logits (N, num_classes). pretrained: with the weights that its library
-    brings. Raises OptionError for an unknown name: see :func:`datafree.models.factory.build_model`.
+    brings; a registered network has none (``datafree.load`` reads those of a run). Raises OptionError for an unknown
+    name and InputError for weights that cannot be had: see :func:`datafree.models.factory.build_model`.
     """
     from datafree.models.factory import build_model
 

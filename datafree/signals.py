@@ -14,6 +14,7 @@ from datafree import launch
 ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
 Handler = Callable[[int, FrameType | None], None]
 _is_ending = False  # by an error, whose line a signal must not cut off
+advice = ""  # what follows the line of a signal that ended the program
 
 
 class Stopped(BaseException):
@@ -61,6 +62,12 @@ def let_error_end() -> None:
     _is_ending = True
 
 
+def let_resume() -> None:
+    """From now on the program is one that trains, and says how a run goes on when a signal has ended it."""
+    global advice
+    advice = "; --resume auto continues a run from its last checkpoint"
+
+
 def leave(number: int, frame: FrameType | None = None) -> None:
     """The handler outside the loop, where there is nothing to save: a line, and exit code 128 + the signal's number.
 
@@ -68,7 +75,7 @@ def leave(number: int, frame: FrameType | None = None) -> None:
     """
     if _is_ending:
         return
-    answer(f"{signal.Signals(number).name}: stopped; --resume auto continues a run from its last checkpoint")
+    answer(f"{signal.Signals(number).name}: stopped{advice}")
     os._exit(128 + number)
 
 

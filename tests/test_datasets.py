@@ -671,11 +671,20 @@ def test_torchvision_shape_that_differs_from_the_card(tmp_path):
         load_split(card, tmp_path, "test", download=False)
 
 
-@pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "svhn", "cifar10", "cifar100"])
-def test_absent_torchvision_files(tmp_path, name):
+@pytest.mark.parametrize(
+    "name, files",
+    [
+        ("mnist", "MNIST/raw/t10k-*-ubyte"),
+        ("fashion_mnist", "FashionMNIST/raw/t10k-*-ubyte"),
+        ("svhn", "test_32x32.mat"),
+        ("cifar10", "cifar-10-batches-py/test_batch"),
+        ("cifar100", "cifar-100-python/test"),
+    ],
+)
+def test_absent_torchvision_files(tmp_path, name, files):
     with pytest.raises(InputError, match="looked for .* torchvision's .*--data_root.*--eval none") as caught:
         load_split(CARDS[name], tmp_path, "test", download=False)
-    assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)
+    assert f"torchvision's files {files} in {tmp_path} " in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_failed_download(tmp_path, monkeypatch):

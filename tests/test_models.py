@@ -309,6 +309,14 @@ def test_torchvisions_models_have_a_name_that_no_registered_model_hides():
         build_model("torchvision:resnet19", 6)
 
 
+def test_a_factory_gets_the_channels_under_either_name(tmp_path):
+    code = "from torch import nn\ndef make({}=3, num_classes=2): return nn.Linear({}, num_classes)"
+    for name in ("in_channels", "in_chans"):
+        (tmp_path / f"{name}.py").write_text(code.format(name, name))
+        model = build_model(f"{tmp_path / name}.py:make", 6, in_channels=1)
+        assert (model.in_features, model.out_features) == (1, 6)
+
+
 def test_timms_models_need_their_package(monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError, match="timm:NAME need the package timm: pip install timm"):

@@ -13,6 +13,7 @@ from conftest import scratch
 import datafree
 import registry
 from datafree import __main__ as commands
+from datafree.errors import InputError
 
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
 ROOT = Path(__file__).resolve().parent.parent
@@ -46,7 +47,7 @@ def test_both_lists_of_required_packages_agree():
     assert set(PROJECT["dependencies"]) == listed("requirements.txt")
     assert set(extras["export"]) == listed("requirements-export.txt")
     own = {name for name in extras["dev"] if not name.startswith("datafree[")}
-    assert own | set(extras["plot"]) == listed("requirements-dev.txt")
+    assert own | set(extras["plot"]) | set(extras["timm"]) == listed("requirements-dev.txt")
 
 
 def test_every_program_is_a_command():
@@ -106,6 +107,11 @@ print(100 * (network(images).argmax(1) == labels).float().mean().item())
 """
     loaded = python("-c", script, cwd=tmp_path, path=installed)
     assert float(loaded.stdout) == pytest.approx(accuracy, abs=1e-3), loaded.stderr
+    for name in PROJECT["scripts"]:
+        helped = subprocess.run(
+            [installed / "bin" / name, "--help"], env={"PYTHONPATH": str(installed)}, capture_output=True, text=True
+        )
+        assert helped.returncode == 0 and "datafree" in helped.stdout and not helped.stderr, (name, helped.stderr)
     example = start("kd", "--config", "configs/digits/rgal_resnet20_resnet8.yaml", "--print_config")
     assert "\n  teacher: resnet20\n" in example.stdout, example.stderr
     words = ["runs/digits_rgal_resnet8_resnet8/seed0", "--format", "pt2", "--repeats", "1"]
@@ -129,6 +135,9 @@ def test_a_block_of_the_page_on_the_library_runs(number, tmp_path, monkeypatch):
 def test_models_and_data_sets_come_by_name(tmp_path):
     model = registry.get_model("resnet8", 10, in_channels=1)
     assert model(torch.zeros(2, 1, 16, 16)).shape == (2, 10)
+    assert registry.get_model("torchvision:resnet18", 5, False)(torch.zeros(1, 3, 64, 64)).shape == (1, 5)
+    with pytest.raises(InputError, match="resnet8 has no weights of its own"):
+        registry.get_model("resnet8", 10, True)
     classes, train, test = registry.get_dataset("digits", tmp_path)
     images, labels = next(test.batches(5))
     assert (classes, len(train), len(test)) == (10, 1442, 355)

@@ -10,6 +10,7 @@ import time
 import pytest
 from conftest import ROOT, forked
 
+from datafree import program
 from datafree.errors import exit_on_input_error
 from datafree.signals import ENDING, StopSignal
 
@@ -63,14 +64,24 @@ def test_what_nohup_ignores_stays_ignored():
 def test_outside_the_loop_a_signal_ends_the_program_with_a_line_and_its_code(name, capfd):
     number = getattr(signal, name)
     assert forked(exit_on_input_error, lambda: os.kill(os.getpid(), number) or time.sleep(5)) == 128 + number
-    assert f"{name}: stopped; --resume auto continues a run" in capfd.readouterr().err
+    assert f"{name}: stopped\n" in capfd.readouterr().err
+
+
+def test_a_program_that_trains_says_how_a_run_goes_on(capfd, monkeypatch):
+    def stopped(*_):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(5)
+
+    monkeypatch.setattr(program, "_run", stopped)
+    assert forked(exit_on_input_error, lambda: program.run(None)) == 128 + signal.SIGTERM
+    assert "SIGTERM: stopped; --resume auto continues a run from its last checkpoint\n" in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("seconds", [0.3, 1.2])
 def test_ctrl_c_while_packages_load_is_no_traceback(seconds, tmp_path):
     words = [sys.executable, ROOT / "train_scratch.py", "--dataset", "digits", "--model", "resnet8"]
-    program = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    started = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
     time.sleep(seconds)
-    program.send_signal(signal.SIGINT)
-    _, said = program.communicate()
-    assert program.returncode == 130 and "Traceback" not in said and "SIGINT" in said
+    started.send_signal(signal.SIGINT)
+    _, said = started.communicate()
+    assert started.returncode == 130 and "Traceback" not in said and "SIGINT" in said
