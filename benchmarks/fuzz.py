@@ -2,7 +2,8 @@
 
 configs  command lines and YAML files of the four programs, with --dry_run
 runs     random valid options on a tiny budget, trained for an epoch
-files    weights, checkpoints, data cards, images, and what runs write, which the report and the curves read
+files    weights, checkpoints, data cards, images, embeddings of classes, pools, and what runs write, which the report,
+         the curves, the export and the ledger read
 Each case is accepted, or ends in one line `error: ...` of at most 1,000 printable characters with exit code 1 or 2, in
 bounded time and memory, and changes no file outside the folder of its run. Everything else is a fault, which is printed
 with the words of the command line and kept with its files in --keep. Lines of errors that nothing foresaw are counted
@@ -29,6 +30,8 @@ from pathlib import Path
 from unittest import mock
 
 import hypothesis
+import numpy as np
+import safetensors.torch
 import torch
 from hypothesis import strategies as st
 from PIL import Image
@@ -38,9 +41,10 @@ import datafree_kd
 import datafree_quantize
 import train_scratch
 from benchmarks import same_bits
-from datafree import cost, curves, report
+from datafree import cost, curves, export, report
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
 from datafree.errors import exit_on_input_error
+from datafree.ledger import read_cell
 from datafree.models.factory import build_model
 from datafree.options import list_options
 from datafree.tables import FORMATS
@@ -468,11 +472,73 @@ def results():
     return st.tuples(changed(summary), st.lists(changed(row), max_size=3).map(b"\n".join))
 
 
+def embeddings():
+    """(name, bytes) of files of embeddings: of numpy, torch and safetensors, changed or of another kind."""
+    good = torch.randn(10, 6)
+    arrays = [good.numpy(), good.double().numpy(), good.numpy()[:3], good.numpy().astype(complex)]
+    arrays += [np.zeros((10, 0)), np.zeros(10), np.full((10, 2), np.nan), np.array(["a"] * 10), np.array([{}] * 10)]
+    numpys = []
+    for array in arrays:
+        file = io.BytesIO()
+        np.save(file, array)
+        numpys.append(file.getvalue())
+    numpy_files = st.sampled_from(numpys).flatmap(lambda content: st.one_of(st.just(content), mutated(content)))
+    kinds = {
+        "e.npy": numpy_files,
+        "e.pth": torch_files({"embeddings": good}),
+        "e.safetensors": mutated(safetensors.torch.save({"embeddings": good})),
+    }
+    return st.sampled_from(list(kinds)).flatmap(lambda name: st.tuples(st.just(name), kinds[name]))
+
+
+def cells():
+    """Bytes of files of experiments, with what they expect."""
+    good = (
+        "method: rgal\nexpect:\n  program: kd\n  ours:\n    mean: 90.0\n    std: 1\n    n: 3\n    runs: [89, 90, 91]\n"
+    )
+    keys = ["mean", "std", "n", "runs", "images", "seconds", "device", "torch", "commit", "page", "source", "other"]
+    line = st.builds(lambda key, value: f"    {key}: {value}\n", st.sampled_from(keys), _yaml_value(values))
+    more = st.lists(line, min_size=1, max_size=3).map(lambda lines: good + "".join(lines))
+    fewer = line.map(lambda one: f"expect:\n  program: kd\n  ours:\n{one}")
+    return st.one_of(
+        st.one_of(more, fewer).map(lambda text: text.encode(errors="surrogatepass")), mutated(good.encode())
+    )
+
+
+def read_cell_file():
+    """What the ledger does first with the file of an experiment."""
+    read_cell(sys.argv[1])
+
+
 @st.composite
 def files(draw, made):
     """(main, words, files); made: good weights and checkpoint, as contents."""
-    kind = draw(st.sampled_from(["weights", "weights", "checkpoint", "card", "image", "report", "curves"]))
+    kinds = ["weights", "weights", "checkpoint", "card", "image", "embeddings", "pool", "export", "ledger"]
+    kind = draw(st.sampled_from([*kinds, "report", "curves"]))
     digits = ["--dataset", "digits", "--model", "resnet8", "--threads", "1"]
+    pair = (
+        "--dataset digits --teacher resnet8 --teacher_weights good.pth --student resnet8 --threads 1 --dry_run".split()
+    )
+    if kind == "embeddings":
+        name, content = draw(made["embeddings"])
+        return datafree_kd.main, [*pair, "--method", "nayer", "--class_embeddings", name], {name: content}
+    if kind == "pool":
+        words = [*pair, "--method", draw(st.sampled_from(["rgal", "folder"])), "--pool_images", "found"]
+        if draw(st.booleans()):
+            return datafree_kd.main, words, {"found/checkpoints/last.pth": draw(made["pool"])}
+        name, content = draw(made["images"])
+        place = draw(st.sampled_from(["", "3/", "cat/"]))
+        return datafree_kd.main, words, {"found/3/1.png": made["png"], f"found/{place}{name}": content}
+    if kind == "export":
+        words = ["--dataset", "digits", "--format", "safetensors", "--repeats", "1", "--threads", "1"]
+        words += ["--images", draw(st.sampled_from(["auto", "noise", "pool"]))]
+        if draw(st.booleans()):
+            return export.main, ["w.pth", "--model", "resnet8", *words], {"w.pth": draw(made["weights"])}
+        changed = draw(st.sampled_from(["last.pth", "model_last.pth"]))
+        content = draw(made["pool" if changed == "last.pth" else "weights"])
+        return export.main, ["found", *words], {**made["run"], f"found/checkpoints/{changed}": content}
+    if kind == "ledger":
+        return read_cell_file, ["cell.yaml"], {"cell.yaml": draw(made["cells"])}
     if kind == "weights":
         content = draw(made["weights"])
         words = [*digits, "--weights", "w.pth", *draw(st.sampled_from([["--dry_run"], ["--evaluate_only"]]))]
@@ -563,9 +629,8 @@ def explore(cases, count, seed, scratch, keep, may_write=()):
                 here, keep / f"{len(list(keep.iterdir()))}", symlinks=True, ignore=shutil.ignore_patterns("pipe")
             )
             print(f"{outcome}\n    {getattr(program, '__name__', '')} {words!a}"[:1500], flush=True)
-        for name in (*contents, *may_write):
-            path = here / Path(name).parts[0]
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        for name in {Path(name).parts[0] for name in (*contents, *may_write)}:
+            shutil.rmtree(here / name) if (here / name).is_dir() else (here / name).unlink(missing_ok=True)
 
     one()
     return happened
@@ -583,10 +648,17 @@ def prepare(scratch):
     good |= {"classes": list("0123456789"), "shape": [1, 16, 16], "mean": [0.3051], "std": [0.3188]}
     torch.save(good, here / "good.pth")
     shutil.copy(here / "good.pth", here / "checkpoints" / "pretrained" / "digits_resnet8.pth")
-    words = "--dataset digits --model resnet8 --threads 1 --epochs 1 --log_tag first".split()
-    outcome = attempt(train_scratch.main, words, scratch, may_write=("runs", "checkpoints"))
-    assert outcome == "accepted", outcome
-    checkpoint = torch.load(next(here.glob("runs/*/first/checkpoints/last.pth")), weights_only=True)
+    common = "--dataset digits --threads 1 --log_tag first"
+    for main, words in (
+        (train_scratch.main, f"{common} --model resnet8 --epochs 1"),
+        (datafree_kd.main, f"{common} {TINY[datafree_kd]} {same_bits.GENERATOR}"),
+    ):
+        outcome = attempt(main, words.split(), scratch, may_write=("runs", "checkpoints"))
+        assert outcome == "accepted", outcome
+    checkpoints = {path.parts[-4]: path.parent for path in here.glob("runs/*/first/checkpoints/last.pth")}
+    of_teacher, of_student = checkpoints["digits_scratch_resnet8"], checkpoints["digits_rgal_resnet8_resnet8"]
+    checkpoint, pool = (torch.load(place / "last.pth", weights_only=True) for place in (of_teacher, of_student))
+    run = {f"found/checkpoints/{name}": (of_student / name).read_bytes() for name in ("last.pth", "model_last.pth")}
     shutil.rmtree(here / "runs")
     shutil.copy(here / "good.pth", here / "checkpoints" / "pretrained" / "digits_resnet8.pth")
     png = io.BytesIO()
@@ -596,8 +668,11 @@ def prepare(scratch):
         "checkpoint": torch_files(checkpoint),
         "images": images(),
         "results": results(),
+        "embeddings": embeddings(),
+        "pool": torch_files(pool),
+        "cells": cells(),
     }
-    return {**made, "png": png.getvalue()}
+    return {**made, "png": png.getvalue(), "run": run}
 
 
 def main():
@@ -620,7 +695,7 @@ def main():
         scratch.mkdir()
         keep.mkdir(exist_ok=True)
         made = prepare(scratch)
-        written = ("runs", "curve.png", "page.html")
+        written = ("runs", "curve.png", "page.html", "w_export", "found/export")
         kinds = {
             "configs": (configs(), ()),
             "runs": (runs(), ("runs", "checkpoints/pretrained")),

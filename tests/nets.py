@@ -50,6 +50,12 @@ def small(num_classes, in_channels=3):
     return tiny(num_classes, in_channels, width=6)
 
 
+def dropping(num_classes, in_channels=3):
+    """Like small, with dropout, so that a pass of training draws random numbers."""
+    layers = list(small(num_classes, in_channels))
+    return nn.Sequential(*layers[:-1], nn.Dropout(0.3), layers[-1])
+
+
 class Deadly(nn.Module):
     """Like small; the second of two processes is killed in its 20th pass of training, unless that has happened."""
 

@@ -284,6 +284,20 @@ def test_two_processes_give_the_losses_of_one_and_resume_exactly(kd, monkeypatch
     assert "It was written by 2 processes and is continued by 1: the numbers are the same" in capfd.readouterr().out
 
 
+def test_two_processes_whose_networks_draw_random_numbers_resume_exactly(kd, monkeypatch):
+    words = ("--student", nets.name("dropping"), "--epochs", 2)
+    codes, straight = kd(2, *words, tag="straight")
+    assert codes == [0, 0]
+    with monkeypatch.context() as patch:
+        at_call(patch, torch.optim.Adam, "step", 15, lambda: os.kill(os.getpid(), signal.SIGTERM))
+        assert kd(2, *words, tag="stopped")[0] == [143, 143]
+    codes, stopped = kd(2, *words, "--resume", "auto", tag="stopped")
+    assert codes == [0, 0] and rows(stopped) == rows(straight)
+    assert same(checkpoint_of(stopped), checkpoint_of(straight))
+    first, second = checkpoint_of(straight)["processes"]
+    assert same(first["torch"], second["torch"]) and not same(first["own"], second["own"])
+
+
 def failing_processes(capfd, work):
     """The exit codes of two processes, and the lines on stderr."""
     capfd.readouterr()

@@ -10,9 +10,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import ROOT, forked
+from resuming import assert_same_run, checkpoint_of
 
 from datafree import checkpoint, files
-from datafree.errors import InputError
+from datafree.errors import InputError, exit_on_input_error
 from datafree.files import locked, remove_left_over, replacing, write_text
 from datafree.logger import RunFolder
 from datafree.training import publish_weights
@@ -123,6 +124,23 @@ def test_the_remedy_is_that_of_the_cause(fail, cause, remedy, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
     if path.is_file():
         assert path.read_text() == "old"
+
+
+def test_a_run_whose_disk_fills_goes_on_when_there_is_room(distil, capfd):
+    """The pool grows by the round, so that the checkpoint of the last epoch does not fit."""
+    straight = distil("--epochs", 4, tag="straight")
+    limit = (straight / "checkpoints" / "last.pth").stat().st_size - 1
+
+    def run():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        distil("--epochs", 4, tag="full")
+
+    assert forked(exit_on_input_error, run) == 1
+    last = capfd.readouterr().err.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "last.pth" in last and "(File too large); raise the limit" in last
+    full = next(straight.parent.glob("full"))
+    assert checkpoint_of(full)["position"]["epoch"] == 3 and not list(full.rglob("*.tmp"))
+    assert_same_run(straight, distil("--epochs", 4, "--resume", "auto", tag="full"))
 
 
 def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path):

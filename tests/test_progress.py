@@ -10,7 +10,7 @@ from test_engine import Pupil, Recorder
 
 import registry
 from datafree import cli, progress
-from datafree.config import CONFIGS, DistillConfig, QuantizeConfig, Run
+from datafree.config import CONFIGS, DistillConfig, IncrementalConfig, QuantizeConfig, Run, ScratchConfig
 from datafree.engine import Engine
 from datafree.logger import RunFolder
 from datafree.progress import Progress
@@ -22,6 +22,8 @@ SECONDS = {"warmup": 0.7, "synthesis": 1.0, "student": 0.3, "closing": 3.0}
 PUBLISHED = [
     *((DistillConfig, registry.METHODS, name) for name in registry.METHODS),
     *((QuantizeConfig, registry.QUANTIZATION_METHODS, name) for name in registry.QUANTIZATION_METHODS),
+    *((IncrementalConfig, registry.INCREMENTAL_METHODS, name) for name in ("abd", "abd_inversion", "rdfcil", "rgal")),
+    (ScratchConfig, None, None),
 ]
 
 
@@ -34,9 +36,10 @@ def clock(monkeypatch):
 
 
 def published_schedule(config_class, files, name):
-    config, _ = cli.parse(
-        config_class, ["--method", name], description="", method_files=files, other_configs=CONFIGS, examples=""
-    )
+    words = ["--method", name] if name else []
+    config, _ = cli.parse(config_class, words, description="", method_files=files, other_configs=CONFIGS, examples="")
+    if not name:
+        return Schedule(config.training.epochs, rounds=1, kd_steps=50_000 // config.training.batch_size, batch_size=1)
     takes_steps = config.synthesis.source not in ("noise", "real", "folder")
     return Schedule.of(config.schedule, 1, None if takes_steps else BaseSynthesis())
 
