@@ -11,8 +11,8 @@ Rows are dealt out to the parts in turn, so that each has its share of what a ba
 real images before synthetic ones. Of several processes each has its share of each part (:mod:`datafree.shares`).
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from functools import partial
 from typing import Any
 
@@ -57,22 +57,27 @@ def _part(compute: Callable[[Tensor], Any], rows: Tensor, module: nn.Module) -> 
 
 
 def _contexts(module: nn.Module) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-    """Those of the first and of the second pass of a part."""
+    """Those of the first pass of a part and of later ones, as many as take a gradient of it."""
     buffers = [buffer for part in module.modules() if part.training for buffer in part.buffers(recurse=False)]
-    return nullcontext(), _as_before(rng_state(), buffers, [buffer.clone() for buffer in buffers])
+    return nullcontext(), _AsBefore(buffers)
 
 
-@contextmanager
-def _as_before(rng: dict[str, Any], buffers: list[Tensor], before: list[Tensor]) -> Iterator[None]:
-    """Inside, random states and buffers, such as running statistics, are those of ``before``; then as they are now."""
-    now = [buffer.clone() for buffer in buffers]
-    _fill(buffers, before)
-    try:
-        with same_rng():
-            load_rng_state(rng)
-            yield
-    finally:
-        _fill(buffers, now)
+class _AsBefore:
+    """Inside, random states and buffers, such as running statistics, are as they were when this was made; then as they
+    are now."""
+
+    def __init__(self, buffers: list[Tensor]):
+        self.buffers, self.before, self.rng = buffers, [buffer.clone() for buffer in buffers], rng_state()
+
+    def __enter__(self) -> None:
+        self.stack = ExitStack()
+        self.stack.callback(_fill, self.buffers, [buffer.clone() for buffer in self.buffers])
+        self.stack.enter_context(same_rng())
+        _fill(self.buffers, self.before)
+        load_rng_state(self.rng)
+
+    def __exit__(self, *exception: Any) -> None:
+        self.stack.close()
 
 
 def _fill(buffers: list[Tensor], values: list[Tensor]) -> None:

@@ -142,6 +142,14 @@ def average_gradients(optimizers: Iterable[torch.optim.Optimizer], loss: Tensor)
     return mean.view(loss.shape).to(loss.dtype)
 
 
+def mean(gradient: Tensor) -> Tensor:
+    """A gradient by what all processes have, such as the whole batch: the mean of what each of them computed."""
+    if distributed.count() > 1:
+        gradient = (gradient / distributed.count()).contiguous()
+        call(dist.all_reduce, gradient)
+    return gradient
+
+
 # Statistics of the whole batch.
 
 

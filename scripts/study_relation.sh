@@ -17,6 +17,10 @@ cells() {  # a name and its options per line; synthesis, student: the phases tha
         echo "weight$weight-synthesis-paper --triplet $weight --striplet 0"
         echo "weight$weight-synthesis-release --triplet $weight --striplet 0 --relation release"
     done
+    for share in 0.1 0.3 1; do  # of the norm of the other terms' gradient, so that it means the same for every teacher
+        echo "share$share-synthesis-paper --triplet $share --triplet_unit gradient --striplet 0"
+        echo "share$share-synthesis-release --triplet $share --triplet_unit gradient --striplet 0 --relation release"
+    done
     weighting="weight10-synthesis-paper --triplet 10 --striplet 0"  # in the 64 dimensions of the embedding
     echo "${weighting/paper/paper-nominal} --sampling_dim nominal"
     echo "${weighting/paper/paper-dim3} --sampling_dim 3"

@@ -91,15 +91,15 @@ def test_a_student_step_has_the_gradients_of_the_whole_batch_whatever_its_terms(
     assert_same_in_parts(work, most)
 
 
-@pytest.mark.parametrize("most", [1, 4, 8])
-def test_a_synthesis_step_has_the_gradients_of_the_whole_batch_whatever_its_terms(most):
+@pytest.mark.parametrize("most, unit", [(1, "loss"), (4, "loss"), (8, "loss"), (4, "gradient")])
+def test_a_synthesis_step_has_the_gradients_of_the_whole_batch_whatever_its_terms(most, unit):
     """L_bn of the pixels, too, whose statistics are those of all parts; the head of the contrast is trained."""
 
     def work(limit):
         with pytest.MonkeyPatch.context() as patch:
             make = parts.make_source
             patch.setattr(parts, "make_source", lambda *a, **k: _limit(make(*a, **k), limit))
-            return round_of(PixelSynthesis, **EVERY_IMAGE_TERM)()
+            return round_of(PixelSynthesis, **EVERY_IMAGE_TERM, triplet_unit=unit)()
 
     assert_same_in_parts(work, most)
 
@@ -375,6 +375,7 @@ def test_two_processes_compute_the_parts_of_one(monkeypatch):
         check_dropout()
         many = dict(micro_batch=4)
         assert_same_apart(round_of(InversionSynthesis, **EVERY_IMAGE_TERM, **many))
+        assert_same_apart(round_of(InversionSynthesis, bn=1.0, cr=0.5, triplet=1.0, triplet_unit="gradient", **many))
         assert_same_apart(round_of(GenerativeSynthesis, bn=1.0, adv=1.0, class_embedding=True, **many))
         assert_same_apart(step_of(limited(distilling(**EVERY_TERM, pair_sample=True), 5), images(7)))
         assert_same_apart(step_of(limited(quantising, 4), images(9), warm_up=True))

@@ -712,3 +712,65 @@ def test_traits_of_another_type_are_one_sentence(tmp_path):
     (tmp_path / "mine.py").write_text("class Mine:\n    traits = 3\n")
     with pytest.raises(InputError, match="the traits of .*Mine are 3; they must be"):
         traits_of(f"{tmp_path / 'mine.py'}:Mine")
+
+
+# The triplets' weight in units of the gradient
+
+
+def gradient_of(objective, images, targets):
+    """The gradient of the loss by the images, and the terms; of a batch that is always the same."""
+    torch.manual_seed(3)
+    images = images.clone().requires_grad_()
+    loss, terms = objective(images, images * 1.0, targets)
+    loss.backward()
+    return images.grad, loss.detach(), terms
+
+
+@pytest.mark.parametrize("target", ["student", "teacher"])
+def test_in_units_of_the_gradient_the_triplets_have_a_share_of_the_norm_of_the_others(target):
+    """Against the gradients of an objective without triplets and of one that has nothing else."""
+    teacher, student = network().freeze(), network(nets.small).freeze()
+    images, targets = torch.rand(12, *SHAPE), torch.arange(12) % CLASSES
+
+    def objective(**values):
+        given = options(triplet_target=target, sampling="uniform", start_layer=0, **values)
+        return SynthesisObjective(given.synthesis, given.relation, teacher, student)
+
+    others, rest, _ = gradient_of(objective(bn=1.0, oh=0.5, adv=1.0), images, targets)
+    spread, triplet, _ = gradient_of(objective(triplet=1.0), images, targets)
+    both = objective(bn=1.0, oh=0.5, adv=1.0, triplet=0.3, triplet_unit="gradient")
+    gradient, loss, terms = gradient_of(both, images, targets)
+    weight = 0.3 * others.norm() / spread.norm()
+    torch.testing.assert_close(terms["triplet_weight"], weight)
+    torch.testing.assert_close(gradient, others + weight * spread)
+    torch.testing.assert_close(loss, rest + weight * triplet)
+    assert set(terms) == {"bn", "oh", "adv", "triplet", "triplet_weight"}
+
+
+def test_in_units_of_the_gradient_the_contrast_learns_as_ever():
+    teacher, student = network().freeze(), network(nets.small).freeze()
+    images, targets = torch.rand(12, *SHAPE), torch.arange(12) % CLASSES
+    gradients = []
+    for unit in ("loss", "gradient"):
+        torch.manual_seed(0)
+        given = options(bn=1.0, cr=1.0, triplet=0.3, triplet_unit=unit, sampling="uniform")
+        objective = SynthesisObjective(given.synthesis, given.relation, teacher, student)
+        gradient_of(objective, images, targets)
+        gradients.append([p.grad for p in objective.contrast.head.parameters()])
+    torch.testing.assert_close(*gradients)
+
+
+def test_triplets_that_no_image_has_weigh_nothing():
+    """One class has no negatives."""
+    teacher = network(classes=1).freeze()
+    given = options(bn=1.0, triplet=0.3, triplet_unit="gradient", triplet_target="teacher")
+    objective = SynthesisObjective(given.synthesis, given.relation, teacher, teacher)
+    gradient, _, terms = gradient_of(objective, torch.rand(6, *SHAPE), torch.zeros(6, dtype=torch.long))
+    assert terms["triplet_weight"] == 0 and gradient.isfinite().all() and gradient.any()
+
+
+def test_triplets_alone_have_no_unit_of_the_gradient(distil, refused):
+    words = ("--bn", 0, "--oh", 0, "--adv", 0, "--triplet_unit", "gradient")
+    assert "of which none has a weight" in refused(distil, *words, before_run=False)
+    for more in (("--compile", "default"), ("--precision", "fp16")):
+        assert f"does not go with {more[0]} {more[1]}" in refused(distil, "--triplet_unit", "gradient", *more, code=2)

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from datafree.network import Network
 
 ADAM_BETAS = (0.5, 0.999)
+TRIPLET = "triplet"  # the name of RGAL's term
 DIRECTIONS = {"paper": relation.CONFUSE, "release": relation.SEPARATE}
 
 
@@ -106,7 +107,36 @@ class SynthesisObjective:
         if with_statistics:
             self.statistics = teacher.batch_norm
         student = self.student.features(views, with_maps="stages" in of_student) if of_student else Features()
-        return weighted_sum(terms, teacher, student, Synthesised(images, targets))
+        batch = Synthesised(images, targets)
+        if self.triplets.triplet_unit == "gradient" and any(term.name == TRIPLET for term in terms):
+            return self._in_units_of_gradient(terms, teacher, student, batch)
+        return weighted_sum(terms, teacher, student, batch)
+
+    def _in_units_of_gradient(
+        self, terms: list[Term], teacher: Features, student: Features, batch: Synthesised
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss in which the triplets' gradient by the images has ``triplet`` times the norm of all the others'.
+
+        The gradients of both are computed here, once, and are those of the loss that is returned. The weight that this
+        takes in units of the loss is among the terms.
+        """
+        others, [triplet] = [term for term in terms if term.name != TRIPLET], [t for t in terms if t.name == TRIPLET]
+        if not others:
+            raise InputError(
+                "--triplet_unit gradient weighs the triplets by the other terms, of which none has a weight; give "
+                "one, such as --bn 1 and --oh 1, or --triplet_unit loss"
+            )
+        loss, values = weighted_sum(others, teacher, student, batch)
+        spread = triplet.compute(teacher.only(triplet.teacher), student.only(triplet.student), batch)
+        trained = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
+        by_others, *by_trained = torch.autograd.grad(loss, [batch.images, *trained], retain_graph=True)
+        [by_triplet] = torch.autograd.grad(spread, [batch.images])
+        norms = [shares.mean(gradient).norm() for gradient in (by_others, by_triplet)]
+        weight = torch.where(norms[1] > 0, triplet.weight * norms[0] / norms[1], 0)
+        linear = sum((x * g).sum() for x, g in zip(trained, by_trained))
+        linear = linear + (batch.images * (by_others + weight * by_triplet)).sum()
+        loss = (loss + weight * spread).detach() + linear - linear.detach()
+        return loss, {**values, TRIPLET: spread, f"{TRIPLET}_weight": weight}
 
     def _teacher_with_statistics(self, views: Tensor) -> Features:
         """The teacher's Features of views (N, C, H, W), which are computed at once, with its BatchNorm statistics."""
@@ -182,8 +212,8 @@ class SynthesisObjective:
         scored = ("embed", "pooled")
         weight = 0.0 if r.relation == "off" else r.triplet
         if of_teacher:
-            return Term("triplet", weight, triplet, teacher=("logits", *scored))
-        return Term("triplet", weight, triplet, teacher=("logits", space), student=scored)
+            return Term(TRIPLET, weight, triplet, teacher=("logits", *scored))
+        return Term(TRIPLET, weight, triplet, teacher=("logits", space), student=scored)
 
     def state_dict(self) -> dict[str, Any]:
         contrast = {"contrast": self.contrast.state_dict()} if self.contrast else {}
