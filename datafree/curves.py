@@ -1,8 +1,11 @@
-"""Plot finished or running runs over their epochs: python -m datafree.curves PICTURE.png FOLDER...
+"""Plot finished or running runs: python -m datafree.curves PICTURE.png FOLDER... [--over minutes] [--of NAME]
 
 One panel each for the accuracy, for what the paper claims about the images (classes spread and move closer to each
 other, anchors have samples in the focal band), and for signs of a collapse; one line for every metrics.jsonl below
 the folders. Needs matplotlib.
+
+--over    epochs, or minutes of synthesis and student training.
+--of      the one metric of metrics.jsonl to plot, such as acc1.
 """
 
 import os
@@ -11,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datafree.errors import InputError, exit_on_input_error, usage
+from datafree.errors import InputError, OptionError, exit_on_input_error, read_arguments, short, usage
 from datafree.results import read_rows
 
 PANELS = {
@@ -25,12 +28,19 @@ PANELS = {
     "images/student_agreement": "student agrees with the teacher",
     "images/target_agreement": "teacher agrees with the target class",
 }
+SPENT = ("seconds/synthesis", "seconds/student")
+AXES = {
+    "epochs": ("epoch", lambda row: row["epoch"] + 1),
+    "minutes": ("minutes", lambda row: sum(row.get(key) or 0 for key in SPENT) / 60),
+}
 COLUMNS = 3
 STYLES = ("-", "--", ":", "-.")  # the next one each time matplotlib's ten colours are used up
 
 
-def read_curves(folders: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]]:
+def read_curves(folders: Iterable[str | Path], of: Iterable[str] = PANELS) -> dict[str, list[dict[str, Any]]]:
     """Path of each run, relative to their common parent -> the rows of its metrics.jsonl, one dict per epoch.
+
+    of: the metrics that must be numbers.
 
     Raises InputError for a folder without runs and for a damaged file.
     """
@@ -41,11 +51,19 @@ def read_curves(folders: Iterable[str | Path]) -> dict[str, list[dict[str, Any]]
             raise InputError(f"{folder} holds no run (no metrics.jsonl); give another folder")
         runs += found
     common = Path(os.path.commonpath([run.parent.parent for run in runs]))
-    return {str(run.relative_to(common)): read_rows(run / "metrics.jsonl", PANELS, required=["epoch"]) for run in runs}
+    keys = [*of, *SPENT]
+    return {str(run.relative_to(common)): read_rows(run / "metrics.jsonl", keys, required=["epoch"]) for run in runs}
 
 
-def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], picture: str | Path) -> None:
+def draw(
+    curves: Mapping[str, Sequence[Mapping[str, Any]]],
+    picture: str | Path,
+    of: Iterable[str] = PANELS,
+    over: str = "epochs",
+) -> None:
     """Plot ``curves`` (see :func:`read_curves`) into the file ``picture``, with a panel for each metric that they have.
+
+    of: the metrics. over: a key of ``AXES``.
 
     Raises InputError without matplotlib, for curves without any of the metrics, and if the file cannot be written.
     """
@@ -57,22 +75,25 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], picture: str | Path)
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError(f"plotting needs matplotlib; run {sys.executable} -m pip install matplotlib") from None
-    panels = [key for key in PANELS if any(key in row for rows in curves.values() for row in rows)]
+    panels = [key for key in of if any(key in row for rows in curves.values() for row in rows)]
     if not panels:
-        raise InputError("these runs have no finished epoch to plot; wait for one")
-    lines = -(-len(panels) // COLUMNS)
-    figure = Figure((4 * COLUMNS, 2.8 * lines + 0.3 * len(curves)), layout="constrained")
-    for axes, key in zip(figure.subplots(lines, COLUMNS, squeeze=False).flat, panels):
+        raise InputError("these runs have no finished epoch to plot, or none with the metric; wait for one")
+    columns = min(COLUMNS, len(panels))
+    lines = -(-len(panels) // columns)
+    size = (4 * columns, 2.8 * lines) if len(panels) > 1 else (8, 4.5)
+    figure = Figure((size[0], size[1] + 0.3 * len(curves)), layout="constrained")
+    label, place = AXES[over]
+    for axes, key in zip(figure.subplots(lines, columns, squeeze=False).flat, panels):
         for number, (name, rows) in enumerate(curves.items()):
-            points = [(row["epoch"] + 1, row[key]) for row in rows if row.get(key) is not None]
+            points = [(place(row), row[key]) for row in rows if row.get(key) is not None]
             axes.plot(
                 *zip(*points) if points else ([], []),
                 STYLES[number // 10 % len(STYLES)],
                 label=name,
                 marker="." if len(points) < 2 else None,
             )
-        axes.set_title(PANELS[key], fontsize=10)
-        axes.set_xlabel("epoch", fontsize=8)
+        axes.set_title(PANELS.get(key, key), fontsize=10)
+        axes.set_xlabel(label, fontsize=8)
         axes.tick_params(labelsize=8)
         axes.grid(alpha=0.3)
         if key.startswith(("images/anchors", "images/near")):  # fractions that often stay at 0 or 1
@@ -88,8 +109,15 @@ def draw(curves: Mapping[str, Sequence[Mapping[str, Any]]], picture: str | Path)
 
 def main() -> None:
     usage(__doc__, at_least=2)
-    draw(read_curves(sys.argv[2:]), sys.argv[1])
-    print(f"Wrote {sys.argv[1]}")
+    words = read_arguments(sys.argv[1:], ("--over", "--of"))
+    [over], of = words.get("--over", ["epochs"]), words.get("--of", PANELS)
+    if over not in AXES:
+        raise OptionError(f"--over cannot be {short(over)}; it takes {', '.join(AXES)}")
+    picture, *folders = words[""]
+    if not folders:
+        raise OptionError("give folders of runs after the picture; --help shows how")
+    draw(read_curves(folders, of), picture, of, over)
+    print(f"Wrote {picture}")
 
 
 if __name__ == "__main__":

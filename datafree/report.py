@@ -24,7 +24,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from datafree.errors import InputError, OptionError, exit_on_input_error, printable, short, usage
+from datafree.errors import InputError, OptionError, exit_on_input_error, printable, read_arguments, short, usage
 from datafree.intervals import mean_with_interval
 from datafree.page import write_page
 from datafree.results import read_rows, read_summary
@@ -239,36 +239,9 @@ def _mean(values: Sequence[float]) -> float | None:
     return statistics.fmean(values) if values else None
 
 
-def read_arguments(arguments: Sequence[str]) -> dict[str, list[str]]:
-    """Flag -> its values; "": the folders. Raises OptionError."""
-    words = list(arguments)
-    found: dict[str, list[str]] = {"": []}
-    taking = found[""]
-    while words:
-        word, equals, value = words.pop(0).partition("=")
-        if not word.startswith("--"):
-            taking.append(word + equals + value)
-        elif word not in OF_ONE + OF_SEVERAL:
-            raise OptionError(f"unknown option {short(word)}; the options are {', '.join(OF_ONE + OF_SEVERAL)}")
-        elif word in OF_SEVERAL:
-            taking = found.setdefault(word, [])
-            taking += [value] * bool(equals)
-        else:
-            taking = found[""]  # of a flag with one value, what follows are folders
-            given = [value] if equals else words[:1]
-            if not given or given[0].startswith("--") or not given[0]:
-                raise OptionError(f"{word} needs a value")
-            del words[: not equals]
-            found[word] = given
-    for flag, values in found.items():
-        if not values:
-            raise OptionError(f"{flag} needs a value" if flag else "give folders of runs; --help shows how")
-    return found
-
-
 def main() -> None:
     usage(__doc__, at_least=1)
-    words = read_arguments(sys.argv[1:])
+    words = read_arguments(sys.argv[1:], OF_ONE, OF_SEVERAL)
     [of], [form] = words.get("--of", ["acc1"]), words.get("--format", ["text"])
     if form not in FORMATS:
         raise OptionError(f"--format cannot be {short(form)}; it takes {', '.join(FORMATS)}")

@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from datafree import curves
-from datafree.errors import InputError
+from datafree.errors import InputError, OptionError
 
 
 @pytest.fixture
@@ -38,6 +38,30 @@ def test_a_panel_for_every_metric_that_the_runs_have(runs, drawn, tmp_path, monk
     assert [list(line.get_xdata()) for line in accuracy.lines] == [[1, 3], [1]]
     assert [list(line.get_ydata()) for line in accuracy.lines] == [[50, 80], [55]]
     assert [line.get_label() for line in duplicates.lines] == ["some_run/seed0", "some_run/seed1"]
+
+
+def test_one_metric_over_minutes(runs, drawn, tmp_path, monkeypatch, capsys):
+    folder = runs / "some_run" / "seed0"
+    rows = [{"epoch": i, "acc1": 10.0 * i, "seconds/synthesis": 30 * i, "seconds/student": 60 * i} for i in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["curves", str(tmp_path / "c.png"), str(folder), "--over", "minutes", "--of=acc1"]
+    monkeypatch.setattr("sys.argv", words)
+    curves.main()
+    [accuracy] = drawn[0].axes
+    assert accuracy.get_xlabel() == "minutes" and list(accuracy.lines[0].get_xdata()) == [0, 1.5, 3]
+    for more, sentence in (
+        (["--over", "hours"], "takes epochs, minutes"),
+        (["--all", "x"], "options are --over, --of"),
+    ):
+        monkeypatch.setattr("sys.argv", [*words[:3], *more])
+        with pytest.raises(OptionError, match=sentence):
+            curves.main()
+    monkeypatch.setattr("sys.argv", [*words[:2], "--of", "acc1"])
+    with pytest.raises(OptionError, match="give folders"):
+        curves.main()
+    monkeypatch.setattr("sys.argv", [*words[:3], "--of", "acc2"])
+    with pytest.raises(InputError, match="none with the metric"):
+        curves.main()
 
 
 def test_forty_runs_have_distinct_lines(drawn, tmp_path):

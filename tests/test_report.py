@@ -8,7 +8,7 @@ import re
 import pytest
 
 from datafree import report, tables
-from datafree.errors import InputError, exit_on_input_error
+from datafree.errors import InputError, exit_on_input_error, read_arguments
 from datafree.intervals import t_quantile
 
 
@@ -373,7 +373,7 @@ def test_a_format_that_cannot_be_is_refused(words, message, tmp_path, monkeypatc
 
 def test_arguments_may_come_in_any_order():
     words = "--format=md a=1 b --against x=1 y=2 --of acc5 c --effect=ngf lr"
-    assert report.read_arguments(words.split()) == {
+    assert read_arguments(words.split(), report.OF_ONE, report.OF_SEVERAL) == {
         "": ["a=1", "b", "c"],
         "--format": ["md"],
         "--against": ["x=1", "y=2"],
