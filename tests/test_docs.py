@@ -199,7 +199,9 @@ def script(checkout, tmp_path):
     cases += '"datafree_quantize.py "*"--epochs 0"*) set -- "$@" --epochs 0;;\n'
     cases += '"datafree_incremental.py "*_replay.yaml* | "datafree_incremental.py "*_inversion.yaml*)'
     cases += ' set -- "$@" --g_steps 1;;\n'
-    (tmp_path / "python").write_text(f'#!/bin/bash\ncase $1 in\n{cases}esac\nexec {sys.executable} "$@"\n')
+    run_it = f'exec {sys.executable} "$@"\n'
+    as_long_as_given = f'case "$*" in *" --budget "*) {run_it};; esac\n'
+    (tmp_path / "python").write_text(f"#!/bin/bash\n{as_long_as_given}case $1 in\n{cases}esac\n{run_it}")
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
     (checkout / "scripts" / "env.sh").write_text(f"cd {checkout}; PATH={tmp_path}:$PATH\n")
@@ -267,6 +269,19 @@ def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, t
     )
     rows = [line for line in printed.split("\nrun ")[-1].splitlines() if line.startswith("cifar10_rgal")]
     assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=0.1 " in rows[1]
+
+
+@pytest.mark.slow
+def test_the_frontier_needs_no_more_than_the_teacher_and_keeps_its_budget(script, checkout, tmp_path):
+    weights = tmp_path / "teacher.th"
+    torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
+    options = {"SEEDS": "0", "CELLS": "^fast$", "BUDGETS": "15s", "FRONTIER": "runs/frontier"}
+    words = (weights, *"--eval none --warmup 0 --ngf 8 --synthesis_batch_size 16 --batch_size 16".split())
+    printed = script("frontier.sh", *words, **options)
+    [row] = [line for line in printed[printed.index("In 15s:") :].splitlines() if line.startswith("cifar10_fast_")]
+    [summary] = checkout.glob("runs/frontier/15s/*/fast-seed0/summary.json")
+    assert json.loads(summary.read_text())["options"]["budget"] == "15s" and int(row.split()[-1]) <= 16
+    assert "Plan" not in script("frontier.sh", *words, **options)
 
 
 @pytest.mark.slow
