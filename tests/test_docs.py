@@ -276,7 +276,7 @@ def test_the_frontier_needs_no_more_than_the_teacher_and_keeps_its_budget(script
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
     options = {"SEEDS": "0", "CELLS": "^fast$", "BUDGETS": "15s", "FRONTIER": "runs/frontier"}
-    words = (weights, *"--eval none --warmup 0 --ngf 8 --synthesis_batch_size 16 --batch_size 16".split())
+    words = (weights, *"--eval none --warmup 0 --ngf 8 --synthesis_batch_size 16 --batch_size 16 --lr 0.001".split())
     printed = script("frontier.sh", *words, **options)
     [row] = [line for line in printed[printed.index("In 15s:") :].splitlines() if line.startswith("cifar10_fast_")]
     [summary] = checkout.glob("runs/frontier/15s/*/fast-seed0/summary.json")
