@@ -76,8 +76,10 @@ def draw(
     except ImportError:
         raise InputError(f"plotting needs matplotlib; run {sys.executable} -m pip install matplotlib") from None
     panels = [key for key in of if any(key in row for rows in curves.values() for row in rows)]
+    if not panels and any(curves.values()):
+        raise InputError(f"none of these runs has the metric {', '.join(of)}; metrics.jsonl has the names of all")
     if not panels:
-        raise InputError("these runs have no finished epoch to plot, or none with the metric; wait for one")
+        raise InputError("these runs have no finished epoch to plot; wait for one")
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
     size = (4 * columns, 2.8 * lines) if len(panels) > 1 else (8, 4.5)

@@ -11,7 +11,7 @@ from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from datafree import signals
+from datafree import __version__, signals
 from datafree.screen import occupy_closed_streams, silence
 from datafree.signals import answer, handled, leave
 
@@ -71,7 +71,11 @@ def shown(value: Any) -> str:
 
 
 def usage(text: str, at_least: int) -> None:
-    """Print ``text`` and exit if --help is given (code 0), or fewer than ``at_least`` arguments are (code 2)."""
+    """Print ``text`` and exit if --help is given (code 0), or fewer than ``at_least`` arguments are (code 2); for
+    --version print that."""
+    if "--version" in sys.argv:
+        print(__version__)
+        sys.exit(0)
     wants_help = bool({"-h", "--help"} & set(sys.argv))
     if wants_help or len(sys.argv) <= at_least:
         print(text.strip())

@@ -16,7 +16,7 @@ from datafree.errors import InputError, OptionError, printable, short
 from datafree.files import write_text
 from datafree.intervals import Mean, mean_with_interval
 from datafree.logger import columns
-from datafree.results import read_rows
+from datafree.results import read_rows, state_of_code
 from datafree.untrusted import read_bytes, read_text
 
 Run = Mapping[str, Any]  # a summary, with the keys of report.read_summaries
@@ -231,7 +231,7 @@ def _origin(row: _Row, run: Run) -> dict[str, str]:
     facts = {
         "row": row.name,
         "seed": _seed(run),
-        "commit": str(here.get("commit") or "unknown")[:9] + " with changes" * (here.get("dirty") is True),
+        "commit": state_of_code(here),
         **{name: here.get(name) for name in ("torch", "python")},
         "device": here.get("cpu") if here.get("device") == "cpu" else here.get("device"),
         "threads": here.get("threads"),
@@ -313,7 +313,7 @@ def _pictures(rows: Sequence[_Row]) -> tuple[list[dict[str, Any]], list[str]]:
         other_epochs += len(grids) - len(chosen)
         shown.append({"name": f"{row.name}, {_seed(run)}", "frames": frames, "beside": beside})
     told = [
-        (other_runs, f"the page has the images of the first seed of each row, without {other_runs} other runs"),
+        (other_runs, f"it has images of the first seed of each row, without {other_runs} run{'s' * (other_runs > 1)}"),
         (other_epochs, f"it has at most {MOST_FRAMES} image grids of a run, without {other_epochs} in between"),
         (too_large, f"it has no images of {too_large} rows, because {MOST_PICTURES >> 20} MB is the most of a page"),
     ]

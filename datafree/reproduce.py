@@ -29,7 +29,7 @@ from datafree.ledger import Cell, Measured, ledger, read_cell
 from datafree.logger import table
 from datafree.options import result_options
 from datafree.program import Program
-from datafree.results import read_summary
+from datafree.results import read_summary, state_of_code
 
 ROUNDING = 0.005  # of a mean that is stated with two decimals
 
@@ -139,8 +139,7 @@ def _measured(values: Sequence[float], environments: Sequence[dict[str, Any]]) -
 
     mean, std = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
     device = of_all("cpu" if of_all("device") == "cpu" else "device") + f", threads: {of_all('threads')}"
-    commit = ", ".join(sorted({str(here.get("commit"))[:7] for here in environments}))
-    commit += " with changes" * any(here.get("dirty") for here in environments)
+    commit = ", ".join(sorted(set(map(state_of_code, environments))))
     measured = Measured(mean, len(values), device, commit, std, torch=of_all("torch"))
     return f"{measured}, {measured.device}, torch {measured.torch}, commit {measured.commit}"
 

@@ -3,7 +3,7 @@
 Raises InputError for a damaged file."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +83,14 @@ def read_rows(path: Path, keys: Iterable[str], required: Iterable[str] = ()) -> 
 
 def _unread(path: Path, why: str) -> InputError:
     return InputError(f"cannot read {path} ({short(why)}); remove it, or repeat its run")
+
+
+def state_of_code(environment: Mapping[str, Any]) -> str:
+    """The commit of a run's ``environment``; of an installed package, which has none, its version."""
+    commit, version = environment.get("commit"), environment.get("version")
+    if not commit:
+        return f"version {short(str(version))}" if version else "unknown"
+    return short(str(commit)[:9]) + " with changes" * (environment.get("dirty") is True)
 
 
 def is_number(value: Any) -> bool:

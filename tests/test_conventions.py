@@ -9,6 +9,8 @@ import pytest
 import yaml
 from test_docs import PAGES, ROOT
 
+import datafree
+
 WORKFLOW = ".github/workflows/ci.yml"
 HOOKS = ".pre-commit-config.yaml"
 
@@ -30,6 +32,13 @@ def test_the_workflow_runs_scripts_that_exist_on_pythons_that_are_supported():
     pythons = jobs["quick-tests"]["strategy"]["matrix"]["python"]
     assert pythons[0] == re.search(r'requires-python = ">=(.*)"', (ROOT / "pyproject.toml").read_text())[1]
     assert set(read(WORKFLOW)["on"]) == {"push", "pull_request"}
+
+
+def test_citation_and_changelog_are_of_this_version():
+    cited, log = read("CITATION.cff"), (ROOT / "CHANGELOG.md").read_text()
+    assert cited["version"] == datafree.__version__ and f"\n## {datafree.__version__}" in log
+    assert cited["cff-version"] == "1.2.0" and {"title", "message", "authors", "license"} <= cited.keys()
+    assert cited["preferred-citation"]["title"] in " ".join((ROOT / "README.md").read_text().split())
 
 
 def test_the_hooks_run_what_the_checks_run():

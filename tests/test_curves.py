@@ -60,7 +60,7 @@ def test_one_metric_over_minutes(runs, drawn, tmp_path, monkeypatch, capsys):
     with pytest.raises(OptionError, match="give folders"):
         curves.main()
     monkeypatch.setattr("sys.argv", [*words[:3], "--of", "acc2"])
-    with pytest.raises(InputError, match="none with the metric"):
+    with pytest.raises(InputError, match="none of these runs has the metric acc2"):
         curves.main()
 
 

@@ -213,9 +213,15 @@ def test_a_file_that_computes_something_else_is_found(weights, refused, tmp_path
         other.model[4].bias.data[0] += 1e-2
         write_program(other, path, takes)
 
+    words = (weights, "--format", "pt2", "--out", tmp_path, "--repeats", 1)
+    call(export, *words)
+    good = (tmp_path / "model.pt2").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["comparison.json", "model.pt2"]
     monkeypatch.setattr(files, "write_program", spoiled)
-    line = refused(call, export, weights, "--format", "pt2", "--out", tmp_path, "--repeats", 1, code=1)
+    line = refused(call, export, *words, code=1)
     assert "model.pt2 gives other logits than torch" in line and "above the tolerance of 0.0001" in line
+    assert f"left in {tmp_path / 'unchecked'}:" in line and (tmp_path / "unchecked" / "model.pt2").is_file()
+    assert (tmp_path / "model.pt2").read_bytes() == good
 
 
 def test_user_defined_weights_need_their_network(tmp_path, digits):

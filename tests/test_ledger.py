@@ -151,7 +151,7 @@ def test_finished_runs_are_judged_and_not_repeated(cell, capsys):
         ["0", "90.00", "90.00", "16"],
         ["1", "91.50", "91.00", "32"],
     ]
-    assert "measured: 90.75 ± 1.06 (n = 2), a CPU, threads: 1, torch 2.14.1, commit 0123456\n" in text
+    assert "measured: 90.75 ± 1.06 (n = 2), a CPU, threads: 1, torch 2.14.1, commit 012345678\n" in text
     assert "expected: 90.50 ± 0.71 (n = 2), a CPU, torch unknown, commit abc1234\n" in text
     assert "published: Somebody 91.20\n" in text and "synthesised 16, 32 images, not 16" in text
     assert "verdict: as expected; difference +0.25, ± 3.88 (95 %)\n" in text  # 4.3027 times the pooled deviation 0.9014

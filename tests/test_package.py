@@ -13,6 +13,7 @@ from conftest import scratch
 import datafree
 import registry
 from datafree import __main__ as commands
+from datafree.__main__ import PROGRAMS
 from datafree.errors import InputError
 
 tomllib = pytest.importorskip("tomllib")  # of Python 3.11
@@ -67,9 +68,9 @@ def test_the_package_lists_its_programs_and_starts_them(tmp_path):
     )
 
 
-@pytest.mark.parametrize("words", [["-m", "datafree", "--version"], [str(ROOT / "datafree_kd.py"), "--version"]])
+@pytest.mark.parametrize("words", [(str(ROOT / "datafree_kd.py"),), *(("-m", "datafree", n) for n in ("", *PROGRAMS))])
 def test_the_version_is_that_of_the_package(words, tmp_path):
-    assert python(*words, cwd=tmp_path, path=ROOT).stdout == datafree.__version__ + "\n"
+    assert python(*filter(None, words), "--version", cwd=tmp_path, path=ROOT).stdout == datafree.__version__ + "\n"
 
 
 def test_a_registry_of_another_project_does_no_harm(tmp_path):

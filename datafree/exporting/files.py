@@ -25,6 +25,7 @@ from datafree.runtime import set_threads
 
 IN_FLOAT, OF_INTEGERS = 1e-4, 0.1  # largest difference of a logit, relative to the largest one
 INTEGERS = "model_int8.onnx"
+UNCHECKED = "unchecked"  # the folder of files until they were compared, so that only good ones replace earlier ones
 WHERE_NOT = ", or give another folder by --out"
 
 
@@ -94,12 +95,17 @@ def run(config: ExportConfig, dry_run: bool = False) -> None:
     print("\n".join(map(printable, describe_export(subject, files, folder, sample, len(calibration)))))
     if dry_run:
         return
-    paths = export_network(network, folder, files.format, files.input, calibration.split(BATCH))
+    unchecked = folder / UNCHECKED
+    paths = export_network(network, unchecked, files.format, files.input, calibration.split(BATCH))
     rows = compare(network, paths, sample.images, sample.split, comparison.repeats)
     stated = {"images": sample.words, "input": INPUTS[files.input], **rows}
-    write_text(folder / "comparison.json", json.dumps(stated, indent=2) + "\n", after=WHERE_NOT)
+    write_text(unchecked / "comparison.json", json.dumps(stated, indent=2) + "\n", after=WHERE_NOT)
     print(table(shown_rows(rows, {key: key for key in rows})))
-    require_tolerance(rows, comparison.tolerance)
+    require_tolerance(rows, comparison.tolerance, unchecked)
+    with writing(folder, after=WHERE_NOT):
+        for path in unchecked.iterdir():
+            path.replace(folder / path.name)
+        unchecked.rmdir()
     print(f"Everything is in {folder}")
 
 
@@ -129,12 +135,15 @@ def describe_export(subject: Subject, files: Files, folder: Path, sample: Sample
     ]
 
 
-def require_tolerance(rows: Rows, tolerance: float | None = None) -> None:
-    """Raise InputError if the logits of a file differ from torch's by more than ``tolerance``, or than its kind may."""
+def require_tolerance(rows: Rows, tolerance: float | None, folder: Path) -> None:
+    """Raise InputError if the logits of a file differ from torch's by more than ``tolerance``, or than its kind may.
+
+    folder: where the files are.
+    """
     for name, row in rows.items():
         most = tolerance if tolerance is not None else OF_INTEGERS if name == INTEGERS else IN_FLOAT
         if name != "torch" and not row["difference"] <= most:  # NaN included
             raise InputError(
                 f"{name} gives other logits than torch, by {row['difference']:.1e} of the largest, above the tolerance "
-                f"of {most:g}; do not use it before you know why"
+                f"of {most:g}; it is left in {folder}: do not use it before you know why"
             )

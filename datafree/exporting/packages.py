@@ -18,6 +18,5 @@ def require_packages(formats: Iterable[str] = ("onnx",)) -> None:
     for kind in formats:
         if missing := [name for name in PACKAGES[kind] if find_spec(name) is None]:
             raise InputError(
-                f"{kind} files need {', '.join(missing)}; run {sys.executable} -m pip install {' '.join(missing)}, or "
-                "with -r requirements-export.txt"
+                f"{kind} files need {', '.join(missing)}; run {sys.executable} -m pip install {' '.join(missing)}"
             )
