@@ -21,7 +21,7 @@ PROGRAMS = {
     "export": ("datafree.export", "a trained network as ONNX, pt2 or safetensors, compared with torch"),
     "doctor": ("datafree.doctor", "what a long run of the others would stumble over, in less than a minute"),
     "report": ("datafree.report", "a table of runs: means, deviations and paired gains over seeds"),
-    "curves": ("datafree.curves", "a picture of runs over their epochs"),
+    "curves": ("datafree.curves", "a picture of runs over their epochs or minutes"),
     "reproduce": ("datafree.reproduce", "an experiment again, compared with what its file expects"),
 }
 TRAINING = tuple(FILES)  # whose modules have a PROGRAM

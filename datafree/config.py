@@ -479,8 +479,8 @@ class Relation:
     )
     triplet_unit: Literal["loss", "gradient"] = option(
         "loss",
-        "Unit of that weight: of the loss, as published; or of the gradient with respect to the images, of which the "
-        "triplet loss then has so many times the norm that the other terms have together, in each step.",
+        "Unit of that weight: of the loss, as published; or of the gradient with respect to the images, whose norm for "
+        "the triplet loss is then so many times that for all other terms together, in each step.",
         unused_when={"triplet": (0,)},
     )
     relation: Literal["paper", "release", "off"] = option(
@@ -534,14 +534,8 @@ class Relation:
         "distance", "Negative sampling in student training.", unused_when={"striplet": (0,)}
     )
 
-    def validate(self, run: Run) -> None:
-        """Raise an OptionError if the stages are none, for an unknown dimension, and for a unit that cannot be had."""
-        if self.triplet and self.triplet_unit == "gradient" and (run.compile != "off" or run.precision == "fp16"):
-            other = f"--compile {run.compile}" if run.compile != "off" else "--precision fp16"
-            raise OptionError(
-                f"--triplet_unit gradient does not go with {other}, as its gradients are taken one by one, without a "
-                "scale; remove one of them"
-            )
+    def validate(self) -> None:
+        """Raise an OptionError if the stages are none, or for an unknown dimension."""
         if self.sampling_dim not in ("nominal", "intrinsic") and not re.fullmatch(r"\d+(\.\d+)?", self.sampling_dim):
             raise OptionError(
                 f"--sampling_dim cannot be {self.sampling_dim!r}; it takes nominal, intrinsic or a number"
@@ -862,7 +856,7 @@ class DistillConfig:
         """Raise an InputError for options that do not go together."""
         seconds_of(self.schedule.budget)
         _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
-        self.relation.validate(self.run)
+        self.relation.validate()
         self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
 
@@ -923,7 +917,7 @@ class QuantizeConfig:
         """Raise an InputError for options that do not go together."""
         seconds_of(self.schedule.budget)
         _check_student_terms(self, Schedule.of(self.schedule, self.finetune.batch_size))
-        self.relation.validate(self.run)
+        self.relation.validate()
         self.quantizer.validate()
         self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
@@ -1131,7 +1125,7 @@ class IncrementalConfig:
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
         _check_student_terms(self, Schedule.of(self.schedule, self.incremental.batch_size))
-        self.relation.validate(self.run)
+        self.relation.validate()
         self.run.validate()
         _validate_evaluation(self.run, self.data, "--weights", self.incremental.weights)
         for name in ("pool_images", "class_embeddings"):

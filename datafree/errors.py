@@ -153,6 +153,7 @@ def exit_on_input_error(main: Callable[[], object]) -> None:
     1, or 141 without a line if its reader has gone.
     """
     occupy_closed_streams()
+    signals.advice = ""
     code: Any = None
     try:
         with handled(leave):

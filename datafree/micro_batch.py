@@ -70,11 +70,12 @@ class _AsBefore:
         self.buffers, self.before, self.rng = buffers, [buffer.clone() for buffer in buffers], rng_state()
 
     def __enter__(self) -> None:
-        self.stack = ExitStack()
-        self.stack.callback(_fill, self.buffers, [buffer.clone() for buffer in self.buffers])
-        self.stack.enter_context(same_rng())
-        _fill(self.buffers, self.before)
-        load_rng_state(self.rng)
+        with ExitStack() as stack:
+            stack.callback(_fill, self.buffers, [buffer.clone() for buffer in self.buffers])
+            stack.enter_context(same_rng())
+            _fill(self.buffers, self.before)
+            load_rng_state(self.rng)
+            self.stack = stack.pop_all()
 
     def __exit__(self, *exception: Any) -> None:
         self.stack.close()

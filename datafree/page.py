@@ -312,10 +312,11 @@ def _pictures(rows: Sequence[_Row]) -> tuple[list[dict[str, Any]], list[str]]:
         other_runs += len(with_grids) - 1
         other_epochs += len(grids) - len(chosen)
         shown.append({"name": f"{row.name}, {_seed(run)}", "frames": frames, "beside": beside})
+    without = f"{too_large} row{'s' * (too_large > 1)}"
     told = [
         (other_runs, f"it has images of each row's first seed, without {other_runs} other run{'s' * (other_runs > 1)}"),
         (other_epochs, f"it has at most {MOST_FRAMES} image grids of a run, without {other_epochs} in between"),
-        (too_large, f"it has no images of {too_large} rows, because {MOST_PICTURES >> 20} MB is the most of a page"),
+        (too_large, f"it has no images of {without}, because {MOST_PICTURES >> 20} MB is the most of a page"),
     ]
     return shown, [sentence for number, sentence in told if number]
 

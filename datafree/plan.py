@@ -15,7 +15,7 @@ from datafree.quantizer import FLOAT, QuantizedModel
 from datafree.relation import triplet_stages
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
-from datafree.synthesis.objective import SynthesisObjective
+from datafree.synthesis.objective import TRIPLET, SynthesisObjective
 from datafree.synthesis.optimised import OptimisedSynthesis
 from datafree.view_cache import ViewCache
 
@@ -284,7 +284,7 @@ def describe_source(options: Synthesis, teacher: Network) -> str:
 
 def describe_triplets(objective: SynthesisObjective) -> list[str]:
     """The features that the triplet loss of synthesis uses, if it has a weight."""
-    if not any(term.name == "triplet" for term in objective.terms):
+    if not any(term.name == TRIPLET for term in objective.terms):
         return []
     network = objective.teacher if objective.triplets.triplet_target == "teacher" else objective.student
     channels, sizes = network.tap.stage_channels, network.tap.stage_sizes
@@ -292,7 +292,8 @@ def describe_triplets(objective: SynthesisObjective) -> list[str]:
         f"stage {i} of 0-{len(sizes) - 1} ({channels[i]}x{'x'.join(map(str, sizes[i]))})"
         for i in triplet_stages(len(sizes), objective.triplets)
     ]
-    return [f"Synthesis triplet loss: {network.name}, {', '.join(stages) or 'embedding'}."]
+    ratio = f", with {objective.triplets.triplet:g} times the gradient of the other terms" * objective.by_gradient
+    return [f"Synthesis triplet loss: {network.name}, {', '.join(stages) or 'embedding'}{ratio}."]
 
 
 def describe_cost(schedule: Schedule, source: BaseSynthesis, views: int, images: int, budget: str | None = None) -> str:

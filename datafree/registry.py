@@ -35,7 +35,7 @@ def shipped(path: str | Path) -> str | Path:
     return ours if first == CONFIGS.name and rest and not Path(path).exists() and ours.is_file() else path
 
 
-def get_model(name: str, num_classes: int, pretrained: bool = False, in_channels: int = 3) -> "nn.Module":
+def get_model(name: str, num_classes: int, pretrained: bool = False, *, in_channels: int = 3) -> "nn.Module":
     """The network called ``name``, as ``--teacher`` and ``--student`` name it, randomly initialised.
 
     It takes normalised images and returns logits (N, num_classes). pretrained: with the weights that its library

@@ -141,7 +141,7 @@ def peak_memory(device: torch.device) -> int | None:
     peak = _number_in("/proc/self/status", r"VmHWM:\s*(\d+) kB", 1024)  # Linux, whose getrusage counts a parent's too
     if peak is None and resource is not None:
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-    return peak and round(peak / 1e6)
+    return None if peak is None else round(peak / 1e6)
 
 
 def reset_peak(device: torch.device) -> float | None:

@@ -142,8 +142,8 @@ def average_gradients(optimizers: Iterable[torch.optim.Optimizer], loss: Tensor)
     return mean.view(loss.shape).to(loss.dtype)
 
 
-def mean(gradient: Tensor) -> Tensor:
-    """A gradient by what all processes have, such as the whole batch: the mean of what each of them computed."""
+def averaged(gradient: Tensor) -> Tensor:
+    """The mean over the processes of a gradient with respect to something that each of them has whole."""
     if distributed.count() > 1:
         gradient = (gradient / distributed.count()).contiguous()
         call(dist.all_reduce, gradient)

@@ -19,7 +19,10 @@ CHARTS = {
         "on the test set (%)": ["accuracy/acc[15]", "accuracy/best_acc1", "accuracy/average_acc1"],
         "test loss": ["accuracy/test_loss"],
     },
-    "terms of the losses": {"student": ["student/(?!lr|view_cache).*"], "synthesis": ["synthesis/.*"]},
+    "terms of the losses": {
+        "student": ["student/(?!lr|view_cache).*"],
+        "synthesis": ["synthesis/(?!triplet_weight).*"],
+    },
     "images": {
         "fractions": ["images/.*(agreement|confidence|duplicates|entropy)", "images/anchors_.*"],
         "distances": ["images/.*distance.*"],

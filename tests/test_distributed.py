@@ -217,6 +217,7 @@ def check_steps():
     assert_same_apart(round_of(InversionSynthesis, **EVERY_IMAGE_TERM))
     assert_same_apart(round_of(InversionSynthesis, bn=1.0, triplet=1.0, triplet_target="teacher", relation="release"))
     assert_same_apart(round_of(InversionSynthesis, bn=1.0, adv=1.0, cr=1.0, triplet=0.3, triplet_unit="gradient"))
+    assert_same_apart(round_of(GenerativeSynthesis, bn=1.0, adv=1.0, triplet=0.3, triplet_unit="gradient"))
     assert_same_apart(round_of(PixelSynthesis, **EVERY_IMAGE_TERM))
     assert_same_apart(round_of(NoisyLayerSynthesis, bn=1.0, oh=1.0, adv=1.0, triplet=1.0))
     assert_same_apart(round_of(GenerativeSynthesis, bn=1.0, adv=1.0, class_embedding=True))

@@ -220,8 +220,13 @@ def test_a_file_that_computes_something_else_is_found(weights, refused, tmp_path
     monkeypatch.setattr(files, "write_program", spoiled)
     line = refused(call, export, *words, code=1)
     assert "model.pt2 gives other logits than torch" in line and "above the tolerance of 0.0001" in line
-    assert f"left in {tmp_path / 'unchecked'}:" in line and (tmp_path / "unchecked" / "model.pt2").is_file()
-    assert (tmp_path / "model.pt2").read_bytes() == good
+    [left] = tmp_path.glob("unchecked-*")
+    assert f"left in {left}:" in line and (left / "model.pt2").is_file()
+    call(export, weights, "--format", "safetensors", *words[3:])
+    assert (tmp_path / "model.pt2").read_bytes() == good and (left / "model.pt2").is_file()
+    monkeypatch.setattr(files, "compare", lambda *_: 1 / 0)
+    refused(call, export, *words, code=1)
+    assert list(tmp_path.glob("unchecked-*")) == [left] and (tmp_path / "model.pt2").read_bytes() == good
 
 
 def test_user_defined_weights_need_their_network(tmp_path, digits):

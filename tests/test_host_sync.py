@@ -68,6 +68,13 @@ def test_a_wait_is_detected():
         assert waits.found
 
 
+def test_triplets_in_units_of_the_gradient_do_not_wait_for_the_host():
+    source, _ = both_phases(ALL, config.Relation(triplet=0.3, triplet_unit="gradient"), {})
+    with Waits() as waits:
+        source.round(0, with_student=True)
+    assert not waits.found
+
+
 @pytest.mark.parametrize("sampling", ["focal", "distance", "uniform"])
 @pytest.mark.parametrize("keep", ["best", "last"])
 @pytest.mark.parametrize("init", ["random", "reptile", "maml"])

@@ -10,7 +10,7 @@ import time
 import pytest
 from conftest import ROOT, forked
 
-from datafree import program
+from datafree import program, signals
 from datafree.errors import exit_on_input_error
 from datafree.signals import ENDING, StopSignal
 
@@ -63,6 +63,7 @@ def test_what_nohup_ignores_stays_ignored():
 @pytest.mark.parametrize("name", NAMES)
 def test_outside_the_loop_a_signal_ends_the_program_with_a_line_and_its_code(name, capfd):
     number = getattr(signal, name)
+    signals.let_resume()  # of an earlier program in the same process
     assert forked(exit_on_input_error, lambda: os.kill(os.getpid(), number) or time.sleep(5)) == 128 + number
     assert f"{name}: stopped\n" in capfd.readouterr().err
 

@@ -1,17 +1,19 @@
 """Phase 1: what is changed and what must not be, which forward passes are run, what enters the pool."""
 
 from dataclasses import fields
+from math import prod
 
 import nets
 import pytest
 import torch
 from parts import CLASSES, SHAPE, changed, count_calls, make_card, make_source, network, options, snapshot
+from torch import nn
 
-from datafree import config, criterions, relation
+from datafree import config, criterions, relation, runtime
 from datafree.augment import CropFlip, random_resized_crop
 from datafree.batchnorm import BatchNormTap
 from datafree.datasets.cards import DatasetCard
-from datafree.errors import InputError
+from datafree.errors import InputError, OptionError
 from datafree.features import Features
 from datafree.models.generator import Generator
 from datafree.plugins import load_object
@@ -729,6 +731,7 @@ def gradient_of(objective, images, targets):
 @pytest.mark.parametrize("target", ["student", "teacher"])
 def test_in_units_of_the_gradient_the_triplets_have_a_share_of_the_norm_of_the_others(target):
     """Against the gradients of an objective without triplets and of one that has nothing else."""
+    torch.manual_seed(0)
     teacher, student = network().freeze(), network(nets.small).freeze()
     images, targets = torch.rand(12, *SHAPE), torch.arange(12) % CLASSES
 
@@ -737,14 +740,38 @@ def test_in_units_of_the_gradient_the_triplets_have_a_share_of_the_norm_of_the_o
         return SynthesisObjective(given.synthesis, given.relation, teacher, student)
 
     others, rest, _ = gradient_of(objective(bn=1.0, oh=0.5, adv=1.0), images, targets)
-    spread, triplet, _ = gradient_of(objective(triplet=1.0), images, targets)
+    spread, _, _ = gradient_of(objective(triplet=1.0), images, targets)
     both = objective(bn=1.0, oh=0.5, adv=1.0, triplet=0.3, triplet_unit="gradient")
     gradient, loss, terms = gradient_of(both, images, targets)
+    assert spread.any()
     weight = 0.3 * others.norm() / spread.norm()
     torch.testing.assert_close(terms["triplet_weight"], weight)
     torch.testing.assert_close(gradient, others + weight * spread)
-    torch.testing.assert_close(loss, rest + weight * triplet)
+    torch.testing.assert_close(loss, rest)
     assert set(terms) == {"bn", "oh", "adv", "triplet", "triplet_weight"}
+
+
+@pytest.mark.parametrize("precision, tolerance", [("none", 1e-5), ("bf16", 0.02)])
+def test_the_gradient_is_that_of_the_loss_with_the_weight_that_is_told(precision, tolerance):
+    """With respect to the weights of a generator, in the precision of a run."""
+    torch.manual_seed(0)
+    teacher, student = network().freeze(), network(nets.small).freeze()
+    generator = nn.Sequential(nn.Linear(8, prod(SHAPE)), nn.Sigmoid(), nn.Unflatten(1, SHAPE))
+    latents, noise = torch.randn(12, 8), torch.rand(12, *SHAPE)  # in which the teacher sees several classes
+    weights, targets = list(generator.parameters()), torch.arange(12) % CLASSES
+
+    def gradient(**values):
+        given = options(bn=1.0, oh=0.5, adv=1.0, sampling="uniform", start_layer=0, **values)
+        objective = SynthesisObjective(given.synthesis, given.relation, teacher, student)
+        torch.manual_seed(3)
+        with runtime.autocast(latents.device, precision):
+            images = 0.9 * noise + 0.1 * generator(latents)
+            loss, terms = objective(images, images * 1.0, targets)
+        return torch.cat([g.flatten() for g in torch.autograd.grad(loss, weights)]), terms
+
+    found, terms = gradient(triplet=0.5, triplet_unit="gradient")
+    expected, _ = gradient(triplet=terms["triplet_weight"].item())
+    assert terms["triplet_weight"] > 0 and (found - expected).norm() < tolerance * expected.norm()
 
 
 def test_in_units_of_the_gradient_the_contrast_learns_as_ever():
@@ -771,6 +798,9 @@ def test_triplets_that_no_image_has_weigh_nothing():
 
 def test_triplets_alone_have_no_unit_of_the_gradient(distil, refused):
     words = ("--bn", 0, "--oh", 0, "--adv", 0, "--triplet_unit", "gradient")
-    assert "of which none has a weight" in refused(distil, *words, before_run=False)
-    for more in (("--compile", "default"), ("--precision", "fp16")):
-        assert f"does not go with {more[0]} {more[1]}" in refused(distil, "--triplet_unit", "gradient", *more, code=2)
+    assert "of which none has a weight" in refused(distil, *words)
+    words = ("--triplet_unit", "gradient", "--compile", "default")
+    assert "does not go with --compile default" in refused(distil, *words, code=2)
+    with pytest.raises(OptionError, match="does not go with --precision fp16"):
+        make_source(options(bn=1.0, triplet=1.0, triplet_unit="gradient", precision="fp16"))
+    make_source(options(bn=1.0, triplet=1.0, triplet_unit="gradient", relation="off", compile="default"))

@@ -1,7 +1,10 @@
 """The files of a network in several formats, compared with it in torch: the program, and its parts for other code."""
 
 import json
-from collections.abc import Iterable, Sequence
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import Tensor
@@ -25,7 +28,6 @@ from datafree.runtime import set_threads
 
 IN_FLOAT, OF_INTEGERS = 1e-4, 0.1  # largest difference of a logit, relative to the largest one
 INTEGERS = "model_int8.onnx"
-UNCHECKED = "unchecked"  # the folder of files until they were compared, so that only good ones replace earlier ones
 WHERE_NOT = ", or give another folder by --out"
 
 
@@ -95,18 +97,33 @@ def run(config: ExportConfig, dry_run: bool = False) -> None:
     print("\n".join(map(printable, describe_export(subject, files, folder, sample, len(calibration)))))
     if dry_run:
         return
-    unchecked = folder / UNCHECKED
-    paths = export_network(network, unchecked, files.format, files.input, calibration.split(BATCH))
-    rows = compare(network, paths, sample.images, sample.split, comparison.repeats)
-    stated = {"images": sample.words, "input": INPUTS[files.input], **rows}
-    write_text(unchecked / "comparison.json", json.dumps(stated, indent=2) + "\n", after=WHERE_NOT)
+    with _apart(folder) as place:
+        paths = export_network(network, place, files.format, files.input, calibration.split(BATCH))
+        rows = compare(network, paths, sample.images, sample.split, comparison.repeats)
+        stated = {"images": sample.words, "input": INPUTS[files.input], **rows}
+        paths["comparison.json"] = place / "comparison.json"
+        write_text(paths["comparison.json"], json.dumps(stated, indent=2) + "\n", after=WHERE_NOT)
     print(table(shown_rows(rows, {key: key for key in rows})))
-    require_tolerance(rows, comparison.tolerance, unchecked)
+    require_tolerance(rows, comparison.tolerance, place)
     with writing(folder, after=WHERE_NOT):
-        for path in unchecked.iterdir():
-            path.replace(folder / path.name)
-        unchecked.rmdir()
+        for name, path in paths.items():
+            path.replace(folder / name)
+        shutil.rmtree(place)
     print(f"Everything is in {folder}")
+
+
+@contextmanager
+def _apart(folder: Path) -> Iterator[Path]:
+    """A new folder in ``folder``, for files that are not compared yet, so that only good ones replace earlier ones; it
+    is removed if the block fails."""
+    with writing(folder, after=WHERE_NOT):
+        folder.mkdir(parents=True, exist_ok=True)
+        place = Path(tempfile.mkdtemp(prefix="unchecked-", dir=folder))
+    try:
+        yield place
+    except BaseException:
+        shutil.rmtree(place, ignore_errors=True)
+        raise
 
 
 def folder_of_files(config: ExportConfig) -> Path:

@@ -11,6 +11,7 @@ from datafree.config import Relation, Synthesis
 from datafree.errors import InputError
 from datafree.features import Features
 from datafree.micro_batch import in_parts
+from datafree.runtime import autocast
 from datafree.synthesis.contrast import InstanceContrast
 from datafree.terms import Term, fields_read, weighted, weighted_sum
 from datafree.trial import trial_images, unchanged
@@ -34,6 +35,7 @@ class Synthesised(NamedTuple):
 class SynthesisObjective:
     """L_syn = sum of weight * term over the terms of nonzero weight (RGAL, phase 1).
 
+    by_gradient: whether the weight of the triplets follows from gradients (``triplet_unit``).
     settings, triplets: the sections synthesis and relation of the configuration.
     A term of weight 0 is not computed, and the student is run only if a term reads its features.
     """
@@ -46,6 +48,7 @@ class SynthesisObjective:
         self.contrast: InstanceContrast | None = None
         self.optimizers: list[torch.optim.Optimizer] = []  # of what the objective itself learns
         self.terms = weighted(self.all_terms())
+        self.by_gradient = triplets.triplet_unit == "gradient" and any(term.name == TRIPLET for term in self.terms)
         names = {term.name for term in self.active()}
         for network, reads in ((teacher, "teacher"), (student, "student")):
             if any(getattr(term, reads) for term in self.terms) and network.trial.gradient:
@@ -108,35 +111,34 @@ class SynthesisObjective:
             self.statistics = teacher.batch_norm
         student = self.student.features(views, with_maps="stages" in of_student) if of_student else Features()
         batch = Synthesised(images, targets)
-        if self.triplets.triplet_unit == "gradient" and any(term.name == TRIPLET for term in terms):
+        if self.by_gradient and any(term.name == TRIPLET for term in terms):
             return self._in_units_of_gradient(terms, teacher, student, batch)
         return weighted_sum(terms, teacher, student, batch)
 
     def _in_units_of_gradient(
         self, terms: list[Term], teacher: Features, student: Features, batch: Synthesised
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss in which the triplets' gradient by the images has ``triplet`` times the norm of all the others'.
+        """The loss of the terms without the triplets, whose gradient has theirs in it, and the terms.
 
-        The gradients of both are computed here, once, and are those of the loss that is returned. The weight that this
-        takes in units of the loss is among the terms.
+        With respect to the images it has ``triplet`` times the norm of all others' together. Both are computed here.
+        So the triplets' weight changes with each step, and losses of several steps are comparable without them alone;
+        what it is in units of the loss is returned beside the terms.
         """
         others, [triplet] = [term for term in terms if term.name != TRIPLET], [t for t in terms if t.name == TRIPLET]
-        if not others:
-            raise InputError(
-                "--triplet_unit gradient weighs the triplets by the other terms, of which none has a weight; give "
-                "one, such as --bn 1 and --oh 1, or --triplet_unit loss"
-            )
         loss, values = weighted_sum(others, teacher, student, batch)
         spread = triplet.compute(teacher.only(triplet.teacher), student.only(triplet.student), batch)
         trained = [p for optimizer in self.optimizers for group in optimizer.param_groups for p in group["params"]]
-        by_others, *by_trained = torch.autograd.grad(loss, [batch.images, *trained], retain_graph=True)
-        [by_triplet] = torch.autograd.grad(spread, [batch.images])
-        norms = [shares.mean(gradient).norm() for gradient in (by_others, by_triplet)]
-        weight = torch.where(norms[1] > 0, triplet.weight * norms[0] / norms[1], 0)
-        linear = sum((x * g).sum() for x, g in zip(trained, by_trained))
-        linear = linear + (batch.images * (by_others + weight * by_triplet)).sum()
-        loss = (loss + weight * spread).detach() + linear - linear.detach()
-        return loss, {**values, TRIPLET: spread, f"{TRIPLET}_weight": weight}
+        with autocast(batch.images.device, "none"):  # as in any backward pass
+            by_others, *by_trained = torch.autograd.grad(loss, [batch.images, *trained], retain_graph=True)
+            [by_triplet] = torch.autograd.grad(spread, [batch.images])
+            both = torch.stack([by_others, by_triplet]).float()
+            norm, unit = shares.averaged(both).flatten(1).norm(dim=1)
+            smallest = torch.finfo(unit.dtype).tiny
+            weight = torch.where(unit > smallest, triplet.weight * norm / unit.clamp_min(smallest), 0)
+            linear = (batch.images.float() * (both[0] + weight * both[1])).sum()
+            linear = linear + sum((x * g).sum() for x, g in zip(trained, by_trained))
+        values = {**values, TRIPLET: spread, f"{TRIPLET}_weight": weight}
+        return loss.detach() + (linear - linear.detach()), values
 
     def _teacher_with_statistics(self, views: Tensor) -> Features:
         """The teacher's Features of views (N, C, H, W), which are computed at once, with its BatchNorm statistics."""
@@ -152,6 +154,12 @@ class SynthesisObjective:
                 "no synthesis term has a weight"
                 + ("" if with_student else " during --warmup")
                 + "; give one, such as --bn 1 and --oh 1"
+            )
+        if self.by_gradient and [term.name for term in terms] == [TRIPLET]:
+            raise InputError(
+                "--triplet_unit gradient weighs the triplets by the other terms, of which none has a weight"
+                + ("" if with_student else " during --warmup")
+                + "; give one, such as --bn 1 and --oh 1, or --triplet_unit loss"
             )
         return terms
 

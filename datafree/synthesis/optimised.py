@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datafree.datasets.cards import DatasetCard
-from datafree.errors import InputError
+from datafree.errors import InputError, OptionError
 from datafree.pool import Batch, ImagePool, as_bytes
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -41,6 +41,13 @@ class OptimisedSynthesis(BaseSynthesis):
         super().__init__(teacher, student, augment, card, config, device)
         self.settings, self.g_steps, self.num_classes = config.synthesis, config.schedule.g_steps, teacher.num_classes
         self.objective = SynthesisObjective(config.synthesis, config.relation, teacher, student)
+        run = config.run
+        if self.objective.by_gradient and (run.compile != "off" or run.precision == "fp16"):
+            other = f"--compile {run.compile}" if run.compile != "off" else "--precision fp16"
+            raise OptionError(
+                f"--triplet_unit gradient does not go with {other}, as it takes several gradients of one pass, without "
+                "a scale; remove one of them"
+            )
         if config.schedule.warmup:
             self.objective.active(with_student=False)  # refuses a warm-up without terms before the run begins
         self.update = Update(teacher, config.run.precision)
