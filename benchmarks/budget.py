@@ -7,7 +7,8 @@ seeds of a comparison have the same epochs, unlike with --budget, by which every
 import statistics
 import sys
 
-from datafree.errors import OptionError, exit_on_input_error, usage
+from datafree.arguments import usage
+from datafree.errors import OptionError, exit_on_input_error
 from datafree.report import read_summaries
 
 

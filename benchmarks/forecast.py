@@ -22,7 +22,8 @@ import datafree_kd
 import datafree_quantize
 import train_scratch
 from benchmarks.same_bits import call
-from datafree.errors import InputError, exit_on_input_error, usage
+from datafree.arguments import usage
+from datafree.errors import InputError, exit_on_input_error
 from datafree.logger import table
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -458,7 +458,7 @@ def results():
         "student_s": 1.5,
         "options": {"lr": 0.1},
     }
-    row = {"epoch": 0, "acc1": 5.0, "images/near_duplicates": 0.1}
+    row = {"epoch": 0, "acc1": 5.0, "images/near_duplicates": 0.1, "seconds/synthesis": 5.0, "seconds/student": 5.0}
 
     def changed(good):
         def build(changes):
@@ -510,93 +510,87 @@ def read_cell_file():
     read_cell(sys.argv[1])
 
 
+DIGITS = "--dataset digits --model resnet8 --threads 1".split()
+PAIR = "--teacher resnet8 --teacher_weights good.pth --student resnet8 --threads 1 --dry_run".split()
+
+
+def _weights(draw, made):
+    how = draw(st.sampled_from(["--dry_run", "--evaluate_only"]))
+    return train_scratch.main, [*DIGITS, "--weights", "w.pth", how], {"w.pth": draw(made["weights"])}
+
+
+def _checkpoint(draw, made):
+    words = [*DIGITS, "--epochs", "1", "--resume", "last.pth"]
+    return train_scratch.main, words, {"last.pth": draw(made["checkpoint"])}
+
+
+def _card(draw, made):
+    words = [*PAIR, "--dataset", "own", "--card", "card.yaml", "--eval", "none"]
+    return datafree_kd.main, words, {"card.yaml": draw(cards())}
+
+
+def _image(draw, made):
+    name, content = draw(made["images"])
+    size = draw(st.sampled_from(["16", "128"]))
+    words = ["--dataset", "own", "--model", "resnet8", "--threads", "1", "--image_size", size, "--dry_run"]
+    places = {f"data/own/{place}/1.png": made["png"] for place in ("train/a", "train/b", "test/a", "test/b")}
+    split = draw(st.sampled_from(["train", "test"]))
+    return train_scratch.main, words, {**places, f"data/own/{split}/a/{name}": content}
+
+
+def _embeddings(draw, made):
+    name, content = draw(made["embeddings"])
+    words = [*PAIR, "--dataset", "digits", "--method", "nayer", "--class_embeddings", name]
+    return datafree_kd.main, words, {name: content}
+
+
+def _pool(draw, made):
+    method = draw(st.sampled_from(["rgal", "folder"]))
+    words = [*PAIR, "--dataset", "digits", "--method", method, "--pool_images", "found"]
+    if draw(st.booleans()):
+        return datafree_kd.main, words, {"found/checkpoints/last.pth": draw(made["pool"])}
+    name, content = draw(made["images"])
+    place = draw(st.sampled_from(["", "3/", "cat/"]))
+    return datafree_kd.main, words, {"found/3/1.png": made["png"], f"found/{place}{name}": content}
+
+
+def _export(draw, made):
+    words = ["--dataset", "digits", "--format", "safetensors", "--repeats", "1", "--threads", "1"]
+    words += ["--images", draw(st.sampled_from(["auto", "noise", "pool"]))]
+    if draw(st.booleans()):
+        return export.main, ["w.pth", "--model", "resnet8", *words], {"w.pth": draw(made["weights"])}
+    changed = draw(st.sampled_from(["last.pth", "model_last.pth"]))
+    content = draw(made["pool" if changed == "last.pth" else "weights"])
+    return export.main, ["found", *words], {**made["run"], f"found/checkpoints/{changed}": content}
+
+
+def _cell(draw, made):
+    return read_cell_file, ["cell.yaml"], {"cell.yaml": draw(made["cells"])}
+
+
+def _report(draw, made):
+    more = [
+        *([], ["--of", "loss"], ["--of", "images/near_duplicates"], ["--effect", "lr"], ["--against", "lr=1"]),
+        *(["--html", "page.html"], *(["--format", form] for form in FORMATS)),
+    ]
+    return report.main, ["found", *draw(st.sampled_from(more))], _found(draw, made)
+
+
+def _curves(draw, made):
+    more = [[], ["--over", "minutes"], ["--of", "acc1"], ["--of", "loss", "--over", "minutes"]]
+    return curves.main, ["curve.png", "found", *draw(st.sampled_from(more))], _found(draw, made)
+
+
+def _found(draw, made):
+    summary, metrics = draw(made["results"])
+    return {"found/summary.json": summary, "found/metrics.jsonl": metrics}
+
+
 @st.composite
 def files(draw, made):
-    """(main, words, files); made: good weights and checkpoint, as contents."""
-    kinds = ["weights", "weights", "checkpoint", "card", "image", "embeddings", "pool", "export", "ledger"]
-    kind = draw(st.sampled_from([*kinds, "report", "curves"]))
-    digits = ["--dataset", "digits", "--model", "resnet8", "--threads", "1"]
-    pair = (
-        "--dataset digits --teacher resnet8 --teacher_weights good.pth --student resnet8 --threads 1 --dry_run".split()
-    )
-    if kind == "embeddings":
-        name, content = draw(made["embeddings"])
-        return datafree_kd.main, [*pair, "--method", "nayer", "--class_embeddings", name], {name: content}
-    if kind == "pool":
-        words = [*pair, "--method", draw(st.sampled_from(["rgal", "folder"])), "--pool_images", "found"]
-        if draw(st.booleans()):
-            return datafree_kd.main, words, {"found/checkpoints/last.pth": draw(made["pool"])}
-        name, content = draw(made["images"])
-        place = draw(st.sampled_from(["", "3/", "cat/"]))
-        return datafree_kd.main, words, {"found/3/1.png": made["png"], f"found/{place}{name}": content}
-    if kind == "export":
-        words = ["--dataset", "digits", "--format", "safetensors", "--repeats", "1", "--threads", "1"]
-        words += ["--images", draw(st.sampled_from(["auto", "noise", "pool"]))]
-        if draw(st.booleans()):
-            return export.main, ["w.pth", "--model", "resnet8", *words], {"w.pth": draw(made["weights"])}
-        changed = draw(st.sampled_from(["last.pth", "model_last.pth"]))
-        content = draw(made["pool" if changed == "last.pth" else "weights"])
-        return export.main, ["found", *words], {**made["run"], f"found/checkpoints/{changed}": content}
-    if kind == "ledger":
-        return read_cell_file, ["cell.yaml"], {"cell.yaml": draw(made["cells"])}
-    if kind == "weights":
-        content = draw(made["weights"])
-        words = [*digits, "--weights", "w.pth", *draw(st.sampled_from([["--dry_run"], ["--evaluate_only"]]))]
-        return train_scratch.main, words, {"w.pth": content}
-    if kind == "checkpoint":
-        return (
-            train_scratch.main,
-            [*digits, "--epochs", "1", "--resume", "last.pth"],
-            {"last.pth": draw(made["checkpoint"])},
-        )
-    if kind == "card":
-        own = [
-            "--dataset",
-            "own",
-            "--card",
-            "card.yaml",
-            "--eval",
-            "none",
-            "--student",
-            "resnet8",
-            "--teacher_weights",
-            "good.pth",
-        ]
-        words = [*own, "--teacher", "resnet8", "--threads", "1", "--dry_run"]
-        return datafree_kd.main, words, {"card.yaml": draw(cards())}
-    if kind == "image":
-        name, content = draw(made["images"])
-        words = [
-            "--dataset",
-            "own",
-            "--model",
-            "resnet8",
-            "--threads",
-            "1",
-            "--image_size",
-            draw(st.sampled_from(["16", "128"])),
-        ]
-        places = {f"data/own/{place}/1.png": made["png"] for place in ("train/a", "train/b", "test/a", "test/b")}
-        split = draw(st.sampled_from(["train", "test"]))
-        return train_scratch.main, [*words, "--dry_run"], {**places, f"data/own/{split}/a/{name}": content}
-    summary, metrics = draw(made["results"])
-    found = {"found/summary.json": summary, "found/metrics.jsonl": metrics}
-    if kind == "curves":
-        return curves.main, ["curve.png", "found"], found
-    more = draw(
-        st.sampled_from(
-            [
-                [],
-                ["--of", "loss"],
-                ["--of", "images/near_duplicates"],
-                ["--effect", "lr"],
-                ["--against", "lr=1"],
-                ["--html", "page.html"],
-                *(["--format", form] for form in FORMATS),
-            ]
-        )
-    )
-    return report.main, ["found", *more], found
+    """(main, words, files); made: of :func:`prepare`."""
+    kinds = [_weights, _weights, _checkpoint, _card, _image, _embeddings, _pool, _export, _cell, _report, _curves]
+    return draw(st.sampled_from(kinds))(draw, made)
 
 
 # The whole

@@ -12,7 +12,8 @@ import sys
 import torch
 
 from benchmarks.step import Ours
-from datafree.errors import InputError, exit_on_input_error, usage
+from datafree.arguments import usage
+from datafree.errors import InputError, exit_on_input_error
 from datafree.logger import table
 from datafree.runtime import choose_device, peak_memory, reset_peak, seed_everything
 

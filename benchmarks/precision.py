@@ -12,10 +12,11 @@ from functools import partial
 
 import torch
 
+from datafree.arguments import usage
 from datafree.augment import CropFlip
 from datafree.config import Distill, DistillConfig, Relation, Synthesis
 from datafree.datasets.loading import resolve_card
-from datafree.errors import exit_on_input_error, usage
+from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
 from datafree.logger import table
 from datafree.network import Network

@@ -430,7 +430,7 @@ def _help(
     first: str,
 ) -> str:
     width = min(shutil.get_terminal_size().columns, 100)
-    from_method = {s.option: _convert(s) for s in _method_settings([], options, method_files)}
+    from_method = method_defaults(options, method_files)
     shown = options.get("seed") or next(o for o in options.values() if o.kind is int)
     intro = INTRO.replace("SECTION", shown.section).replace("NAME", shown.name)
     blocks = [
@@ -446,12 +446,22 @@ def _help(
     return "\n\n".join(blocks)
 
 
+def method_defaults(options: Options, method_files: Mapping[str, Any] | None) -> dict[Option, Any]:
+    """What the file of the default method sets."""
+    return {s.option: _convert(s) for s in _method_settings([], options, method_files)}
+
+
+def shown_default(opt: Option, from_method: Mapping[Option, Any]) -> str:
+    """The value of an option that is not given, in words. from_method: of :func:`method_defaults`."""
+    value = from_method.get(opt, opt.default)
+    changed = f"; the default method sets {display(value)}" * (value != opt.default)
+    return f"{display(opt.default)}{changed}"
+
+
 def _help_entry(opt: Option, from_method: Mapping[Option, Any], width: int) -> str:
     value = "NAME" if opt.choices else {bool: "", int: "N", float: "X", tuple: "X,X,X", str: "TEXT"}[opt.kind]
     facts = [opt.allowed] if opt.choices else []
-    facts.append(f"default {display(opt.default)}")
-    if from_method.get(opt, opt.default) != opt.default:
-        facts.append(f"the default method sets {display(from_method[opt])}")
+    facts.append(f"default {shown_default(opt, from_method)}")
     left = f"  {', '.join([f'--{opt.name}', *opt.flags])} {value}"
     return textwrap.fill(
         f"{opt.help} ({'; '.join(facts)})",

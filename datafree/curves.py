@@ -14,7 +14,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from datafree.errors import InputError, OptionError, exit_on_input_error, read_arguments, short, usage
+from datafree.arguments import read_arguments, usage
+from datafree.errors import InputError, OptionError, exit_on_input_error, short
 from datafree.results import read_rows
 
 PANELS = {
@@ -31,9 +32,10 @@ PANELS = {
 SPENT = ("seconds/synthesis", "seconds/student")
 AXES = {
     "epochs": ("epoch", lambda row: row["epoch"] + 1),
-    "minutes": ("minutes", lambda row: sum(row.get(key) or 0 for key in SPENT) / 60),
+    "minutes": ("minutes of synthesis and student training", lambda row: sum(row.get(key) or 0 for key in SPENT) / 60),
 }
-COLUMNS = 3
+COLUMNS, ONE_PANEL = 3, (8.0, 4.5)
+Curves = Mapping[str, Sequence[Mapping[str, Any]]]  # name of a run -> its rows
 STYLES = ("-", "--", ":", "-.")  # the next one each time matplotlib's ten colours are used up
 
 
@@ -55,17 +57,11 @@ def read_curves(folders: Iterable[str | Path], of: Iterable[str] = PANELS) -> di
     return {str(run.relative_to(common)): read_rows(run / "metrics.jsonl", keys, required=["epoch"]) for run in runs}
 
 
-def draw(
-    curves: Mapping[str, Sequence[Mapping[str, Any]]],
-    picture: str | Path,
-    of: Iterable[str] = PANELS,
-    over: str = "epochs",
-) -> None:
+def draw(curves: Curves, picture: str | Path, of: Sequence[str] = tuple(PANELS), over: str = "epochs") -> None:
     """Plot ``curves`` (see :func:`read_curves`) into the file ``picture``, with a panel for each metric that they have.
 
-    of: the metrics. over: a key of ``AXES``.
-
-    Raises InputError without matplotlib, for curves without any of the metrics, and if the file cannot be written.
+    of: the metrics. over: a key of ``AXES``. Raises InputError without matplotlib, for curves without any of the
+    metrics or without times, and if the file cannot be written.
     """
     if Path(picture).suffix != ".png":
         raise InputError(
@@ -75,31 +71,13 @@ def draw(
         from matplotlib.figure import Figure
     except ImportError:
         raise InputError(f"plotting needs matplotlib; run {sys.executable} -m pip install matplotlib") from None
-    panels = [key for key in of if any(key in row for rows in curves.values() for row in rows)]
-    if not panels and any(curves.values()):
-        raise InputError(f"none of these runs has the metric {', '.join(of)}; metrics.jsonl has the names of all")
-    if not panels:
-        raise InputError("these runs have no finished epoch to plot; wait for one")
+    panels = _panels(curves, of, over)
     columns = min(COLUMNS, len(panels))
     lines = -(-len(panels) // columns)
-    size = (4 * columns, 2.8 * lines) if len(panels) > 1 else (8, 4.5)
-    figure = Figure((size[0], size[1] + 0.3 * len(curves)), layout="constrained")
-    label, place = AXES[over]
+    width, height = (4 * columns, 2.8 * lines) if len(panels) > 1 else ONE_PANEL
+    figure = Figure((width, height + 0.3 * len(curves)), layout="constrained")
     for axes, key in zip(figure.subplots(lines, columns, squeeze=False).flat, panels):
-        for number, (name, rows) in enumerate(curves.items()):
-            points = [(place(row), row[key]) for row in rows if row.get(key) is not None]
-            axes.plot(
-                *zip(*points) if points else ([], []),
-                STYLES[number // 10 % len(STYLES)],
-                label=name,
-                marker="." if len(points) < 2 else None,
-            )
-        axes.set_title(PANELS.get(key, key), fontsize=10)
-        axes.set_xlabel(label, fontsize=8)
-        axes.tick_params(labelsize=8)
-        axes.grid(alpha=0.3)
-        if key.startswith(("images/anchors", "images/near")):  # fractions that often stay at 0 or 1
-            axes.set_ylim(-0.03, 1.03)
+        _plot(axes, curves, key, over)
     for axes in figure.axes[len(panels) :]:
         axes.remove()
     figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", fontsize=8)
@@ -109,15 +87,48 @@ def draw(
         raise InputError(f"cannot write {picture} ({error}); give a .png in an existing folder") from None
 
 
+def _panels(curves: Curves, of: Sequence[str], over: str) -> list[str]:
+    """The metrics ``of`` which the curves have any."""
+    rows = [row for run in curves.values() for row in run]
+    if not rows:
+        raise InputError("these runs have no finished epoch to plot; wait for one")
+    if over == "minutes" and not all(any(key in row for key in SPENT) for row in rows):
+        raise InputError("--over minutes: not all of these runs state their seconds; leave it out, or these runs")
+    panels = [key for key in of if any(key in row for row in rows)]
+    if not panels:
+        metrics = "any of the metrics plotted" if len(of) > 1 else f"the metric {short(of[0])}"
+        raise InputError(f"none of these runs has {metrics}; metrics.jsonl has the names of all")
+    return panels
+
+
+def _plot(axes: Any, curves: Curves, key: str, over: str) -> None:
+    """One metric of all runs, over epochs or minutes."""
+    label, place = AXES[over]
+    for number, (name, rows) in enumerate(curves.items()):
+        points = [(place(row), row[key]) for row in rows if row.get(key) is not None]
+        axes.plot(
+            *zip(*points) if points else ([], []),
+            STYLES[number // 10 % len(STYLES)],
+            label=name,
+            marker="." if len(points) < 2 else None,
+        )
+    axes.set_title(PANELS.get(key, key), fontsize=10)
+    axes.set_xlabel(label, fontsize=8)
+    axes.tick_params(labelsize=8)
+    axes.grid(alpha=0.3)
+    if key.startswith(("images/anchors", "images/near")):  # fractions that often stay at 0 or 1
+        axes.set_ylim(-0.03, 1.03)
+
+
 def main() -> None:
     usage(__doc__, at_least=2)
     words = read_arguments(sys.argv[1:], ("--over", "--of"))
-    [over], of = words.get("--over", ["epochs"]), words.get("--of", PANELS)
+    [over], of = words.get("--over", ["epochs"]), words.get("--of", list(PANELS))
     if over not in AXES:
         raise OptionError(f"--over cannot be {short(over)}; it takes {', '.join(AXES)}")
     picture, *folders = words[""]
     if not folders:
-        raise OptionError("give folders of runs after the picture; --help shows how")
+        raise OptionError("give a picture to write, then folders of runs; --help shows how")
     draw(read_curves(folders, of), picture, of, over)
     print(f"Wrote {picture}")
 

@@ -5,13 +5,13 @@ import re
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from reprlib import Repr
 from typing import Any
 
-from datafree import __version__, signals
+from datafree import signals
 from datafree.screen import occupy_closed_streams, silence
 from datafree.signals import answer, handled, leave
 
@@ -68,50 +68,6 @@ def shown(value: Any) -> str:
         return cut(printable(limited.repr(value)), LONGEST_VALUE)
     except Exception:  # such as a whole number of thousands of digits
         return f"a {type(value).__name__} that cannot be shown"
-
-
-def usage(text: str, at_least: int) -> None:
-    """Print ``text`` and exit if --help is given (code 0), or fewer than ``at_least`` arguments are (code 2); for
-    --version print that."""
-    if "--version" in sys.argv:
-        print(__version__)
-        sys.exit(0)
-    wants_help = bool({"-h", "--help"} & set(sys.argv))
-    if wants_help or len(sys.argv) <= at_least:
-        print(text.strip())
-        sys.exit(0 if wants_help else 2)
-
-
-def read_arguments(
-    arguments: Sequence[str], of_one: tuple[str, ...], of_several: tuple[str, ...] = ()
-) -> dict[str, list[str]]:
-    """Flag -> its values; "": the folders. of_one, of_several: the flags by their number of values.
-
-    Raises OptionError.
-    """
-    words = list(arguments)
-    found: dict[str, list[str]] = {"": []}
-    taking = found[""]
-    while words:
-        word, equals, value = words.pop(0).partition("=")
-        if not word.startswith("--"):
-            taking.append(word + equals + value)
-        elif word not in of_one + of_several:
-            raise OptionError(f"unknown option {short(word)}; the options are {', '.join(of_one + of_several)}")
-        elif word in of_several:
-            taking = found.setdefault(word, [])
-            taking += [value] * bool(equals)
-        else:
-            taking = found[""]  # of a flag with one value, what follows are folders
-            given = [value] if equals else words[:1]
-            if not given or given[0].startswith("--") or not given[0]:
-                raise OptionError(f"{word} needs a value")
-            del words[: not equals]
-            found[word] = given
-    for flag, values in found.items():
-        if not values:
-            raise OptionError(f"{flag} needs a value" if flag else "give folders of runs; --help shows how")
-    return found
 
 
 def batch_or_parts(batch: str, micro_batch: int) -> str:

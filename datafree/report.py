@@ -24,7 +24,8 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
-from datafree.errors import InputError, OptionError, exit_on_input_error, printable, read_arguments, short, usage
+from datafree.arguments import read_arguments, usage
+from datafree.errors import InputError, OptionError, exit_on_input_error, printable, short
 from datafree.intervals import mean_with_interval
 from datafree.page import write_page
 from datafree.results import read_rows, read_summary

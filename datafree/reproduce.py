@@ -23,7 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from datafree.__main__ import PROGRAMS
-from datafree.errors import InputError, OptionError, exit_on_input_error, short, usage
+from datafree.arguments import usage
+from datafree.errors import InputError, OptionError, exit_on_input_error, short
 from datafree.intervals import t_quantile
 from datafree.ledger import Cell, Measured, ledger, read_cell
 from datafree.logger import table

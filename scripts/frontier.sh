@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What a student is worth after a given time: CIFAR-10 from He et al.'s ResNet-20 > WRN-16-1, one CPU thread, every method
-# with the same student phase; the control `real` trains on the real images.
+# What a student is worth after a given time: CIFAR-10 from He et al.'s ResNet-20 > WRN-16-1, one CPU thread, the settings
+# of configs/cifar10_short/; the control `real` trains on the real images.
 #     bash scripts/frontier.sh WEIGHTS [OPTIONS]
 # WEIGHTS is the teacher's file; options are passed on to every run. A finished run is not repeated, so that a stopped
 # frontier can be continued. BUDGETS (of wall-clock time, so run it on a free core), SEEDS, FRONTIER (the folder) and CELLS
@@ -12,7 +12,7 @@ set -euo pipefail
 weights=$(cd "$OLDPWD" && realpath -e "$1")
 shift
 
-frontier=${FRONTIER:-runs/frontier}
+frontier=${FRONTIER:-runs/frontier$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
 cells() {  # a name, a method and its options per line
     echo "rgal_fast rgal_fast"
     echo "rgal_fast-wide rgal_fast --ngf 64"
@@ -28,7 +28,7 @@ for budget in ${BUDGETS:-15m 30m 60m 120m}; do
             [[ $name =~ ${CELLS:-} ]] || continue
             cell_options="--config configs/cifar10_short/${method}_cifar_resnet20_wrn16_1.yaml $options"
             [ -f "$frontier/$budget/cifar10_${method}_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
-                python datafree_kd.py $cell_options --budget "$budget" --threads 1 "$@" --seed "$seed" \
+                python datafree_kd.py "$@" $cell_options --budget "$budget" --threads 1 --seed "$seed" \
                     --teacher_weights "$weights" --save_dir "$frontier/$budget" --log_tag "$name-seed$seed" \
                     --resume auto </dev/null
         done

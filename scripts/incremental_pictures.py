@@ -18,8 +18,9 @@ sys.path.insert(0, str(ROOT))
 
 import registry  # noqa: E402, F401  makes registered data sets known
 from datafree import checkpoint  # noqa: E402
+from datafree.arguments import usage  # noqa: E402
 from datafree.datasets.loading import load_split, resolve_card  # noqa: E402
-from datafree.errors import InputError, exit_on_input_error, usage  # noqa: E402
+from datafree.errors import InputError, exit_on_input_error  # noqa: E402
 from datafree.grids import draw_grid  # noqa: E402
 
 EACH = 6  # images of a kind in a row

@@ -3,11 +3,19 @@
 # A finished run is not repeated, so a stopped study can be continued. SEEDS, STUDY (the folder) and CELLS (a regular
 # expression that must match a part of a cell's name) may be set, and options are passed on to every distillation:
 #     SEEDS="0 1" CELLS="none|focal" bash scripts/study_relation.sh --T 4
+# UNIT=gradient makes another study: the weights of synthesis in units of the gradient (--triplet_unit).
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
-study=${STUDY:-runs/study_relation$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
+study=${STUDY:-runs/study_relation${UNIT:+_$UNIT}$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
 
+ratios() {  # a name and its options per line; weights in units of the gradient, which are not compared with others
+    echo "none --triplet 0 --striplet 0"
+    for ratio in 0.1 0.3 1; do
+        echo "ratio$ratio-paper --triplet $ratio --triplet_unit gradient --striplet 0"
+        echo "ratio$ratio-release --triplet $ratio --triplet_unit gradient --striplet 0 --relation release"
+    done
+}
 cells() {  # a name and its options per line; synthesis, student: the phases that have triplets
     echo "none --triplet 0 --striplet 0"
     echo "rgal"  # as in configs/methods/, with a different sampling in each phase
@@ -16,10 +24,6 @@ cells() {  # a name and its options per line; synthesis, student: the phases tha
         echo "weight$weight-student --triplet 0 --striplet $weight"
         echo "weight$weight-synthesis-paper --triplet $weight --striplet 0"
         echo "weight$weight-synthesis-release --triplet $weight --striplet 0 --relation release"
-    done
-    for share in 0.1 0.3 1; do  # of the norm of the other terms' gradient, so that it means the same for every teacher
-        echo "share$share-synthesis-paper --triplet $share --triplet_unit gradient --striplet 0"
-        echo "share$share-synthesis-release --triplet $share --triplet_unit gradient --striplet 0 --relation release"
     done
     weighting="weight10-synthesis-paper --triplet 10 --striplet 0"  # in the 64 dimensions of the embedding
     echo "${weighting/paper/paper-nominal} --sampling_dim nominal"
@@ -39,12 +43,14 @@ cells() {  # a name and its options per line; synthesis, student: the phases tha
     done
 }
 
+list=$([ "${UNIT:-}" ] && echo ratios || echo cells)
+
 for seed in ${SEEDS:-0 1 2 3 4}; do
     teacher=$study/digits_scratch_resnet20/seed$seed
     [ -f "$teacher/summary.json" ] ||
         python train_scratch.py --config configs/digits/teacher_resnet20.yaml --seed "$seed" --save_dir "$study" \
             --resume auto
-    cells | while read -r name options; do
+    $list | while read -r name options; do
         [[ $name =~ ${CELLS:-} ]] || continue
         [ -f "$study/digits_rgal_resnet20_resnet8/$name-seed$seed/summary.json" ] ||
             python datafree_kd.py --config configs/digits/rgal_resnet20_resnet8.yaml --epochs 4 "$@" $options \

@@ -48,7 +48,11 @@ def test_one_metric_over_minutes(runs, drawn, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", words)
     curves.main()
     [accuracy] = drawn[0].axes
-    assert accuracy.get_xlabel() == "minutes" and list(accuracy.lines[0].get_xdata()) == [0, 1.5, 3]
+    assert accuracy.get_xlabel().startswith("minutes of synthesis") and list(accuracy.lines[0].get_xdata()) == [
+        0,
+        1.5,
+        3,
+    ]
     for more, sentence in (
         (["--over", "hours"], "takes epochs, minutes"),
         (["--all", "x"], "options are --over, --of"),
@@ -56,8 +60,10 @@ def test_one_metric_over_minutes(runs, drawn, tmp_path, monkeypatch, capsys):
         monkeypatch.setattr("sys.argv", [*words[:3], *more])
         with pytest.raises(OptionError, match=sentence):
             curves.main()
+    with pytest.raises(InputError, match="not all of these runs state their seconds"):
+        curves.draw(curves.read_curves([runs]), tmp_path / "c.png", ["acc1"], "minutes")
     monkeypatch.setattr("sys.argv", [*words[:2], "--of", "acc1"])
-    with pytest.raises(OptionError, match="give folders"):
+    with pytest.raises(OptionError, match="then folders"):
         curves.main()
     monkeypatch.setattr("sys.argv", [*words[:3], "--of", "acc2"])
     with pytest.raises(InputError, match="none of these runs has the metric acc2"):

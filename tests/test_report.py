@@ -8,7 +8,8 @@ import re
 import pytest
 
 from datafree import report, tables
-from datafree.errors import InputError, exit_on_input_error, read_arguments
+from datafree.arguments import read_arguments
+from datafree.errors import InputError, exit_on_input_error
 from datafree.intervals import t_quantile
 
 
