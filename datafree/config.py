@@ -614,6 +614,9 @@ class Optim:
     nesterov: bool = option(
         False, "Nesterov's momentum.", unused_when=({"momentum": (0,)}, NO_EPOCHS), also_in=("distill", "training")
     )
+    clip_grad: float = option(
+        0.0, "Largest norm of the gradient of a step; a larger one is scaled down. 0: none.", low=0
+    )
 
 
 @dataclass

@@ -362,6 +362,22 @@ def test_sgd_with_momentum_and_decay_by_hand():
         torch.testing.assert_close(weight.detach(), expected)
 
 
+def test_a_gradient_above_the_limit_is_scaled_down_to_it():
+    """Of the student and of what is trained beside it together; without momentum a step is the gradient."""
+
+    def step(most):
+        torch.manual_seed(0)
+        learner = make(kd=1.0, cd_loss=1.0, lr=1.0, momentum=0.0, weight_decay=0.0, clip_grad=most)
+        trained = [p for part in (learner.network.model, *learner.modules.values()) for p in part.parameters()]
+        before = [parameter.detach().clone() for parameter in trained]
+        learner.step(Batch(torch.rand(8, *SHAPE)))
+        return torch.cat([(old - new).detach().flatten() for old, new in zip(before, trained)])
+
+    free = step(0.0)
+    torch.testing.assert_close(step(2 * free.norm().item()), free)
+    torch.testing.assert_close(step(0.25 * free.norm().item()), 0.25 * free, rtol=1e-3, atol=1e-5)
+
+
 def test_the_learning_rate_falls_along_a_cosine_to_0():
     learner = make(total_steps=4)
     rates = []

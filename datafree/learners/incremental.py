@@ -229,7 +229,8 @@ class TranslatedTask(Learner):
         head = network.tap.head
         assert head is not None
         optimizer = sgd(head.parameters(), config.optim)
-        super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
+        schedule = cosine_to_zero(optimizer, total_steps)
+        super().__init__(network, optimizer, schedule, config.run.precision, config.optim.clip_grad)
         self.means, self.old, self.seen = means, old, network.num_classes
 
     def prepare(self) -> None:
