@@ -22,12 +22,13 @@ def read_summary(path: Path) -> dict[str, Any]:
         summary.setdefault("options", summary.get("settings", {}))  # the key of earlier versions
         of_run = {"run": summary["run"], "time": summary.get("environment", {}).get("time", "")}
         seeds = {"seed": summary.get("seed"), "class_seed": summary["options"].get("class_seed")}
-        numbers = {key: value for key, value in summary.items() if key in NUMBERS or key.endswith("_s")}
+        known = {key: value for key, value in summary.items() if key in NUMBERS and value is not None}
+        numbers = known | {key: value for key, value in summary.items() if key.endswith("_s")}
     except Exception as error:  # of arbitrary bytes
         raise _damaged(path, f"no {error}" if isinstance(error, KeyError) else str(error)) from None
     wrong = [item for item in of_run.items() if not (isinstance(item[1], str) and item[1].isprintable())]
     wrong += [item for item in seeds.items() if item[1] is not None and type(item[1]) is not int]
-    wrong += [item for item in numbers.items() if item[1] is not None and not is_number(item[1])]
+    wrong += [item for item in numbers.items() if not is_number(item[1])]
     if wrong:
         raise _damaged(path, f"its {short(wrong[0][0])} is {shown(wrong[0][1])}")
     return summary
