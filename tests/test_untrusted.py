@@ -520,7 +520,8 @@ def test_class_folders_with_control_characters(tmp_path):
         *({"options": value} for value in (5, [1], "a", None)),
         *({"environment": value} for value in (5, {"time": 3}, {"time": [1]})),
         *({"run": value} for value in (5, None, HOSTILE)),
-        *({"student_s": "3"}, {"student_s": None}, {"images": "x"}, {"teacher_acc1": "x"}, {"options": {"class_seed": [1]}}),
+        *({"student_s": "3"}, {"student_s": None}, {"images": "x"}, {"teacher_acc1": "x"}),
+        {"options": {"class_seed": [1]}},
     ],
 )
 def test_damaged_summaries_are_named(tmp_path, change):
