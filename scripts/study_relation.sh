@@ -59,7 +59,8 @@ for seed in ${SEEDS:-0 1 2 3 4}; do
     done
 done
 
-factors="triplet striplet relation sampling_space sampling striplet_sampling sampling_dim sampling_cap"
+factors="triplet relation"
+[ "${UNIT:-}" ] || factors+=" striplet sampling_space sampling striplet_sampling sampling_dim sampling_cap"
 python -m datafree.report "$study"/digits_rgal_* --against triplet=0 striplet=0 --effect $factors
 for number in distance_within_class distance_to_other_class; do
     python -m datafree.report "$study"/digits_rgal_* --of images/$number --effect relation triplet

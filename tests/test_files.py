@@ -128,19 +128,21 @@ def test_the_remedy_is_that_of_the_cause(fail, cause, remedy, tmp_path):
 
 def test_a_run_whose_disk_fills_goes_on_when_there_is_room(distil, capfd):
     """The pool grows by the round, so that the checkpoint of the last epoch does not fit."""
-    straight = distil("--epochs", 4, tag="straight")
+    words = ("--epochs", 4, "--synthesis_batch_size", 400)
+    straight = distil(*words, tag="straight")
     limit = (straight / "checkpoints" / "last.pth").stat().st_size - 1
+    assert all(path.stat().st_size < limit / 2 for path in straight.glob("tb/*"))
 
     def run():
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        distil("--epochs", 4, tag="full")
+        distil(*words, tag="full")
 
     assert forked(exit_on_input_error, run) == 1
     last = capfd.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error: ") and "last.pth" in last and "(File too large); raise the limit" in last
     full = next(straight.parent.glob("full"))
     assert checkpoint_of(full)["position"]["epoch"] == 3 and not list(full.rglob("*.tmp"))
-    assert_same_run(straight, distil("--epochs", 4, "--resume", "auto", tag="full"))
+    assert_same_run(straight, distil(*words, "--resume", "auto", tag="full"))
 
 
 def test_a_lock_is_waited_for_and_ends_with_its_process(tmp_path):
