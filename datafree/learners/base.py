@@ -24,7 +24,7 @@ class Learner:
 
     A user-defined learner overrides :meth:`loss`, and :meth:`prepare` if it does not train in training mode.
 
-    network: what is trained. schedule: steps once after each update. clip_grad: largest norm of the gradient; 0: any.
+    network: what is trained. schedule: steps once after each update.
     cached_fields: the fields of the teacher's Features that a :class:`datafree.view_cache.ViewCache` would have to keep
     for the loss; none if it has no use for one. cache: that cache, if there is one.
     reads_distill_options: whether it reads the options of distillation, such as --T and --striplet, which are refused
@@ -37,14 +37,9 @@ class Learner:
     cache: "ViewCache | None" = None
 
     def __init__(
-        self,
-        network: Network,
-        optimizer: torch.optim.Optimizer,
-        schedule: LRScheduler,
-        precision: str = "none",
-        clip_grad: float = 0.0,
+        self, network: Network, optimizer: torch.optim.Optimizer, schedule: LRScheduler, precision: str = "none"
     ):
-        self.network, self.optimizer, self.schedule, self.clip_grad = network, optimizer, schedule, clip_grad
+        self.network, self.optimizer, self.schedule = network, optimizer, schedule
         self.update = Update(network, precision)
 
     def prepare(self) -> None:
@@ -69,15 +64,9 @@ class Learner:
     def step(self, batch: Batch, progress: float = 0.0) -> dict[str, Tensor]:
         """One update of the network -> detached terms, name -> scalar tensor."""
         self.prepare()
-        _, terms = self.update(lambda: self._checked_loss(batch, progress), [self.optimizer], self._clip)
+        _, terms = self.update(lambda: self._checked_loss(batch, progress), [self.optimizer])
         self.schedule.step()
         return detached(terms)
-
-    def _clip(self) -> None:
-        """Scale the gradient down to the norm ``clip_grad``, if it is larger and that is not 0."""
-        if self.clip_grad:
-            trained = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
-            nn.utils.clip_grad_norm_(trained, self.clip_grad)
 
     def _checked_loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
         found = self.loss(batch, progress)
@@ -139,9 +128,17 @@ class Learner:
 
 
 def sgd(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.SGD:
-    """The optimiser of the section optim."""
+    """The optimiser of the section optim, which clips the gradient, if it is to, just before a step."""
+    trained = list(parameters)
     nesterov = optim.nesterov and optim.momentum > 0  # without momentum there is nothing to look ahead along
-    return torch.optim.SGD(parameters, optim.lr, optim.momentum, weight_decay=optim.weight_decay, nesterov=nesterov)
+    optimizer = torch.optim.SGD(trained, optim.lr, optim.momentum, weight_decay=optim.weight_decay, nesterov=nesterov)
+
+    def clip(*_: Any) -> None:
+        nn.utils.clip_grad_norm_(trained, optim.clip_grad)
+
+    if optim.clip_grad:
+        optimizer.register_step_pre_hook(clip)
+    return optimizer
 
 
 def cosine_to_zero(optimizer: torch.optim.Optimizer, total_steps: int) -> LambdaLR:

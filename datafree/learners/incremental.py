@@ -229,8 +229,7 @@ class TranslatedTask(Learner):
         head = network.tap.head
         assert head is not None
         optimizer = sgd(head.parameters(), config.optim)
-        schedule = cosine_to_zero(optimizer, total_steps)
-        super().__init__(network, optimizer, schedule, config.run.precision, config.optim.clip_grad)
+        super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
         self.means, self.old, self.seen = means, old, network.num_classes
 
     def prepare(self) -> None:

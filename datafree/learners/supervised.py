@@ -23,7 +23,7 @@ class SupervisedLearner(Learner):
         precision: str = "none",
     ):
         optimizer = sgd(network.parameters(), optim)
-        super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), precision, optim.clip_grad)
+        super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), precision)
         self.augment = augment
 
     def loss(self, batch: Batch, progress: float) -> tuple[Tensor, dict[str, Tensor]]:

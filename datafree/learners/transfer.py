@@ -32,8 +32,7 @@ class TransferLearner(Learner):
         self.terms = weighted(self.all_terms())
         trained = [student, *self.modules.values()]
         optimizer = sgd([parameter for module in trained for parameter in module.parameters()], config.optim)
-        schedule = cosine_to_zero(optimizer, total_steps)
-        super().__init__(student, optimizer, schedule, config.run.precision, config.optim.clip_grad)
+        super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """What is trained and saved beside the student, by name."""
