@@ -22,8 +22,8 @@ def read_summary(path: Path) -> dict[str, Any]:
         summary.setdefault("options", summary.get("settings", {}))  # the key of earlier versions
         of_run = {"run": summary["run"], "time": summary.get("environment", {}).get("time", "")}
         seeds = {"seed": summary.get("seed"), "class_seed": summary["options"].get("class_seed")}
-        known = {key: value for key, value in summary.items() if key in NUMBERS and value is not None}
-        numbers = known | {key: value for key, value in summary.items() if key.endswith("_s")}
+        stated = {key: value for key, value in summary.items() if value is not None or key not in NUMBERS}
+        numbers = {key: value for key, value in stated.items() if key in NUMBERS or key.endswith("_s")}
     except Exception as error:  # of arbitrary bytes
         raise _damaged(path, f"no {error}" if isinstance(error, KeyError) else str(error)) from None
     wrong = [item for item in of_run.items() if not (isinstance(item[1], str) and item[1].isprintable())]

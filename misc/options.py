@@ -25,7 +25,7 @@ section that is the heading here.
 def page() -> str:
     """The page as Markdown: a table per section, a row per option, and per kind of option where programs differ."""
     found = {}  # section -> option -> cells of its row -> programs
-    titles = {"call": {Invocation.__doc__: TRAINING}, "": {"": TRAINING}}  # section -> sentence -> programs
+    titles = {"call": {Invocation.__doc__: TRAINING}}  # section -> sentence -> programs
     for program in TRAINING:
         given = importlib.import_module(PROGRAMS[program][0]).PROGRAM
         for name, section in sections(given.config_class).items():
@@ -39,9 +39,9 @@ def page() -> str:
     for section, options in found.items():
         rows = [line(name, *row, of) for name, kinds in options.items() for row, of in kinds.items()]
         heading = {"call": "The call", "": "Outside the sections"}.get(section, f"`{section}`")
-        alone = len(titles[section]) == 1
-        about = "\n\n".join(text if alone else f"{', '.join(of)}: {text}" for text, of in titles[section].items())
-        blocks.append(f"## {heading}\n\n{about}\n\n{HEAD}\n".replace("\n\n\n\n", "\n\n") + "\n".join(rows) + "\n")
+        about = titles.get(section, {})
+        sentences = [text if len(about) == 1 else f"{', '.join(of)}: {text}" for text, of in about.items()]
+        blocks += [f"## {heading}\n", *(f"{sentence}\n" for sentence in sentences), "\n".join([HEAD, *rows]) + "\n"]
     return "\n".join(blocks)
 
 
