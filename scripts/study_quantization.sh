@@ -20,7 +20,7 @@ quantize() {
 config() {  # the file for so many bits
     if [ ! "$weights" ]; then
         echo digits/quantize_resnet8
-    elif [ "$1" = 4 ]; then
+    elif [ "$1" -ge 4 ]; then
         echo cifar10/quantize_inversion_cifar_resnet20_w4a4_cpu
     else
         echo cifar10/quantize_inversion_cifar_resnet20_cpu

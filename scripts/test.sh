@@ -6,4 +6,4 @@ REQUIREMENTS=requirements-dev.txt
 . "$(dirname "$0")/env.sh"
 
 [ "${1:-}" != --all ] || set -- -m "" "${@:2}"
-python -m pytest "$@"
+python -m pytest --numprocesses auto --maxprocesses 4 "$@"

@@ -33,6 +33,14 @@ def few_measured_steps(monkeypatch):
     monkeypatch.setattr(cost, "SECONDS", 0)
 
 
+def mostly_slow(cases, quick):
+    """Values for ``parametrize``: all ``cases``, of which the quick tests run those in ``quick`` alone."""
+    cases = list(cases)
+    assert set(quick) <= set(cases), set(quick) - set(cases)
+    values = [case if isinstance(case, tuple) else (case,) for case in cases]
+    return [pytest.param(*value, marks=[] if case in quick else pytest.mark.slow) for value, case in zip(values, cases)]
+
+
 @contextmanager
 def command_line(*words):
     """Inside, the program's name and arguments are these."""

@@ -150,6 +150,7 @@ def test_a_forecast_is_within_30_per_cent_of_the_run(name):
     assert float(row["disk MB forecast"]) >= float(row["disk MB"]) > 0
 
 
+@pytest.mark.slow
 def test_memory_is_measured_in_a_separate_process(capsys):
     row = memory.row("wrn16_1>wrn16_1,32,10,16,128")
     # The inputs of the teacher's widest layers alone: seven, of 16 x 32 x 32 numbers per image.

@@ -10,7 +10,7 @@ from pathlib import Path
 import nets
 import pytest
 import torch
-from conftest import call, rows, scratch, tiny_run
+from conftest import call, mostly_slow, rows, scratch, tiny_run
 from resuming import at_call, checkpoint_of, kill, same, stopped, terminate
 from test_engine import Pupil, Recorder
 from together import together
@@ -293,12 +293,9 @@ def test_measuring_before_the_run_leaves_no_trace(distil_within, timed, monkeypa
 
 VARIANTS = {"rgal": (), "warm-up": ("--method", "rgal_fast", "--warmup", 1), "stream": ("--method", "dfq")}
 MOMENTS = [(name, number, act) for name in VARIANTS for number in (2, 8, 23, 31) for act in (kill, terminate)]
-QUICK = [("rgal", 23, terminate), ("warm-up", 8, kill)]
 
 
-@pytest.mark.parametrize(
-    "name, number, act", [pytest.param(*at, marks=[] if at in QUICK else pytest.mark.slow) for at in MOMENTS]
-)
+@pytest.mark.parametrize("name, number, act", mostly_slow(MOMENTS, [("rgal", 23, terminate), ("warm-up", 8, kill)]))
 def test_a_killed_run_keeps_its_plan_to_the_bit(name, number, act, distil_within, timed, monkeypatch):
     """In the measuring rounds, in which a plan that was half as long is replaced, and after them."""
     timed(2)

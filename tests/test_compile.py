@@ -10,7 +10,10 @@ import torch
 from datafree import config
 from datafree.augment import CropFlip
 
-pytestmark = pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler"),
+]
 OPTIONS = parts.options(
     config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=8, pool_size=32),
     config.Relation(triplet=1.0, striplet=1.0, sampling="uniform", striplet_sampling="uniform"),

@@ -168,7 +168,8 @@ def on_digits():
         if program in PROGRAMS and "--help" not in rest and not re.search("quickstart.sh|study|path/to", shown.id):
             config = read(program, [str(ROOT / w) if w.startswith("configs/") else w for w in rest])
             if config.data.dataset == "digits" and not config.run.evaluate_only:
-                yield pytest.param(program, rest, config, id=shown.id)
+                marks = [] if shown.id.startswith(("README.md", "scripts/")) else pytest.mark.slow
+                yield pytest.param(program, rest, config, id=shown.id, marks=marks)
 
 
 @pytest.mark.parametrize("program, words, config", list(on_digits()))

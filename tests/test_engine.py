@@ -1,6 +1,7 @@
 """The loop: an interrupted run ends as the uninterrupted one, and what does not fit is refused."""
 
 import copy
+import itertools
 import json
 import os
 import shutil
@@ -13,7 +14,7 @@ import nets
 import parts
 import pytest
 import torch
-from conftest import forked, rows, scratch
+from conftest import forked, mostly_slow, rows, scratch
 from resuming import Killed, assert_same_run, at_call, checkpoint_of, kill, same, stopped, terminate
 
 import registry
@@ -64,8 +65,14 @@ def interrupted(distil, monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("act", [kill, terminate])
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant, act",
+    mostly_slow(
+        itertools.product(VARIANTS, (kill, terminate)),
+        [(name, kill) for name in ("rgal", "cmi", "maml", "several batches", "learner with options")]
+        + [(name, terminate) for name in ("rgal_fast", "ring", "stream", "source with options")],
+    ),
+)
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil, interrupted):
     words = VARIANTS[variant]
     assert_same_run(distil(*words), interrupted(words, Learner, "step", 15, act))
@@ -73,22 +80,27 @@ def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil,
 
 @pytest.mark.parametrize(
     "owner, method, number",
-    [
-        (SynthesisObjective, "__call__", 8),
-        (SynthesisObjective, "__call__", 10),
-        (SynthesisObjective, "__call__", 24),
-        (Learner, "step", 1),
-        (Learner, "step", 12),
-        (Learner, "step", 24),
-        (Session, "score", 3),
-    ],
+    mostly_slow(
+        [
+            (SynthesisObjective, "__call__", 8),
+            (SynthesisObjective, "__call__", 10),
+            (SynthesisObjective, "__call__", 24),
+            (Learner, "step", 1),
+            (Learner, "step", 12),
+            (Learner, "step", 24),
+            (Session, "score", 3),
+        ],
+        [(SynthesisObjective, "__call__", 10), (Learner, "step", 24), (Session, "score", 3)],
+    ),
 )
 def test_a_signal_may_come_at_any_moment(owner, method, number, distil, interrupted):
     """In the middle and at the end of either phase, of a round and of an epoch; while evaluating."""
     assert_same_run(distil(), interrupted((), owner, method, number, terminate))
 
 
-@pytest.mark.parametrize("variant", ["meta", "contrast", "ring", "maml", "stream", "deepinv"])
+@pytest.mark.parametrize(
+    "variant", mostly_slow(["meta", "contrast", "ring", "maml", "stream", "deepinv"], ["maml", "deepinv"])
+)
 def test_a_signal_in_synthesis_stops_within_its_step_and_the_round_is_made_again(variant, distil, monkeypatch):
     words, calls = VARIANTS[variant], []
     if variant == "deepinv":
@@ -167,7 +179,10 @@ def kill_before_replacing(patch, name, number):
 
 @pytest.mark.parametrize(
     "name, number",
-    [("model_last.pth", 1), ("model_last.pth", 4), ("best.pth", 1), ("model_best.pth", 1), ("metrics.jsonl", 3)],
+    mostly_slow(
+        [("model_last.pth", 1), ("model_last.pth", 4), ("best.pth", 1), ("model_best.pth", 1), ("metrics.jsonl", 3)],
+        [("model_last.pth", 4), ("metrics.jsonl", 3)],
+    ),
 )
 def test_a_kill_between_two_files_of_a_save_leaves_no_stale_one(name, number, distil, monkeypatch):
     straight = distil()

@@ -15,7 +15,7 @@ import numpy as np
 import parts
 import pytest
 import torch
-from conftest import ROOT, call, rows
+from conftest import ROOT, call, mostly_slow, rows
 from parts import make_card
 from PIL import Image
 from resuming import at_call, checkpoint_of, kill, same, stopped, terminate
@@ -504,13 +504,16 @@ STEPS = 8  # of a task
 
 @pytest.mark.parametrize(
     "method, step, act",
-    [
-        ("rgal", 3, kill),
-        ("rgal", STEPS + 2, kill),
-        ("rgal", STEPS + 7, terminate),
-        ("rdfcil", 2 * STEPS + 6, kill),
-        ("fetril", STEPS + 6, terminate),
-    ],
+    mostly_slow(
+        [
+            ("rgal", 3, kill),
+            ("rgal", STEPS + 2, kill),
+            ("rgal", STEPS + 7, terminate),
+            ("rdfcil", 2 * STEPS + 6, kill),
+            ("fetril", STEPS + 6, terminate),
+        ],
+        [("rgal", STEPS + 7, terminate), ("rdfcil", 2 * STEPS + 6, kill)],
+    ),
 )
 def test_a_stopped_task_goes_on_exactly(method, step, act, learn, straight, monkeypatch):
     with monkeypatch.context() as patch:

@@ -8,6 +8,7 @@ from dataclasses import fields
 import nets
 import pytest
 import torch
+from conftest import mostly_slow
 from parts import CLASSES, SHAPE, changed, count_calls, make_learner, make_source, network, options, snapshot
 from torch import nn
 from torch.nn import functional as F
@@ -456,7 +457,9 @@ def one_round(teacher, student, shape=(3, 32, 32), batch=4):
     return terms
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", mostly_slow(MODELS, ["wrn16_1", "resnet8x4", "vgg8", "mobilenetv2", "shufflenetv2", "lenet5"])
+)
 def test_every_registered_model_is_a_teacher_and_a_student(name):
     one_round(MODELS[name], nets.small)
     one_round(nets.small, MODELS[name])

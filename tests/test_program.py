@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import nets
 import pytest
 import torch
-from conftest import rows
+from conftest import mostly_slow, rows
 from resuming import Killed, assert_same_run, at_call, kill, stopped, terminate
 
 from datafree import config, program
@@ -130,7 +130,7 @@ def test_a_dry_run_prints_both_plans_and_writes_nothing(run, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("act", [kill, terminate])
+@pytest.mark.parametrize("act", mostly_slow([kill, terminate], [kill]))
 @pytest.mark.parametrize("step", [7, 16 + 2, 16 + 7])  # in the first training; in epochs 0 and 1 of the second
 def test_a_program_resumes_in_either_training_bit_for_bit(step, act, run, monkeypatch):
     straight = run(tag="straight")

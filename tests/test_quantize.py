@@ -6,7 +6,7 @@ from pathlib import Path
 import nets
 import pytest
 import torch
-from conftest import QUANTIZATION_BUDGETS, TINY_QUANTIZATION, call, rows
+from conftest import QUANTIZATION_BUDGETS, TINY_QUANTIZATION, call, mostly_slow, rows
 from resuming import assert_same_run, at_call, kill, stopped, terminate
 from test_data_free import files_opened
 
@@ -112,7 +112,7 @@ def test_the_weight_of_the_divergence_follows_the_number_of_classes(quantised):
     assert default == terms[0.1] != terms[1]
 
 
-@pytest.mark.parametrize("act", [kill, terminate])
+@pytest.mark.parametrize("act", mostly_slow([kill, terminate], [kill]))
 @pytest.mark.parametrize(
     "method, words, owner, name, number",
     [

@@ -107,11 +107,12 @@ def test_threads():
     runtime.set_threads(before)
 
 
-def test_environment_is_json():
+def test_environment_is_json(monkeypatch):
+    monkeypatch.setattr(sys, "orig_argv", ["datafree_kd.py", "--seed", "1"])
     record = runtime.environment(CPU)
     assert json.loads(json.dumps(record)) == record
     assert record["torch"] == torch.__version__ and record["device"] == "cpu"
-    assert "pytest" in record["command"] and record["threads"] == torch.get_num_threads()
+    assert record["command"] == "datafree_kd.py --seed 1" and record["threads"] == torch.get_num_threads()
 
 
 def git(folder, *arguments):
