@@ -172,11 +172,16 @@ def _import_file(path: Path) -> ModuleType:
 
 @contextmanager
 def _on_path(folders: list[str]) -> Iterator[None]:
-    """Modules are found in ``folders``, too, while the block runs."""
+    """Modules are found in ``folders``, too, while the block runs, and leave no bytecode there.
+
+    Python takes bytecode to be that of a file whose size and second of change are the same, which may be another text.
+    """
+    before, sys.dont_write_bytecode = sys.dont_write_bytecode, True
     sys.path[:0] = folders
     try:
         yield
     finally:
+        sys.dont_write_bytecode = before
         for folder in folders:
             sys.path.remove(folder)
 

@@ -386,7 +386,8 @@ NET = "from .parts import Head\n\n\ndef make(num_classes):\n    return Head(4, n
 
 
 @pytest.mark.parametrize("init", [True, False], ids=["package", "folder"])
-def test_a_model_file_may_import_its_neighbours_by_a_dot(init, tmp_path):
+def test_a_model_file_may_import_its_neighbours_by_a_dot(init, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     in_package(
         tmp_path / "nets", net=NET, parts="from torch.nn import Linear as Head\n", **{"__init__": ""} if init else {}
     )
@@ -396,6 +397,7 @@ def test_a_model_file_may_import_its_neighbours_by_a_dot(init, tmp_path):
     assert sys.modules["nets"].__file__.endswith("tests/nets.py")
     (tmp_path / "nets" / "net.py").write_text(NET.replace("4", "5"))
     assert build_model(name, 6).in_features == 5
+    assert not list(tmp_path.rglob("*.pyc"))
 
 
 def test_a_model_file_may_import_from_the_package_above_and_by_its_full_name(tmp_path):
