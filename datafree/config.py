@@ -142,9 +142,9 @@ class Run:
     )
     eval_every: int = option(
         1,
-        "Epochs between two evaluations on the test set; the last epoch is always evaluated.",
+        "Epochs between two evaluations of the trained network; the last epoch is always evaluated.",
         low=1,
-        unused_when={"eval": ("none",)},
+        unused_when={"eval": ("none",), "held_out": ("",)},
         affects_result=False,
     )
     grid_every: int = option(
@@ -244,6 +244,12 @@ class Teacher:
         low=0,
         high=100,
         unused_when={"eval": ("none",)},
+        affects_result=False,
+    )
+    held_out: str = option(
+        "",
+        "Folder of images that the student is not trained on, or of an earlier run, for its pool: each evaluation "
+        "states to how many of them student and teacher give the same class. Chooses settings without a test set.",
         affects_result=False,
     )
 

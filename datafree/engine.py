@@ -63,8 +63,8 @@ class Monitor(Protocol):
 class Engine:
     """Runs a learner on a source, with everything that must survive a restart in one place.
 
-    run: the section of the options. evaluate: (tick) -> scores with acc1 (%), or None if there is no test set; it calls
-    ``tick`` before each batch, which may end it by an exception.
+    run: the section of the options. evaluate: (tick) -> scores, such as acc1 (%), or None without images for it; it
+    calls ``tick`` before each batch, which may end it by an exception.
     monitor: called after each epoch, or None. gallery: draws the image grids.
     metadata: plain values saved beside the trained weights; its ``options`` (option -> value) must be the same
     when the run is resumed, except the number of epochs. defaults: of these options. budget: of which the length of the
@@ -288,13 +288,15 @@ class Engine:
         return alarms
 
     def _evaluate(self, evaluate: Evaluate, epoch: int, metrics: dict[str, Any]) -> None:
-        """Add the test scores, log them, and remember the epoch if it is the best so far."""
+        """Add the scores, log them, and remember the epoch if its accuracy is the best so far."""
         self.learner.network.eval()
         with self._clock("evaluation"):
             scores = evaluate(self._check_stopped)
-        if scores["acc1"] > self.best["acc1"]:
-            self.best = {"acc1": scores["acc1"], "epoch": epoch}
-        metrics.update(scores, best_acc1=self.best["acc1"])
+        metrics.update(scores)
+        if "acc1" in scores:
+            if scores["acc1"] > self.best["acc1"]:
+                self.best = {"acc1": scores["acc1"], "epoch": epoch}
+            metrics["best_acc1"] = self.best["acc1"]
         self.folder.log(f"[Eval] Epoch={epoch} {scores_line(scores)} Lr={self.learner.lr:.4f}")
 
     def _draw(self, epoch: int) -> None:

@@ -12,7 +12,7 @@ from datafree.errors import InputError
 
 OF_BROKEN_WEIGHTS = "check its weights and its input mean and std"
 TOP = 5  # the classes among which acc5 wants the right one
-SHOWN = {"acc1": "Acc@1", "acc5": "Acc@5", "loss": "Loss"}  # score -> its name in the log
+SHOWN = {"acc1": "Acc@1", "acc5": "Acc@5", "loss": "Loss", "agreement": "Agreement"}  # score -> its name in the log
 
 
 @torch.no_grad()

@@ -103,9 +103,10 @@ def list_options(config_class: type, method_files: Mapping[str, Any] | None = No
 
 
 def _without_others(opt: Option, options: Sequence[Option]) -> Option:
-    """``opt`` of a section that several programs share, without conditions on options that this one does not have."""
+    """``opt`` of a section that several programs share, whose conditions name options of this one alone."""
     names = {other.name for other in options}
-    return replace(opt, unused_when=tuple(condition for condition in opt.unused_when if condition.keys() <= names))
+    here = [{name: value for name, value in cond.items() if name in names} for cond in opt.unused_when]
+    return replace(opt, unused_when=tuple(filter(None, here)))
 
 
 def _without_none(hint: Any) -> Any:

@@ -5,13 +5,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from datafree import checkpoint, distributed, plan, quantizer
 from datafree.budget import Budget
 from datafree.checkpoint import LAST
 from datafree.cli import to_yaml
-from datafree.datasets.splits import Split
-from datafree.engine import Engine, Monitor, obey_alarms
-from datafree.errors import InputError, printable, traceback_in
+from datafree.datasets.given import GivenImages, find_images
+from datafree.datasets.loading import folder_of
+from datafree.datasets.splits import Split, TensorSplit
+from datafree.engine import Engine, Evaluate, Monitor, obey_alarms
+from datafree.errors import InputError, OptionError, printable, traceback_in
 from datafree.evaluators import scores_line
 from datafree.files import locked, remove_left_over
 from datafree.grids import Gallery
@@ -21,11 +25,13 @@ from datafree.logger import ReadOnlyFolder, RunFolder, table
 from datafree.network import Network
 from datafree.options import default_options, result_options
 from datafree.plugins import short_name
-from datafree.runtime import environment, peak_memory
+from datafree.runtime import environment, peak_memory, same_rng
 from datafree.schedule import Schedule
 from datafree.session import Session, published_weights
 from datafree.synthesis.base import BaseSynthesis
+from datafree.synthesis.build import predictions
 
+HELD_OUT = 10_000  # images at most: as many as a test set has, so that they take its time
 OF_DIVERGENCE = (
     "its training diverged: lower the learning rate or the weights of the loss; the last epoch's checkpoint is kept"
 )
@@ -43,7 +49,8 @@ class Training:
     there is no other. task: of a run that consists of several, the name of
     its folder below the run's. stored: further plain values, which are saved beside the weights and in the summary.
     finish: called with the run's folder after the last epoch. budget: --budget, for which the run is made longer or
-    shorter than the schedule, whose epochs are proportions then; None for none.
+    shorter than the schedule, whose epochs are proportions then; None for none. held_out: images on which the trained
+    network is compared with the teacher.
     """
 
     learner: Learner
@@ -62,6 +69,7 @@ class Training:
     finish: Callable[[RunFolder], None] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
     budget: str | None = None
+    held_out: GivenImages | None = None
 
 
 def run_training(session: Session, training: Training, lay_plan: Callable[[Session, Training, Engine], None]) -> Path:
@@ -84,7 +92,7 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
             training.schedule,
             folder,
             session.run,
-            evaluate=(lambda tick: session.score(network, OF_DIVERGENCE, test, tick) or {}) if test else None,
+            evaluate=evaluation(session, training, test, folder),
             monitor=training.monitor,
             gallery=gallery(session, training),
             metadata=metadata,
@@ -102,6 +110,42 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
         if training.finish:
             training.finish(folder)
         return folder.root
+
+
+def evaluation(session: Session, training: Training, test: Split | None, folder: RunFolder) -> Evaluate | None:
+    """(tick) -> the scores of the trained network on ``test`` and on the held-out images; None without either."""
+    network, held_out = training.learner.network, _answered(session, training, folder)
+
+    def evaluate(tick: Callable[[], Any]) -> dict[str, float]:
+        scores = (session.score(network, OF_DIVERGENCE, test, tick) if test else None) or {}
+        same = session.score(network, OF_DIVERGENCE, held_out, tick) if held_out else None
+        return scores | ({"agreement": same["acc1"]} if same else {})
+
+    return evaluate if test or held_out else None
+
+
+def find_held_out(session: Session) -> GivenImages | None:
+    """The images of --held_out, which are not read yet. Raises InputError for a folder that has none."""
+    folder, trained_on = session.config.teacher.held_out, session.config.synthesis.pool_images
+    if folder and trained_on and Path(folder).resolve() == Path(trained_on).resolve():
+        raise OptionError(f"--held_out {folder} is the folder of --pool_images, on which the student is trained")
+    data_set = folder_of(session.card.name, session.data.data_root)
+    return find_images(folder, session.card, data_set, "--held_out") if folder else None
+
+
+def _answered(session: Session, training: Training, folder: RunFolder) -> Split | None:
+    """The images of --held_out, or some of them, the same ones each time; their labels are the teacher's answers."""
+    if not training.held_out or not training.teacher:
+        return None
+    images = training.held_out.read()
+    chosen = TensorSplit(images, torch.zeros(len(images), dtype=torch.long), training.teacher.num_classes).some(
+        HELD_OUT
+    )
+    with same_rng():
+        chosen.labels = predictions(training.teacher, chosen.images)
+    for note in (*training.held_out.notes, f"Held out: {len(chosen):,} of {len(images):,} images of --held_out."):
+        folder.log(note)
+    return chosen.to(session.device)
 
 
 def gallery(session: Session, training: Training) -> Gallery:
@@ -200,6 +244,7 @@ def summarise(
         **columns,
         "last_acc1": result.get("acc1"),
         "best_acc1": result.get("best_acc1"),
+        **{name: value for name, value in result.items() if name == "agreement"},
         "images": engine.source.images_made,
         **{f"{phase}_s": round(seconds, 1) for phase, seconds in engine.seconds.items()},
         "memory_MB": peak_memory(session.device),

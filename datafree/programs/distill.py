@@ -36,7 +36,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
     from datafree.plan import describe_distillation
     from datafree.schedule import Schedule
     from datafree.synthesis.build import build_source
-    from datafree.training import Training
+    from datafree.training import Training, find_held_out
     from datafree.view_cache import build_cache
 
     config, options = session.config, session.config.student
@@ -60,6 +60,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
         teacher=teacher,
         monitor=Watch(source, teacher, student, config.relation, adversarial=bool(config.synthesis.adv)),
         budget=config.schedule.budget,
+        held_out=find_held_out(session),
     )
 
 

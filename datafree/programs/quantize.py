@@ -32,7 +32,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
     from datafree.quantizer import QuantizedModel, quantise
     from datafree.schedule import Schedule
     from datafree.synthesis.build import build_source
-    from datafree.training import Training
+    from datafree.training import Training, find_held_out
     from datafree.view_cache import build_cache
 
     config, model, weights = session.config, session.config.teacher.teacher, session.config.student.student_weights
@@ -76,6 +76,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
         facts=describe_quantized(student),
         finish=finish if config.quantizer.onnx else None,
         budget=config.schedule.budget,
+        held_out=find_held_out(session),
     )
 
 

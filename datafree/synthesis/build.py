@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from datafree.datasets.given import OPTION, find_images
+from datafree.datasets.given import find_images
 from datafree.datasets.loading import folder_of
 from datafree.determinism import require_deterministic
 from datafree.errors import InputError, OptionError
@@ -59,7 +59,7 @@ def build_source(session: "Session", teacher: Network, student: Network) -> Base
     if session.config.synthesis.pool_images:
         begin_with_images(session, teacher, source)
     elif name == "folder":
-        raise OptionError(f"--source folder needs {OPTION} FOLDER, whose images are all that the student sees")
+        raise OptionError("--source folder needs --pool_images FOLDER, whose images are all that the student sees")
     return source
 
 
@@ -70,14 +70,14 @@ def begin_with_images(session: "Session", teacher: Network, source: BaseSynthesi
     """
     folder, pool = session.config.synthesis.pool_images, getattr(source, "pool", None)
     if not isinstance(pool, ImagePool):
-        raise InputError(f"{type(source).__name__} keeps no ImagePool called pool for {OPTION}; remove it")
+        raise InputError(f"{type(source).__name__} keeps no ImagePool called pool for --pool_images; remove it")
     found = find_images(folder, session.card, folder_of(session.card.name, session.data.data_root))
 
     def read() -> tuple[Tensor, Tensor]:
         images = found.read()
         labels = predictions(teacher, images) if found.labels is None else found.labels
         parts = [images, *([] if found.labels is None else [found.labels])]
-        session.digests[OPTION.strip("-")] = digest(*(part.numpy().tobytes() for part in parts))
+        session.digests["pool_images"] = digest(*(part.numpy().tobytes() for part in parts))
         return images.to(pool.device), labels.to(pool.device)
 
     pool.begin_with(found.count, read)
