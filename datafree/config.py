@@ -8,17 +8,19 @@ these classes from method files, YAML files and flags and checks every value.
 Nothing here imports torch, so that mistakes in options are reported at once.
 """
 
+import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, ClassVar, Literal
 
 from datafree.budget import seconds_of
-from datafree.errors import OptionError
+from datafree.errors import OptionError, short
 from datafree.launch import command
 from datafree.learners import LearnersOfOtherOptions
 from datafree.schedule import Schedule
 from datafree.synthesis import SourcesWith, SourcesWithout
+from datafree.untrusted import LONGEST_FILE_NAME
 
 Condition = Mapping[str, Any]
 LARGEST = 1e9  # of any number: beyond it there is no use, but overflow in torch and in float32
@@ -166,7 +168,12 @@ class Run:
     )
 
     def validate(self) -> None:
-        """Raise an OptionError for batches in parts by compiled networks."""
+        """Raise an OptionError for a folder that cannot be made, and for batches in parts by compiled networks."""
+        if any(len(os.fsencode(name)) > LONGEST_FILE_NAME for name in self.save_dir.split(os.sep)):
+            raise OptionError(
+                f"--save_dir {short(self.save_dir)} has a name of more than {LONGEST_FILE_NAME} bytes, which file "
+                "systems do not take; give a shorter one"
+            )
         if self.micro_batch and self.compile != "off":
             raise OptionError(
                 f"--micro_batch {self.micro_batch} does not go with --compile {self.compile}, because compiled code "

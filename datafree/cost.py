@@ -1,6 +1,7 @@
 """What a run will cost, measured before it: a few of its own steps, on fewer images where they are slow, and scaled."""
 
 import copy
+import os
 import shutil
 import tempfile
 import time
@@ -509,6 +510,6 @@ def _bytes_of_pool(pool: ImagePool) -> tuple[int, int]:
 def free_disk(folder: str | Path) -> int:
     """Bytes that are free where ``folder`` is, or will be."""
     place = Path(folder).absolute()
-    while not place.exists():
+    while not os.path.exists(place):  # a Path raises an error for a name that is too long
         place = place.parent
     return shutil.disk_usage(place).free

@@ -14,7 +14,8 @@ import yaml
 MOST_TEXT = 2**20  # bytes of a YAML file, room for tens of thousands of names of classes
 MOST_DEPTH = 50  # levels of YAML within one another
 MOST_VALUES, LONG_VALUE = 100_000, 100  # of a YAML file when each alias is written out; letters that count as one
-LONGEST_NAME = 100  # bytes of a name; that of a run's folder has up to four, and file systems end at 255
+LONGEST_FILE_NAME = 255  # bytes, on nearly all file systems
+LONGEST_NAME = 100  # bytes of a name; that of a run's folder has up to four
 
 
 def is_name(text: str) -> bool:

@@ -230,6 +230,15 @@ def test_paths_that_no_file_system_has(option, tmp_path, monkeypatch, capsys):
         assert "unexpected" not in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", ["a" * 256, f"b/{'a' * 300}/c", "é" * 200])
+@pytest.mark.parametrize("dry", [True, False])
+def test_a_folder_whose_name_no_file_system_takes_is_refused(path, dry, refused, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ("--dataset", "digits", "--model", nets.name("tiny"), "--threads", 1, "--save_dir", path)
+    assert "has a name of more than 255 bytes" in refused(call, train_scratch, *words, *["--dry_run"] * dry, code=2)
+    assert not list(tmp_path.iterdir())
+
+
 # Names
 
 
