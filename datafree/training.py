@@ -5,15 +5,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from datafree import checkpoint, distributed, plan, quantizer
 from datafree.budget import Budget
 from datafree.checkpoint import LAST
 from datafree.cli import to_yaml
 from datafree.datasets.given import GivenImages, find_images
 from datafree.datasets.loading import folder_of
-from datafree.datasets.splits import Split, TensorSplit
+from datafree.datasets.splits import Split, TensorSplit, some_places
 from datafree.engine import Engine, Evaluate, Monitor, obey_alarms
 from datafree.errors import InputError, OptionError, printable, traceback_in
 from datafree.evaluators import scores_line
@@ -117,7 +115,7 @@ def evaluation(session: Session, training: Training, test: Split | None, folder:
     network, held_out = training.learner.network, _answered(session, training, folder)
 
     def evaluate(tick: Callable[[], Any]) -> dict[str, float]:
-        scores = (session.score(network, OF_DIVERGENCE, test, tick) if test else None) or {}
+        scores = session.score(network, OF_DIVERGENCE, test, tick) or {}
         same = session.score(network, OF_DIVERGENCE, held_out, tick) if held_out else None
         return scores | ({"agreement": same["acc1"]} if same else {})
 
@@ -137,15 +135,13 @@ def _answered(session: Session, training: Training, folder: RunFolder) -> Split 
     """The images of --held_out, or some of them, the same ones each time; their labels are the teacher's answers."""
     if not training.held_out or not training.teacher:
         return None
-    images = training.held_out.read()
-    chosen = TensorSplit(images, torch.zeros(len(images), dtype=torch.long), training.teacher.num_classes).some(
-        HELD_OUT
-    )
+    found = training.held_out
+    images = found.read()[some_places(found.count, HELD_OUT)]
     with same_rng():
-        chosen.labels = predictions(training.teacher, chosen.images)
-    for note in (*training.held_out.notes, f"Held out: {len(chosen):,} of {len(images):,} images of --held_out."):
+        answers = predictions(training.teacher, images)
+    for note in (*found.notes, f"Held out: {len(images):,} of {found.count:,} images of --held_out."):
         folder.log(note)
-    return chosen.to(session.device)
+    return TensorSplit(images, answers, training.teacher.num_classes).to(session.device)
 
 
 def gallery(session: Session, training: Training) -> Gallery:
