@@ -82,10 +82,16 @@ def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
     """Turn running out of memory in the block, on any device, into one sentence."""
     try:
         yield
-    except RuntimeError as error:
-        if not re.search("out of memory|can't allocate memory", str(error)):
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
             raise
         raise InputError(f"out of memory during {phase}; lower {remedy}, or use smaller networks") from error
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Whether Python, or torch on any device, was refused memory."""
+    refused = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
+    return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(refused, str(error)))
 
 
 @contextmanager
@@ -147,8 +153,11 @@ def _end_unforeseen(error: Exception) -> int:
 def _unforeseen(error: Exception, way: str) -> str:
     """One line about an error that nothing else caught, and the way to its traceback."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    what = cut(printable(f"{type(error).__name__}: {error}"), LONGEST_MESSAGE // 2)
-    return one_line(f"unexpected {what} (line {where.lineno} of {where.filename}); {way}")
+    if _is_out_of_memory(error):
+        what = "out of memory; use smaller networks, batches or images, or end other programs"
+    else:
+        what = "unexpected " + cut(printable(f"{type(error).__name__}: {error}"), LONGEST_MESSAGE // 2)
+    return one_line(f"{what} (line {where.lineno} of {where.filename}); {way}")
 
 
 def _is_unread() -> bool:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from datafree.errors import InputError
+from datafree.errors import InputError, out_of_memory_in
 from datafree.runtime import free_memory
 
 
@@ -66,8 +66,9 @@ class ImagePool:
                 f"{free / 1e9:.1f} are free; give a smaller {option}"
             )
         self.capacity = capacity
-        self.images = torch.empty(capacity, *self.shape, dtype=torch.uint8, device=self.device)
-        self.targets = torch.empty(capacity, dtype=torch.long, device=self.device)
+        with out_of_memory_in("allocation of the image pool", option):
+            self.images = torch.empty(capacity, *self.shape, dtype=torch.uint8, device=self.device)
+            self.targets = torch.empty(capacity, dtype=torch.long, device=self.device)
 
     def begin_with(self, count: int, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Let an empty pool begin with ``count`` images, which stay in it, beside as many others as it had room for.

@@ -220,6 +220,12 @@ def test_a_pool_that_exceeds_the_memory_is_refused_before_it_fills():
         ImagePool(10**9, (3, 224, 224), 10, CPU)
 
 
+def test_a_pool_for_which_the_system_refuses_memory_is_refused(monkeypatch):
+    monkeypatch.setattr("datafree.pool.free_memory", lambda device: 10**18)  # as under a limit of addresses
+    with pytest.raises(InputError, match=r"^out of memory during allocation of the image pool; lower --pool_size"):
+        ImagePool(10**12, (3, 224, 224), 10, CPU)
+
+
 # ---------------------------------------------------------------- passes
 
 

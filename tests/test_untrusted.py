@@ -94,6 +94,17 @@ def test_what_nothing_else_catches_is_one_line(capsys, monkeypatch):
         exit_on_input_error(main)
 
 
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED")])
+def test_out_of_memory_where_nothing_expects_it_is_called_that(error, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as stop:
+        exit_on_input_error(main)
+    assert stop.value.code == 1
+    assert capsys.readouterr().err.startswith("error: out of memory; use smaller networks, batches or images")
+
+
 def test_the_traceback_of_a_run_is_in_its_log(teacher, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("datafree.training.summarise", lambda *a: 1 / 0)
