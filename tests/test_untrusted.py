@@ -5,6 +5,7 @@ import os
 import zipfile
 from collections import OrderedDict
 from contextlib import suppress
+from pathlib import Path
 
 import nets
 import numpy as np
@@ -103,6 +104,14 @@ def test_out_of_memory_where_nothing_expects_it_is_called_that(error, capsys):
         exit_on_input_error(main)
     assert stop.value.code == 1
     assert capsys.readouterr().err.startswith("error: out of memory; use smaller networks, batches or images")
+
+
+def test_a_file_that_the_system_refuses_where_nothing_expects_it_is_named(capsys):
+    with pytest.raises(SystemExit) as stop:
+        exit_on_input_error(lambda: (Path("a" * 300) / "b").stat())
+    line = capsys.readouterr().err
+    assert stop.value.code == 1 and line.startswith("error: a") and "/b: File name too long (line" in line
+    assert len(line) < 400
 
 
 def test_the_traceback_of_a_run_is_in_its_log(teacher, tmp_path, monkeypatch, refused):
