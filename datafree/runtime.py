@@ -18,7 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.utils.deterministic
 import torchvision
+from torch import Tensor
 
 from datafree import __version__, distributed, launch
 from datafree.errors import InputError, OptionError
@@ -168,6 +170,19 @@ def free_memory(device: torch.device) -> int:
         allowed = _number_in(limit, r"(\d+)")
         free.append(allowed and max(0, allowed - resident))
     return min((size for size in free if size is not None), default=4 * 10**9)  # unknown outside Linux
+
+
+def room(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
+    """``torch.empty`` for what is written before it is read.
+
+    With --deterministic torch would fill it, so that all of it were in use at once.
+    """
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.utils.deterministic.fill_uninitialized_memory = False
+    try:
+        return torch.empty(shape, dtype=dtype, device=device)
+    finally:
+        torch.utils.deterministic.fill_uninitialized_memory = filled
 
 
 def _number_in(path: str, pattern: str, unit: int = 1) -> int | None:

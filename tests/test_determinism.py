@@ -3,6 +3,8 @@
 Only the type of the device decides, so no GPU is needed.
 """
 
+import resource
+from pathlib import Path
 from types import SimpleNamespace
 
 import nets
@@ -19,6 +21,7 @@ from datafree.determinism import nondeterministic_operations, require_determinis
 from datafree.errors import InputError
 from datafree.network import Network
 from datafree.plugins import construct
+from datafree.pool import ImagePool
 from datafree.synthesis import build
 from datafree.synthesis.build import build_source
 
@@ -145,3 +148,14 @@ def test_what_is_trained_is_asked_for_in_training(training, monkeypatch):
             net.try_run(training=True)
     else:
         net.try_run()
+
+
+def test_a_pool_uses_memory_only_as_it_fills():
+    before = memory_in_use()
+    pool = ImagePool(10**8, (3, 1, 1), 10, torch.device("cpu"))
+    assert memory_in_use() - before < 2**25 < pool.images.nbytes
+    assert torch.utils.deterministic.fill_uninitialized_memory
+
+
+def memory_in_use() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
