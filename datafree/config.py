@@ -617,11 +617,23 @@ class Distill:
 
 @dataclass
 class Optim:
-    """The optimiser of the network that is trained: SGD, whose learning rate follows a cosine to 0."""
+    """The optimiser of the network that is trained; its learning rate follows a cosine to 0."""
 
     UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (NO_EPOCHS,)
 
+    optimizer: Literal["sgd", "muon"] = option(
+        "sgd",
+        "sgd, or muon for short training: the filters of convolutions move along their orthogonalised momentum, all "
+        "else by SGD.",
+        also_in=("distill", "training"),
+    )
     lr: float = option(0.1, "Initial learning rate.", low=0, also_in=("distill", "training"))
+    filter_lr: float = option(
+        0.03,
+        "That of filters with muon: by which part of its norm a layer's filters move.",
+        low=0,
+        unused_when=({"optimizer": ("sgd",)}, NO_EPOCHS),
+    )
     momentum: float = option(0.9, "Momentum.", low=0, high=1, also_in=("distill", "training"))
     weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, also_in=("distill", "training"))
     nesterov: bool = option(

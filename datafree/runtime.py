@@ -177,12 +177,12 @@ def room(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) 
 
     With --deterministic torch would fill it, so that all of it were in use at once.
     """
-    filled = torch.utils.deterministic.fill_uninitialized_memory
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    switches: Any = torch.utils.deterministic
+    filled, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False
     try:
         return torch.empty(shape, dtype=dtype, device=device)
     finally:
-        torch.utils.deterministic.fill_uninitialized_memory = filled
+        switches.fill_uninitialized_memory = filled
 
 
 def _number_in(path: str, pattern: str, unit: int = 1) -> int | None:

@@ -8,12 +8,13 @@ from torch import Tensor
 
 from datafree import shares
 from datafree.errors import InputError
+from datafree.muon import Muon
 from datafree.network import Network
 from datafree.results import is_number
 from datafree.runtime import autocast
 
 Result = TypeVar("Result")
-OURS = (torch.optim.SGD, torch.optim.Adam)  # optimisers whose state is tensors alone
+OURS = (torch.optim.SGD, torch.optim.Adam, Muon)  # optimisers whose state is tensors alone
 
 
 class Update:
@@ -65,25 +66,25 @@ class Update:
 def load_part(part: Any, state: Any) -> None:
     """``part.load_state_dict(state)``; ValueError for a state that an optimiser or a schedule of torch would take and
     then fail in its next step."""
+    defaults = dict(getattr(part, "defaults", {}))  # to which an optimiser adds some as it takes a state
     part.load_state_dict(state)
     if isinstance(part, torch.optim.Optimizer):
-        _check_optimizer(part)
+        _check_optimizer(part, defaults)
     if isinstance(part, torch.optim.lr_scheduler.LRScheduler):
         for name in ("last_epoch", "_step_count"):
             if type(value := getattr(part, name, 0)) is not int or not is_number(value):
                 raise ValueError(f"{name} of {type(part).__name__} is {value!r:.40}")
 
 
-def _check_optimizer(optimizer: torch.optim.Optimizer) -> None:
+def _check_optimizer(optimizer: torch.optim.Optimizer, defaults: dict[str, Any]) -> None:
     kind = type(optimizer).__name__
     for group in optimizer.param_groups:
-        for name, default in optimizer.defaults.items():
+        for name, default in defaults.items():
             if name not in group or not _is_like(group[name], default):
                 raise ValueError(f"{name} of {kind} is missing, or of another type")
-    entries = list(optimizer.state.items())
-    if len({frozenset(entry) for _, entry in entries}) > 1:
-        raise ValueError(f"the state of {kind} lacks entries")
-    for parameter, entry in entries:
+        if len({frozenset(optimizer.state[p]) for p in group["params"] if p in optimizer.state}) > 1:
+            raise ValueError(f"the state of {kind} lacks entries")
+    for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
             if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
                 raise ValueError(f"{name} of {kind} is of another shape")

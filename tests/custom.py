@@ -8,7 +8,7 @@ import torch
 from torch.nn import functional as F
 
 from datafree.config import option
-from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.learners.base import Learner, cosine_to_zero, make_optimizer
 from datafree.learners.distill import DistillLearner
 from datafree.synthesis import Traits
 from datafree.synthesis.base import BaseSynthesis
@@ -58,7 +58,7 @@ class Averaged(Learner):
     """Cross-entropy with the teacher's predictions, smoothed by a moving average of its own logits."""
 
     def __init__(self, student, teacher, augment, config, total_steps):
-        optimizer = sgd(student.parameters(), config.optim)
+        optimizer = make_optimizer(student.parameters(), config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
         self.teacher, self.augment = teacher, augment
         self.average = torch.nn.BatchNorm1d(student.num_classes, affine=False)  # holds the moving average

@@ -149,7 +149,7 @@ import torch
 from dataclasses import dataclass
 from typing import Optional
 from datafree.config import option
-from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.learners.base import Learner, cosine_to_zero, make_optimizer
 from datafree.learners.distill import DistillLearner
 from datafree.synthesis.base import BaseSynthesis
 from datafree.synthesis.optimised import RoundSynthesis
@@ -158,7 +158,7 @@ from datafree.terms import Term
 
 class Plain(Learner):
     def __init__(self, student, teacher, augment, config, total_steps):
-        optimizer = sgd(student.parameters(), config.optim)
+        optimizer = make_optimizer(student.parameters(), config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
 

@@ -14,6 +14,7 @@ from datafree.augment import CropFlip
 from datafree.datasets.splits import TensorSplit
 from datafree.engine import Means
 from datafree.learners.incremental import ReplayedTask, TranslatedTask
+from datafree.muon import Muon
 from datafree.pool import Batch
 from datafree.synthesis.inversion import InversionSynthesis
 from datafree.synthesis.noisy_layer import NoisyLayerSynthesis
@@ -73,6 +74,16 @@ def test_triplets_in_units_of_the_gradient_do_not_wait_for_the_host():
     with Waits() as waits:
         source.round(0, with_student=True)
     assert not waits.found
+
+
+def test_muon_does_not_wait_for_the_host():
+    net = nets.tiny(4)
+    optimizer = Muon(net.parameters(), 0.1)
+    for _ in range(2):
+        net(torch.randn(4, 3, 16, 16)).sum().backward()
+        with Waits() as waits:
+            optimizer.step()
+        assert not waits.found
 
 
 @pytest.mark.parametrize("sampling", ["focal", "distance", "uniform"])

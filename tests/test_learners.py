@@ -18,7 +18,7 @@ from datafree.augment import CropFlip
 from datafree.batchnorm import BatchNormTap
 from datafree.errors import InputError
 from datafree.features import Features
-from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.learners.base import Learner, cosine_to_zero, make_optimizer
 from datafree.learners.distill import DistillLearner
 from datafree.learners.supervised import SupervisedLearner
 from datafree.models import MODELS
@@ -407,7 +407,7 @@ def test_a_resumed_learner_follows_the_schedule_of_its_new_length(optimiser):
     def learner_of(total_steps):
         net, optim = network(), config.Optim(lr=0.1)
         if optimiser == "sgd":
-            made = sgd(net.parameters(), optim)
+            made = make_optimizer(net.parameters(), optim)
             return Learner(net, made, cosine_to_zero(made, total_steps))
         made = torch.optim.Adam(net.parameters(), optim.lr)
         return Learner(net, made, torch.optim.lr_scheduler.StepLR(made, 2, 0.5))

@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from datafree.config import Optim
 from datafree.errors import InputError
+from datafree.muon import Muon
 from datafree.network import Network
 from datafree.pool import Batch
 from datafree.update import Update, are_terms, detached, is_scalar, load_part
@@ -127,11 +128,16 @@ class Learner:
             self._set_rates()
 
 
-def sgd(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.SGD:
+def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
     """The optimiser of the section optim, which clips the gradient, if it is to, just before a step."""
     trained = list(parameters)
     nesterov = optim.nesterov and optim.momentum > 0  # without momentum there is nothing to look ahead along
-    optimizer = torch.optim.SGD(trained, optim.lr, optim.momentum, weight_decay=optim.weight_decay, nesterov=nesterov)
+    common: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "nesterov": nesterov}
+    optimizer: torch.optim.Optimizer
+    if optim.optimizer == "muon":
+        optimizer = Muon(trained, optim.lr, optim.filter_lr, **common)
+    else:
+        optimizer = torch.optim.SGD(trained, optim.lr, **common)
 
     def clip(*_: Any) -> None:
         nn.utils.clip_grad_norm_(trained, optim.clip_grad)

@@ -12,7 +12,7 @@ from datafree.augment import CropFlip
 from datafree.datasets.splits import Split
 from datafree.errors import InputError
 from datafree.features import Features
-from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.learners.base import Learner, cosine_to_zero, make_optimizer
 from datafree.learners.transfer import TransferLearner
 from datafree.network import Network
 from datafree.pool import Batch
@@ -228,7 +228,7 @@ class TranslatedTask(Learner):
         network.classify(means[:1])  # refuses a network without a linear head
         head = network.tap.head
         assert head is not None
-        optimizer = sgd(head.parameters(), config.optim)
+        optimizer = make_optimizer(head.parameters(), config.optim)
         super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
         self.means, self.old, self.seen = means, old, network.num_classes
 

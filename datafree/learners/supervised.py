@@ -6,7 +6,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from datafree.config import Optim
-from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.learners.base import Learner, cosine_to_zero, make_optimizer
 from datafree.network import Network
 from datafree.pool import Batch
 
@@ -22,7 +22,7 @@ class SupervisedLearner(Learner):
         total_steps: int,
         precision: str = "none",
     ):
-        optimizer = sgd(network.parameters(), optim)
+        optimizer = make_optimizer(network.parameters(), optim)
         super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), precision)
         self.augment = augment
 

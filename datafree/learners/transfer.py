@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from datafree import relation
 from datafree.augment import CropFlip, shift_flip
 from datafree.features import Features
-from datafree.learners.base import Learner, cosine_to_zero, sgd
+from datafree.learners.base import Learner, cosine_to_zero, make_optimizer
 from datafree.network import Network
 from datafree.pool import Batch
 from datafree.terms import Term, fields_read, weighted
@@ -31,7 +31,7 @@ class TransferLearner(Learner):
         self.modules = {name: module.to(student.device) for name, module in self.trained_modules().items()}
         self.terms = weighted(self.all_terms())
         trained = [student, *self.modules.values()]
-        optimizer = sgd([parameter for module in trained for parameter in module.parameters()], config.optim)
+        optimizer = make_optimizer([parameter for module in trained for parameter in module.parameters()], config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
     def trained_modules(self) -> dict[str, nn.Module]:
