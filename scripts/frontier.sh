@@ -2,9 +2,9 @@
 # What a student is worth after a given time: CIFAR-10 from He et al.'s ResNet-20 > WRN-16-1, one CPU thread, the settings
 # of configs/cifar10_short/ with the student's phase of our recipe; the control `real` trains on the real images.
 #     bash scripts/frontier.sh WEIGHTS [OPTIONS]
-# WEIGHTS is the teacher's file; options are passed on to every run, such as --precision bf16. A finished run is not repeated, so that a stopped
-# frontier can be continued. BUDGETS (of wall-clock time, so run it on a free core), SEEDS, FRONTIER (the folder) and CELLS
-# (a regular expression that must match a part of a cell's name) may be set. The curves:
+# WEIGHTS is the teacher's file; options are passed on to every run, such as --precision bf16. A finished run is not
+# repeated, so that a stopped frontier can be continued. BUDGETS (of wall-clock time, so run it on a free core), SEEDS,
+# FRONTIER (the folder) and CELLS (a regular expression that must match a part of a cell's name) may be set. The curves:
 #     python -m datafree.curves frontier.png runs/frontier --over minutes --of acc1
 set -euo pipefail
 : "${1:?"name the file of the ResNet-20 teacher's weights"}"
