@@ -616,24 +616,12 @@ class Distill:
 
 
 @dataclass
-class Optim:
-    """The optimiser of the network that is trained; its learning rate follows a cosine to 0."""
+class Sgd:
+    """The optimiser of the network that is trained: SGD, whose learning rate follows a cosine to 0."""
 
     UNUSED_WHEN: ClassVar[tuple[Condition, ...]] = (NO_EPOCHS,)
 
-    optimizer: Literal["sgd", "muon"] = option(
-        "sgd",
-        "sgd, or muon for short training: the filters of convolutions move along their orthogonalised momentum, all "
-        "else by SGD.",
-        also_in=("distill", "training"),
-    )
     lr: float = option(0.1, "Initial learning rate.", low=0, also_in=("distill", "training"))
-    filter_lr: float = option(
-        0.03,
-        "That of filters with muon: by which part of its norm a layer's filters move.",
-        low=0,
-        unused_when=({"optimizer": ("sgd",)}, NO_EPOCHS),
-    )
     momentum: float = option(0.9, "Momentum.", low=0, high=1, also_in=("distill", "training"))
     weight_decay: float = option(1e-4, "Weight decay.", flags=("--wd",), low=0, also_in=("distill", "training"))
     nesterov: bool = option(
@@ -641,6 +629,23 @@ class Optim:
     )
     clip_grad: float = option(
         0.0, "Largest norm of the gradient of a step; a larger one is scaled down. 0: none.", low=0
+    )
+
+
+@dataclass
+class Optim(Sgd):
+    """The optimiser of the network that is trained; its learning rates follow a cosine to 0."""
+
+    optimizer: Literal["sgd", "muon"] = option(
+        "sgd",
+        "sgd, or muon for short training: the filters of convolutions move along their orthogonalised momentum, all "
+        "else by SGD.",
+    )
+    filter_lr: float = option(
+        0.03,
+        "The filters' learning rate with muon: by which part of its norm a layer's filters move.",
+        low=0,
+        unused_when=({"optimizer": ("sgd",)}, NO_EPOCHS),
     )
 
 
@@ -748,8 +753,8 @@ class Finetune:
 
 
 @dataclass
-class QuantizeOptim(Optim):
-    __doc__ = Optim.__doc__
+class QuantizeOptim(Sgd):
+    __doc__ = Sgd.__doc__
 
     lr: float = option(1e-4, "Initial learning rate.", low=0)
     nesterov: bool = option(True, "Nesterov's momentum.", unused_when=({"momentum": (0,)}, NO_EPOCHS))

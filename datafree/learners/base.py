@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from datafree.config import Optim
+from datafree.config import Optim, Sgd
 from datafree.errors import InputError
 from datafree.muon import Muon
 from datafree.network import Network
@@ -128,13 +128,13 @@ class Learner:
             self._set_rates()
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], optim: Optim) -> torch.optim.Optimizer:
+def make_optimizer(parameters: Iterable[nn.Parameter], optim: Sgd) -> torch.optim.Optimizer:
     """The optimiser of the section optim, which clips the gradient, if it is to, just before a step."""
     trained = list(parameters)
     nesterov = optim.nesterov and optim.momentum > 0  # without momentum there is nothing to look ahead along
     common: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "nesterov": nesterov}
     optimizer: torch.optim.Optimizer
-    if optim.optimizer == "muon":
+    if isinstance(optim, Optim) and optim.optimizer == "muon":
         optimizer = Muon(trained, optim.lr, optim.filter_lr, **common)
     else:
         optimizer = torch.optim.SGD(trained, optim.lr, **common)
