@@ -137,6 +137,7 @@ BUSY_OF = {
 BUSY_FOR = {  # options that need others than these
     "source": [],  # which may leave others unused
     "class_embedding": ["--source=generator"],
+    "filter_lr": ["--optimizer=muon"],
     "class_embeddings": ["--source=noisy_layer"],
     "generator_life": ["--source=noisy_layer"],
     "warmup_batches": ["--warmup=1"],
