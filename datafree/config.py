@@ -638,14 +638,17 @@ class Optim(Sgd):
 
     optimizer: Literal["sgd", "muon"] = option(
         "sgd",
-        "sgd, or muon for short training: the filters of convolutions move along their orthogonalised momentum, all "
-        "else by SGD.",
+        "sgd, or muon, which suits short runs: convolution filters step along their orthogonalised momentum and keep "
+        "their norm, without weight decay; everything else is trained by SGD.",
+        also_in=("distill", "training"),
     )
     filter_lr: float = option(
         0.03,
-        "The filters' learning rate with muon: by which part of its norm a layer's filters move.",
+        "Initial learning rate of the filters with muon: the length of a step relative to the norm of a layer's "
+        "filters.",
         low=0,
-        unused_when=({"optimizer": ("sgd",)}, NO_EPOCHS),
+        unused_when={"optimizer": ("sgd",)},
+        also_in=("distill", "training"),
     )
 
 

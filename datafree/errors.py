@@ -155,7 +155,7 @@ def _unforeseen(error: Exception, way: str) -> str:
     where = traceback.extract_tb(error.__traceback__)[-1]
     if _is_out_of_memory(error):
         what = "out of memory; use smaller networks, batches or images, or end other programs"
-    elif isinstance(error, OSError) and error.filename and error.strerror:  # of the machine, or a name that it refuses
+    elif isinstance(error, OSError) and error.filename and error.strerror:
         what = f"{short(str(error.filename))}: {error.strerror}"
     else:
         what = "unexpected " + cut(printable(f"{type(error).__name__}: {error}"), LONGEST_MESSAGE // 2)

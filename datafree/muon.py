@@ -1,4 +1,4 @@
-"""Muon for convolutional networks: filters move along their orthogonalised momentum (Jordan et al., 2024,
+"""Muon for convolutional networks: filters step along their orthogonalised momentum (Jordan et al., 2024,
 https://kellerjordan.github.io/posts/muon)."""
 
 from collections.abc import Callable, Iterable
@@ -9,14 +9,15 @@ from torch import Tensor, nn
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: brings singular values near 1 in five iterations
 ITERATIONS = 5
+SMALLEST = 1e-7  # norm of a momentum that is normalised: below it, steps fade as the momentum does
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the filters of convolutions, and SGD for all other parameters.
+    """Muon for the filters of convolutions (see :func:`filters_of`), and SGD for all other parameters of ``modules``.
 
-    The filters of a layer, (out, in / groups, *kernel), are a matrix of ``out`` rows. A step moves it by ``filter_lr``
-    times its norm, and leaves it the norm that it had at first: behind a BatchNorm nothing depends on that, and steps
-    would lose their effect as it grows. So no weight decay acts on filters; all zeros get the norm sqrt(out).
+    The filters of a layer, (out, in / groups, *kernel), are a matrix of ``out`` rows. A step changes it by about
+    ``filter_lr`` times its norm, less where the momentum has a low rank, and the norm stays: behind a normalisation
+    nothing depends on it, and steps would lose their effect as it grows. So no weight decay acts on filters.
     torch.optim.Muon takes matrices alone, and leaves their norm free.
 
     lr, weight_decay, nesterov: of the other parameters. The filters' momentum is always Nesterov's.
@@ -24,45 +25,60 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        parameters: Iterable[nn.Parameter],
+        modules: Iterable[nn.Module],
         lr: float,
         filter_lr: float = 0.03,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ):
-        every = list(parameters)
-        of_kind = {kind: [p for p in every if (p.ndim > 2) == kind] for kind in (False, True)}
-        rates = {False: lr, True: filter_lr}
-        groups = [{"params": found, "lr": rates[kind], "filters": kind} for kind, found in of_kind.items() if found]
-        defaults = {"momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
-        super().__init__(groups, {"lr": lr, "filters": False, **defaults})
+        every = nn.ModuleList(modules)
+        self.filters = filters_of(every)
+        others = [parameter for parameter in every.parameters() if parameter not in self.filters]
+        groups = [{"params": others, "lr": lr}, {"params": list(self.filters), "lr": filter_lr}]
+        defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        super().__init__([group for group in groups if group["params"]], defaults)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
-        """One step along the gradients; closure: not supported."""
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """One step along the gradients -> what ``closure`` returns, which computes them if it is given."""
+        with torch.enable_grad():
+            loss = closure() if closure else None
         for group in self.param_groups:
-            step = _step_filters if group["filters"] else _step_others
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    step(parameter, parameter.grad, self.state[parameter], **group)
+                    step = _step_filters if parameter in self.filters else _step_others
+                    step(parameter, parameter.grad, self.state[parameter], group)
+        return loss
 
 
-def _step_others(p: Tensor, gradient: Tensor, state: dict[str, Tensor], **group: Any) -> None:
+def filters_of(module: nn.Module) -> dict[nn.Parameter, None]:
+    """The weights of its convolutions in their order, as the keys of a dict.
+
+    Without those of one value per filter, and those that are all 0, whose norm may not stay.
+    """
+    found: dict[nn.Parameter, None] = {}
+    for layer in module.modules():
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
+            if layer.weight[0].numel() > 1 and layer.weight.detach().any():
+                found[layer.weight] = None
+    return found
+
+
+def _step_others(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     gradient = gradient.add(p, alpha=group["weight_decay"])
     buffer = _momentum(p, gradient, state, group["momentum"])
     p.add_(gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer, alpha=-group["lr"])
 
 
-def _step_filters(p: Tensor, gradient: Tensor, state: dict[str, Tensor], **group: Any) -> None:
+def _step_filters(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
     if "norm" not in state:
-        norm = p.norm()
-        state["norm"] = norm.where(norm > 0, torch.full_like(norm, len(p)).sqrt())
+        state["norm"] = p.norm()
+    norm = state["norm"]
     along = gradient.add(_momentum(p, gradient, state, group["momentum"]), alpha=group["momentum"]).flatten(1)
-    along = orthogonalised(along) * (group["lr"] * state["norm"] / min(along.shape) ** 0.5)
+    along = orthogonalised(along) * (group["lr"] * norm / min(along.shape) ** 0.5)
     p.sub_(along.view(p.shape))
-    now = p.norm()
-    p.mul_(torch.where(now > 0, state["norm"] / now, now))
+    p.mul_(norm / p.norm())
 
 
 def _momentum(p: Tensor, gradient: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
@@ -75,7 +91,7 @@ def orthogonalised(matrix: Tensor) -> Tensor:
     """The matrix (A, B) with singular values near 1 in place of its own, and 0 for 0."""
     a, b, c = QUINTIC
     x = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    x = x / x.norm().clamp_min(torch.finfo(x.dtype).tiny)
+    x = x / x.norm().clamp_min(SMALLEST)
     for _ in range(ITERATIONS):
         square = x @ x.T
         x = a * x + (b * square + c * square @ square) @ x

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from datafree.errors import InputError, out_of_memory_in
-from datafree.runtime import free_memory, room
+from datafree.runtime import free_memory, unfilled
 
 
 class Batch(NamedTuple):
@@ -67,8 +67,8 @@ class ImagePool:
             )
         self.capacity = capacity
         with out_of_memory_in("allocation of the image pool", option):
-            self.images = room(capacity, *self.shape, dtype=torch.uint8, device=self.device)
-            self.targets = room(capacity, dtype=torch.long, device=self.device)
+            self.images = unfilled(capacity, *self.shape, dtype=torch.uint8, device=self.device)
+            self.targets = unfilled(capacity, dtype=torch.long, device=self.device)
 
     def begin_with(self, count: int, read: Callable[[], tuple[Tensor, Tensor]]) -> None:
         """Let an empty pool begin with ``count`` images, which stay in it, beside as many others as it had room for.

@@ -172,10 +172,10 @@ def free_memory(device: torch.device) -> int:
     return min((size for size in free if size is not None), default=4 * 10**9)  # unknown outside Linux
 
 
-def room(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
-    """``torch.empty`` for what is written before it is read.
+def unfilled(*shape: int, dtype: torch.dtype = torch.float32, device: torch.device) -> Tensor:
+    """``torch.empty``, for a tensor whose unwritten rows are never used.
 
-    With --deterministic torch would fill it, so that all of it were in use at once.
+    With --deterministic torch would fill it, and so all of its memory would be in use at once.
     """
     switches: Any = torch.utils.deterministic
     filled, switches.fill_uninitialized_memory = switches.fill_uninitialized_memory, False

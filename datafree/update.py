@@ -86,9 +86,11 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, defaults: dict[str, Any])
             raise ValueError(f"the state of {kind} lacks entries")
     for parameter, entry in optimizer.state.items():
         for name, value in entry.items():
-            if torch.is_tensor(value) and value.dim() and value.shape != parameter.shape:
+            whole = torch.is_tensor(value) and (value.dim() or name == "momentum_buffer")
+            if whole and value.shape != parameter.shape:
                 raise ValueError(f"{name} of {kind} is of another shape")
-            if type(optimizer) in OURS and not (value is None or torch.is_tensor(value)):
+            may_lack = value is None and type(optimizer) is torch.optim.SGD  # its momentum, if that is 0
+            if type(optimizer) in OURS and not (may_lack or torch.is_tensor(value)):
                 raise ValueError(f"{name} of {kind} is of another type")
 
 

@@ -19,7 +19,7 @@ from datafree.errors import InputError, OptionError, out_of_memory_in
 from datafree.features import Features
 from datafree.network import Network
 from datafree.pool import ImagePool
-from datafree.runtime import free_memory, room
+from datafree.runtime import free_memory, unfilled
 from datafree.schedule import Schedule
 
 if TYPE_CHECKING:
@@ -61,7 +61,7 @@ class ViewCache:
         device = self.teacher.device
         self.places = self.places_for(self.possible)
         with out_of_memory_in("allocation of the view cache", "--view_cache"):
-            self.values = room(self.places + 1, self.width, device=device)  # the last row is never read
+            self.values = unfilled(self.places + 1, self.width, device=device)  # the last row is never read
             self.keys = torch.full((self.places,), -1, device=device)
 
     def resize(self, possible: int) -> None:

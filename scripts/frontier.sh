@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # What a student is worth after a given time: CIFAR-10 from He et al.'s ResNet-20 > WRN-16-1, one CPU thread, the settings
-# of configs/cifar10_short/ with the student's phase of our recipe; the control `real` trains on the real images.
+# of configs/cifar10_short/ with Muon for the student; the control `real` trains on the real images.
 #     bash scripts/frontier.sh WEIGHTS [OPTIONS]
 # WEIGHTS is the teacher's file; options are passed on to every run, such as --precision bf16. A finished run is not
 # repeated, so that a stopped frontier can be continued. BUDGETS (of wall-clock time, so run it on a free core), SEEDS,
@@ -28,7 +28,7 @@ for budget in ${BUDGETS:-15m 30m 60m 120m}; do
             [[ $name =~ ${CELLS:-} ]] || continue
             cell_options="--config configs/cifar10_short/${method}_cifar_resnet20_wrn16_1.yaml $options"
             [ -f "$frontier/$budget/cifar10_${method}_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
-                python datafree_kd.py "$@" $cell_options --optimizer muon --budget "$budget" --eval_every 5 --threads 1 \
+                python datafree_kd.py $cell_options --optimizer muon --eval_every 5 "$@" --budget "$budget" --threads 1 \
                     --seed "$seed" --teacher_weights "$weights" --save_dir "$frontier/$budget" \
                     --log_tag "$name-seed$seed" --resume auto </dev/null
         done

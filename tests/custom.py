@@ -58,7 +58,7 @@ class Averaged(Learner):
     """Cross-entropy with the teacher's predictions, smoothed by a moving average of its own logits."""
 
     def __init__(self, student, teacher, augment, config, total_steps):
-        optimizer = make_optimizer(student.parameters(), config.optim)
+        optimizer = make_optimizer([student], config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
         self.teacher, self.augment = teacher, augment
         self.average = torch.nn.BatchNorm1d(student.num_classes, affine=False)  # holds the moving average

@@ -158,7 +158,7 @@ from datafree.terms import Term
 
 class Plain(Learner):
     def __init__(self, student, teacher, augment, config, total_steps):
-        optimizer = make_optimizer(student.parameters(), config.optim)
+        optimizer = make_optimizer([student], config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
 

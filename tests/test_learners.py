@@ -407,7 +407,7 @@ def test_a_resumed_learner_follows_the_schedule_of_its_new_length(optimiser):
     def learner_of(total_steps):
         net, optim = network(), config.Optim(lr=0.1)
         if optimiser == "sgd":
-            made = make_optimizer(net.parameters(), optim)
+            made = make_optimizer([net], optim)
             return Learner(net, made, cosine_to_zero(made, total_steps))
         made = torch.optim.Adam(net.parameters(), optim.lr)
         return Learner(net, made, torch.optim.lr_scheduler.StepLR(made, 2, 0.5))

@@ -128,14 +128,16 @@ class Learner:
             self._set_rates()
 
 
-def make_optimizer(parameters: Iterable[nn.Parameter], optim: Sgd) -> torch.optim.Optimizer:
-    """The optimiser of the section optim, which clips the gradient, if it is to, just before a step."""
-    trained = list(parameters)
+def make_optimizer(modules: Iterable[nn.Module], optim: Sgd) -> torch.optim.Optimizer:
+    """The optimiser of the section optim for all parameters of ``modules``; it clips the gradient, if it is to, just
+    before a step."""
+    every = nn.ModuleList(modules)
+    trained = list(every.parameters())
     nesterov = optim.nesterov and optim.momentum > 0  # without momentum there is nothing to look ahead along
     common: dict[str, Any] = {"momentum": optim.momentum, "weight_decay": optim.weight_decay, "nesterov": nesterov}
     optimizer: torch.optim.Optimizer
     if isinstance(optim, Optim) and optim.optimizer == "muon":
-        optimizer = Muon(trained, optim.lr, optim.filter_lr, **common)
+        optimizer = Muon(every, optim.lr, optim.filter_lr, **common)
     else:
         optimizer = torch.optim.SGD(trained, optim.lr, **common)
 

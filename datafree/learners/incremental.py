@@ -228,7 +228,7 @@ class TranslatedTask(Learner):
         network.classify(means[:1])  # refuses a network without a linear head
         head = network.tap.head
         assert head is not None
-        optimizer = make_optimizer(head.parameters(), config.optim)
+        optimizer = make_optimizer([head], config.optim)
         super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
         self.means, self.old, self.seen = means, old, network.num_classes
 

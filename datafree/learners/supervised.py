@@ -22,7 +22,7 @@ class SupervisedLearner(Learner):
         total_steps: int,
         precision: str = "none",
     ):
-        optimizer = make_optimizer(network.parameters(), optim)
+        optimizer = make_optimizer([network], optim)
         super().__init__(network, optimizer, cosine_to_zero(optimizer, total_steps), precision)
         self.augment = augment
 

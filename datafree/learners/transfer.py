@@ -30,8 +30,7 @@ class TransferLearner(Learner):
         self.config, self.triplets = config, config.relation
         self.modules = {name: module.to(student.device) for name, module in self.trained_modules().items()}
         self.terms = weighted(self.all_terms())
-        trained = [student, *self.modules.values()]
-        optimizer = make_optimizer([parameter for module in trained for parameter in module.parameters()], config.optim)
+        optimizer = make_optimizer([student, *self.modules.values()], config.optim)
         super().__init__(student, optimizer, cosine_to_zero(optimizer, total_steps), config.run.precision)
 
     def trained_modules(self) -> dict[str, nn.Module]:
