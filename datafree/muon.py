@@ -52,12 +52,12 @@ class Muon(torch.optim.Optimizer):
         return loss
 
 
-def filters_of(module: nn.Module) -> dict[nn.Parameter, None]:
+def filters_of(module: nn.Module) -> dict[Tensor, None]:
     """The weights of its convolutions in their order, as the keys of a dict.
 
     Without those of one value per filter, and those that are all 0, whose norm may not stay.
     """
-    found: dict[nn.Parameter, None] = {}
+    found: dict[Tensor, None] = {}
     for layer in module.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
             if layer.weight[0].numel() > 1 and layer.weight.detach().any():
