@@ -28,7 +28,7 @@ for budget in ${BUDGETS:-15m 30m 60m 120m}; do
             [[ $name =~ ${CELLS:-} ]] || continue
             cell_options="--config configs/cifar10_short/${method}_cifar_resnet20_wrn16_1.yaml $options"
             [ -f "$frontier/$budget/cifar10_${method}_cifar_resnet20_wrn16_1/$name-seed$seed/summary.json" ] ||
-                python datafree_kd.py $cell_options --optimizer muon --eval_every 5 "$@" --budget "$budget" --threads 1 \
+                python datafree_kd.py $cell_options --optimizer muon "$@" --budget "$budget" --threads 1 \
                     --seed "$seed" --teacher_weights "$weights" --save_dir "$frontier/$budget" \
                     --log_tag "$name-seed$seed" --resume auto </dev/null
         done

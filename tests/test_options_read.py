@@ -69,7 +69,7 @@ def distillations(distil, teacher):
         distil("--epochs", 2)
         one("terms", "--act", 1, "--balance", 1, "--cr", 1, "--tv", 1, "--l2", 1, "--bn_momentum", 0.5)
         one("pool", "--pool_size", 16, "--balanced_sampling", "--view_cache", 1, "--lr_z", 0.01)
-        one("maps", "--mixup", 0.5, "--gram_loss", 1, "--at_loss", 1)
+        one("maps", "--mixup", 0.5, "--gram_loss", 1, "--at_loss", 1, "--optimizer", "muon")
         one("stages", "--striplet_feature", "features", "--triplet_target", "teacher")
         one("reptile", "--generator_init", "reptile", "--meta_rate", 0.5, "--reset_epoch", 1, "--class_noise", 1)
         one("maml", "--generator_init", "maml", "--synthesis_rounds", 1, "--teacher_mean", 0.5, "--teacher_std", 0.5)
@@ -83,7 +83,7 @@ def distillations(distil, teacher):
 def trainings():
     """Tiny runs of train_scratch.py, one of which needs what the other does not."""
     words = ("--model", nets.name("tiny"), "--epochs", 2)
-    scratch(*words, "--batch_size", 512)
+    scratch(*words, "--batch_size", 512, "--optimizer", "muon")
     scratch(*words, "--batch_size", 512, "--weights", "checkpoints/pretrained/digits_nets-tiny.pth", "--evaluate_only")
 
 
@@ -123,7 +123,7 @@ def increments():
     one("rdfcil", "maps", *replay, "--kd", 1, "--striplet", 1, "--striplet_feature", "features", "--class_order", order)
     inverted = "--source inversion --pool_size 16 --balanced_sampling --lr_z 0.01 --meta_rate 0.5 --reset_epoch 1"
     one("abd", "pool", *replay, *inverted.split(), "--generator_init", "maml", "--classes_per_batch", 2)
-    one("abd", "noisy", *replay, "--source", "noisy_layer")
+    one("abd", "noisy", *replay, "--source", "noisy_layer", "--optimizer", "muon")
     one("lwf", "lwf", "--weights", "runs/digits_rgal_nets-tiny/terms/task_00")
     one("fetril", "fetril", "--weights", "runs/digits_rgal_nets-tiny/terms/task_00", "--evaluate_only")
 
