@@ -1,7 +1,7 @@
 """Muon for convolutional networks: filters step along their orthogonalised momentum (Jordan et al., 2024,
 https://kellerjordan.github.io/posts/muon)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ SMALLEST = 1e-7  # norm of a momentum that is normalised: below it, steps fade a
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the filters of convolutions (see :func:`filters_of`), and SGD for all other parameters of ``modules``.
+    """Muon for the filters of convolutions (see :func:`filters_of`), and SGD for all other parameters of ``module``.
 
     The filters of a layer, (out, in / groups, *kernel), are a matrix of ``out`` rows. A step changes it by about
     ``filter_lr`` times its norm, less where the momentum has a low rank, and the norm stays: behind a normalisation
@@ -25,16 +25,15 @@ class Muon(torch.optim.Optimizer):
 
     def __init__(
         self,
-        modules: Iterable[nn.Module],
+        module: nn.Module,
         lr: float,
         filter_lr: float = 0.03,
         momentum: float = 0.9,
         weight_decay: float = 0.0,
         nesterov: bool = False,
     ):
-        every = nn.ModuleList(modules)
-        self.filters = filters_of(every)
-        others = [parameter for parameter in every.parameters() if parameter not in self.filters]
+        self.filters = filters_of(module)
+        others = [parameter for parameter in module.parameters() if parameter not in self.filters]
         groups = [{"params": others, "lr": lr}, {"params": list(self.filters), "lr": filter_lr}]
         defaults = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
         super().__init__([group for group in groups if group["params"]], defaults)
@@ -72,9 +71,7 @@ def _step_others(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: d
 
 
 def _step_filters(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    if "norm" not in state:
-        state["norm"] = p.norm()
-    norm = state["norm"]
+    norm = p.norm()
     along = gradient.add(_momentum(p, gradient, state, group["momentum"]), alpha=group["momentum"]).flatten(1)
     along = orthogonalised(along) * (group["lr"] * norm / min(along.shape) ** 0.5)
     p.sub_(along.view(p.shape))

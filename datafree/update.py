@@ -82,9 +82,10 @@ def _check_optimizer(optimizer: torch.optim.Optimizer, defaults: dict[str, Any])
         for name, default in defaults.items():
             if name not in group or not _is_like(group[name], default):
                 raise ValueError(f"{name} of {kind} is missing, or of another type")
-        if len({frozenset(optimizer.state[p]) for p in group["params"] if p in optimizer.state}) > 1:
-            raise ValueError(f"the state of {kind} lacks entries")
-    for parameter, entry in optimizer.state.items():
+    entries = list(optimizer.state.items())
+    if len({frozenset(entry) for _, entry in entries}) > 1:
+        raise ValueError(f"the state of {kind} lacks entries")
+    for parameter, entry in entries:
         for name, value in entry.items():
             whole = torch.is_tensor(value) and (value.dim() or name == "momentum_buffer")
             if whole and value.shape != parameter.shape:

@@ -78,7 +78,7 @@ def test_triplets_in_units_of_the_gradient_do_not_wait_for_the_host():
 
 def test_muon_does_not_wait_for_the_host():
     net = nets.tiny(4)
-    optimizer = Muon([net], 0.1)
+    optimizer = Muon(net, 0.1)
     for _ in range(2):
         net(torch.randn(4, 3, 16, 16)).sum().backward()
         with Waits() as waits:
