@@ -27,7 +27,15 @@ from datafree.models.factory import check_model
 from datafree.network import Network, model_name
 from datafree.plan import check_order, describe_normalisation, describe_notes
 from datafree.plugins import digest, short_name
-from datafree.runtime import autocast, choose_device, require_compiler, same_rng, seed_everything, set_threads
+from datafree.runtime import (
+    autocast,
+    bf16_slowdown,
+    choose_device,
+    require_compiler,
+    same_rng,
+    seed_everything,
+    set_threads,
+)
 
 PIXELS_AT_ONCE = 500 * 128 * 128  # of an evaluation: 500 images at most, and fewer large ones
 OWN = "own"  # in place of a file: the weights that the model's factory brings
@@ -85,15 +93,19 @@ class Session:
         self.digests = {"card": digest(repr(replace(self.card, loader="")).encode())}
         flip = self.card.flip if self.data.flip == "card" else self.data.flip == "on"
         self.augment = CropFlip(self.data.crop_padding, flip)
-        self.notes: list[str] = []
+        self.notes = list(self._remarks())
+
+    def _remarks(self) -> Iterator[str]:
+        """What is to be known of the options on this machine."""
+        if self.run.precision == "bf16" and self.device.type == "cpu" and (slowdown := bf16_slowdown()) >= 2:
+            yield (
+                f"[Alarm] --precision bf16 is slow on this CPU: a convolution takes {slowdown:.0f} times as long as in "
+                "fp32; leave the option out, unless the result must be that of bf16."
+            )
         if distributed.count() > 1:
-            self.notes.append(
-                f"{distributed.count()} processes: each computes its share of every batch, whose size is that of all."
-            )
+            yield f"{distributed.count()} processes: each computes its share of every batch, whose size is that of all."
         if self.data.card and self.data.dataset not in (Data.dataset, self.card.name):
-            self.notes.append(
-                f"The data set is {self.card.name}, as {self.data.card} names it, not {self.data.dataset}."
-            )
+            yield f"The data set is {self.card.name}, as {self.data.card} names it, not {self.data.dataset}."
 
     @cached_property
     def test(self) -> Split | None:
@@ -163,23 +175,9 @@ class Session:
         num_classes: instead of the card's, as for a teacher of the old classes alone. key: of the weights in their
         file. stages: names of the modules that give its stages.
         """
-        weights = self._if_there(weights)
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
-            if weights and weights != OWN:
-                network = Network.from_file(weights, model, self.card, key=key, **options)
-            else:
-                brought, built = weights == OWN and role not in self.given, list[Network]()
-                with self._planning():
-                    built.append(Network.build(self.given.get(role, model), self.card, pretrained=brought, **options))
-                if not built:  # those that it would bring could not be had
-                    weights, built = "", [Network.build(model, self.card, **options)]
-                network = built[0]
-        if weights:
-            tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
-            # As bytes, because NumPy has no bfloat16; an object may be on a GPU.
-            contents = (tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
-            self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*contents)
+            network = self._loaded(role, model, self._if_there(weights), key, options)
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
             raise InputError(
@@ -197,6 +195,24 @@ class Session:
         network.to(self.device)
         network.try_run(self.run.precision, training=role != "teacher" and not self.run.evaluate_only)
         return network if self.run.compile == "off" else network.compiled(self.run.compile)
+
+    def _loaded(self, role: str, model: str, weights: str | Path, key: str, options: dict[str, Any]) -> Network:
+        """The network with these weights, of which a digest is kept; in a dry run without those that are not there."""
+        if weights and weights != OWN:
+            network = Network.from_file(weights, model, self.card, key=key, **options)
+        else:
+            brought, built = weights == OWN and role not in self.given, list[Network]()
+            with self._planning():
+                built.append(Network.build(self.given.get(role, model), self.card, pretrained=brought, **options))
+            if not built:  # those that it would bring could not be had
+                weights, built = "", [Network.build(model, self.card, **options)]
+            network = built[0]
+        if weights:
+            tensors = (entry for entry in network.model.state_dict().values() if torch.is_tensor(entry))
+            # As bytes, because NumPy has no bfloat16; an object may be on a GPU.
+            contents = (tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes() for tensor in tensors)
+            self.digests["weights" if role == "model" else f"{role}_weights"] = digest(*contents)
+        return network
 
     def load_teacher(self) -> Network:
         """The teacher with its weights, frozen."""

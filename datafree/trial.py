@@ -21,11 +21,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from datafree import distributed
 from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
-from datafree.outputs import Output, check_rows, raw_logits, recognise, where_logits_are
+from datafree.outputs import Output, check_rows, graph_of, raw_logits, recognise, where_logits_are
 from datafree.plugins import first_line
 from datafree.runtime import load_rng_state, rng_state
 
 HALF = (torch.float16, torch.bfloat16)
+AVX2_FLOATS = 8  # in a register
 OTHER_SIZES = (32, 28, 64, 96, 128, 224, 256, 299, 384)  # that a network may have been made for
 
 
@@ -231,12 +232,16 @@ def _takes(model: nn.Module, images: Tensor) -> bool:
 
 @dataclass
 class _Pass:
-    """Outcome of one pass: the tensor (N, classes), and the gradient by the images or why there is none."""
+    """Outcome of one pass: the tensor (N, classes), and the gradient by the images or why there is none.
+
+    overruns: whether training would overrun memory in channels_last, see :func:`_overruns`.
+    """
 
     raw: Tensor
     returned: Any
     gradient: Tensor | None = None
     reason: str = ""
+    overruns: bool = False
 
 
 def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
@@ -247,14 +252,27 @@ def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
     images = images.detach().requires_grad_()
     returned = run(model, images * 1)
     raw = raw_logits(returned, model)
+    overruns = any(map(_overruns, graph_of(raw)))
     if raw.requires_grad:
         try:
             _weighted_sum(raw).backward()
         except Exception as error:
-            return _Pass(raw, returned, reason=f"its backward pass fails ({first_line(error)})")
+            return _Pass(raw, returned, None, f"its backward pass fails ({first_line(error)})", overruns)
     if images.grad is None:
-        return _Pass(raw, returned, reason="its output is computed without a gradient")
-    return _Pass(raw, returned, images.grad)
+        return _Pass(raw, returned, None, "its output is computed without a gradient", overruns)
+    return _Pass(raw, returned, images.grad, "", overruns)
+
+
+def _overruns(node: Any) -> bool:
+    """Whether this node of a graph is a convolution whose gradient by its weights overruns memory in channels_last.
+
+    On a CPU with AVX2 and no AVX-512 that is so for strides over a 1x1 kernel with fewer channels of input than a
+    register holds (https://github.com/uxlfoundation/oneDNN/issues/6035): processes crash, or weights go wrong.
+    """
+    if torch.backends.cpu.get_cpu_capability() != "AVX2" or node.name() != "ConvolutionBackward0":
+        return False
+    _, channels, *kernel = node._saved_weight.shape
+    return channels < AVX2_FLOATS and node._saved_groups == max(kernel) == 1 and max(node._saved_stride) > 1
 
 
 def try_backward(model: nn.Module, raw: Tensor) -> None:
@@ -326,6 +344,12 @@ def _first_pass(model: nn.Module, images: Tensor) -> tuple[torch.dtype, _Pass]:
 def _try_layout(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> None:
     """Turn weights and images to channels_last, which is faster, where that works and agrees with the plain layout."""
     originals = [(tensor, tensor.data) for tensor in tensors_of(model)]
+    if first.overruns:
+        trial.notes.append(
+            "it runs in the plain memory layout, because on this CPU its strided 1x1 convolutions of fewer than "
+            f"{AVX2_FLOATS} channels corrupt memory in channels_last (issue 6035 of oneDNN)"
+        )
+        return
     try:
         model.to(memory_format=torch.channels_last)
         second = _pass(model, images.contiguous(memory_format=torch.channels_last))

@@ -17,7 +17,7 @@ if [ -n "$weights" ]; then
 else
     data=digits configs=configs/digits pair=resnet20_resnet8 budget=${BUDGET:-30}
 fi
-options=$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')
+options=$(joined "$@")
 comparison=${COMPARISON:-runs/compare_methods_$data$options} seconds=seconds-$budget
 
 triplets() {  # the options of a METHOD CELL

@@ -8,6 +8,10 @@ done
 unset CDPATH  # or cd might go to a folder of that name elsewhere
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."
 
+joined() {  # options as a part of a folder's name, so that runs with others have a folder of their own
+    printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//'
+}
+
 check_version() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' || {
         echo "error: $1 is older than Python 3.10; name a newer one, for example by PYTHON=python3.12 bash $0" >&2; exit 1; }

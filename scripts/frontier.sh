@@ -12,7 +12,7 @@ set -euo pipefail
 weights=$(cd "$OLDPWD" && realpath -e "$1")
 shift
 
-frontier=${FRONTIER:-runs/frontier$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
+frontier=${FRONTIER:-runs/frontier$(joined "$@")}
 cells() {  # a name, a method and its options per line
     echo "rgal_fast rgal_fast"
     echo "rgal_fast-wide rgal_fast --ngf 64"

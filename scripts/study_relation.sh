@@ -7,7 +7,7 @@
 set -euo pipefail
 . "$(dirname "$0")/env.sh"
 
-study=${STUDY:-runs/study_relation${UNIT:+_$UNIT}$(printf -- '_%s' "$@" | tr -c '[:alnum:]._\n' - | sed 's/^_$//')}
+study=${STUDY:-runs/study_relation${UNIT:+_$UNIT}$(joined "$@")}
 
 ratios() {  # a name and its options per line; weights in units of the gradient, which are not compared with others
     echo "none --triplet 0 --striplet 0"

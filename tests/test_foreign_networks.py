@@ -187,6 +187,30 @@ def test_channels_last_is_used_where_it_works_and_agrees(factory, works):
     assert weight.is_contiguous(memory_format=torch.channels_last) == works
 
 
+AVX2 = torch.backends.cpu.get_cpu_capability() == "AVX2"
+
+
+@pytest.mark.parametrize(
+    "cpu, channels, kernel, stride, groups, works",
+    [
+        ("AVX2", 4, 1, 2, 1, False),
+        ("AVX2", 8, 1, 2, 1, True),
+        ("AVX2", 4, 3, 2, 1, True),
+        ("AVX2", 4, 1, 1, 1, True),
+        ("AVX2", 4, 1, 2, 4, True),
+        pytest.param("AVX512", 4, 1, 2, 1, True, marks=pytest.mark.skipif(AVX2, reason="it corrupts memory here")),
+    ],
+)
+def test_a_layout_in_which_training_corrupts_memory_is_not_tried(
+    cpu, channels, kernel, stride, groups, works, monkeypatch
+):
+    shortcut = nn.Conv2d(channels, 16, kernel, stride, kernel // 2, groups=groups)
+    trunk = nn.Sequential(nn.Conv2d(3, channels, 3, padding=1), shortcut, nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: cpu)
+    net = network(nn.Sequential(trunk, nn.Linear(16, 10)))
+    assert net.trial.channels_last == works and ("corrupt memory" in notes(net)) != works
+
+
 def test_rounding_is_no_disagreement():
     assert network(torchvision_network("resnet50"), (3, 64, 64)).trial.channels_last
 

@@ -7,12 +7,14 @@ import random
 import shutil
 import subprocess
 import sys
+import time
 
 import numpy as np
+import parts
 import pytest
 import torch
 
-from datafree import runtime
+from datafree import runtime, session
 from datafree.errors import InputError, OptionError
 
 CPU = torch.device("cpu")
@@ -96,6 +98,25 @@ def test_autocast():
             assert layer(x).dtype == torch.float32
     with pytest.raises(InputError, match="fp16 needs a GPU; use --precision bf16 or none"):
         runtime.autocast(CPU, "fp16")
+
+
+def test_bf16_is_timed_against_fp32(monkeypatch):
+    def convolution(images, filters):
+        time.sleep(0.05 if images.dtype == torch.bfloat16 else 0.005)
+        return images.sum() * filters.sum()
+
+    monkeypatch.setattr(torch.nn.functional, "conv2d", convolution)
+    assert 3 < runtime.bf16_slowdown() < 30
+
+
+@pytest.mark.parametrize(
+    "slowdown, precision, told", [(11.7, "bf16", True), (1.2, "bf16", False), (11.7, "none", False)]
+)
+def test_a_cpu_on_which_bf16_is_slow_is_an_alarm(slowdown, precision, told, monkeypatch):
+    monkeypatch.setattr(session, "bf16_slowdown", lambda: slowdown)
+    notes = session.Session(parts.options(precision=precision, device="cpu", dataset="digits"), write=False).notes
+    assert [note for note in notes if "12 times as long as in fp32; leave the option out" in note] == notes[: int(told)]
+    assert any(note.startswith("[Alarm] --precision bf16") for note in notes) == told
 
 
 def test_threads():
