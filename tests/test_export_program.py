@@ -18,6 +18,7 @@ from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError
 from datafree.exporting import files, packages
 from datafree.exporting.files import export_network
+from datafree.exporting.integers import quantize_onnx
 from datafree.exporting.torch_files import ProgramNetwork, write_program
 from datafree.models.factory import build_model
 from datafree.network import Network
@@ -311,8 +312,11 @@ def test_a_shown_command_runs(words, shown):
 
 
 @pytest.mark.slow
-def test_the_blocks_of_the_page_run(shown):
+def test_the_blocks_of_the_page_run(shown, tmp_path):
     call(export, shown, *ALL, "--repeats", 1, "--threads", 1)
+    quantised = tmp_path / "runs" / "digits_rgal_resnet8_w8a8" / "seed0" / "export"
+    quantised.mkdir(parents=True)
+    quantize_onnx(shown / "export" / "model.onnx", quantised / "model_int8.onnx", [torch.rand(8, 1, 16, 16)])
     for block in python_blocks("export.md"):
         found = {}
         exec(compile(block, "docs/export.md", "exec"), found)

@@ -14,7 +14,7 @@ from torch import Tensor
 from datafree.datasets.splits import Split
 from datafree.errors import InputError
 from datafree.exporting.comparison import compare, shown_rows
-from datafree.exporting.onnx_file import ERRORS, read_model, state, strip, write_model, write_onnx
+from datafree.exporting.onnx_file import ERRORS, PRECISE, read_model, state, strip, write_model, write_onnx
 from datafree.exporting.packages import require_packages
 from datafree.exporting.tracing import quiet, reason, to_bytes
 from datafree.files import write_text
@@ -72,7 +72,8 @@ def quantize_onnx(fp32_path: str | Path, int8_path: str | Path, batches: Iterabl
         model, operators = read_model(f"{folder}/int8.onnx"), _operators(f"{folder}/int8.onnx")
     protocol = (
         "W8A8, int8 weights, symmetric, per channel, uint8 activations, per tensor, in the range of "
-        f"{reader.count:,} images; {operators}"
+        f"{reader.count:,} images; {operators}; for x64 CPUs without VNNI set {'='.join(PRECISE)} in the session's "
+        "configuration, as their sums overflow without"
     )
     strip(model)
     state(model, {"quantization": protocol})
