@@ -20,6 +20,7 @@ from datafree.budget import fitted
 from datafree.budget import seconds_of as budget_seconds
 from datafree.checkpoint import LAST
 from datafree.config import Run
+from datafree.datasets.loading import stand_in
 from datafree.datasets.splits import Split
 from datafree.engine import Engine
 from datafree.errors import InputError, batch_or_parts, out_of_memory_in, printable
@@ -229,7 +230,10 @@ def measure_training(session: Session, training: Training) -> Rates:
     The trained network and the random states are afterwards as before; source and optimisers are not.
     """
     learner, source, schedule, device = training.learner, training.source, training.schedule, session.device
-    work, test, phases = schedule.work_until(schedule.epochs), test_images(session, training), dict[str, Rate]()
+    work, phases = schedule.work_until(schedule.epochs), dict[str, Rate]()
+    test = test_images(session, training)
+    if training.held_out_count and not test:
+        test = stand_in(session.card, "test", device)
     steps = _Steps(session.config, training)
     limit = min(SECONDS, MEASURED * budget_seconds(training.budget)) if training.budget else SECONDS
     images, few, most = steps.images, fewest(schedule.batch_size), session.run.micro_batch
@@ -372,7 +376,7 @@ def seconds_of(step: Step, images: int, progress: float, device: torch.device) -
 
 
 def _evaluation(network: Network, test: Split) -> Step:
-    """The network's pass over images of the test set, as an evaluation makes it."""
+    """The network's pass over images, as an evaluation makes it."""
     batches: dict[int, Iterator[tuple[Tensor, Tensor]]] = {}
 
     def endless(images: int) -> Iterator[tuple[Tensor, Tensor]]:
@@ -445,7 +449,7 @@ def _close_epochs(session: Session, training: Training, phases: dict[str, Rate])
 
 def total(session: Session, training: Training, rates: Rates) -> Cost:
     """The cost of the whole of ``training``."""
-    phases, tested = rates.phases, len(test_images(session, training) or ())
+    phases, tested = rates.phases, len(test_images(session, training) or ()) + training.held_out_count
     known = 0.0
     if "views" in phases:
         known = known_views(session, training, phases["views"].images)
@@ -464,13 +468,16 @@ def total(session: Session, training: Training, rates: Rates) -> Cost:
             if cache := training.learner.cache:
                 new = (1 - known) * amounts["student"] * phases["views"].images
                 memory += min(new, len(cache)) * cache.bytes_per_view
-    copies = 3 if tested else 2  # last.pth, the new one beside it, best.pth
+    copies = 3 if test_images(session, training) else 2  # last.pth, the new one beside it, best.pth
     disk = copies * (rates.checkpoint + to_come + rates.weights) + 2 * amounts["grid"] * rates.picture
     return Cost(by_kind, flop, memory, 1e6 * (rates.in_use or 0), disk, known)
 
 
 def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: Mapping[str, Rate]) -> dict[str, float]:
-    """How many steps of each phase a training takes; known: share of the views whose outputs are cached."""
+    """How many steps of each phase a training takes.
+
+    tested: images of an evaluation. known: share of the views whose outputs are cached.
+    """
     epochs, work = schedule.epochs, schedule.work_until(schedule.epochs)
     evaluations = -(-epochs // run.eval_every)
     batches = {name: tested / phases[name].images for name in ("evaluation", "teacher") if name in phases}

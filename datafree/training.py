@@ -69,6 +69,11 @@ class Training:
     budget: str | None = None
     held_out: GivenImages | None = None
 
+    @property
+    def held_out_count(self) -> int:
+        """How many of the held-out images an evaluation has."""
+        return min(self.held_out.count, HELD_OUT) if self.held_out and self.teacher else 0
+
 
 def run_training(session: Session, training: Training, lay_plan: Callable[[Session, Training, Engine], None]) -> Path:
     """Log the plan, train, and write the summary -> the run's folder.
@@ -133,10 +138,10 @@ def find_held_out(session: Session) -> GivenImages | None:
 
 def _answered(session: Session, training: Training, folder: RunFolder) -> Split | None:
     """The images of --held_out, or some of them, the same ones each time; their labels are the teacher's answers."""
-    if not training.held_out or not training.teacher:
+    found, count = training.held_out, training.held_out_count
+    if not found or not training.teacher:
         return None
-    found = training.held_out
-    images = found.read()[some_places(found.count, HELD_OUT)]
+    images = found.read()[some_places(found.count, count)]
     with same_rng():
         answers = predictions(training.teacher, images)
     for note in (*found.notes, f"Held out: {len(images):,} of {found.count:,} images of --held_out."):

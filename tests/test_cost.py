@@ -212,6 +212,7 @@ def test_measuring_leaves_the_network_and_the_random_states_as_they_were():
         classes="ab",
         judge=None,
         budget=None,
+        held_out_count=0,
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(

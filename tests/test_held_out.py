@@ -8,7 +8,7 @@ import torch
 from conftest import rows
 from resuming import checkpoint_of, same
 
-from datafree import report
+from datafree import cost, report
 from datafree.network import Network
 
 
@@ -52,6 +52,16 @@ def test_it_stands_beside_the_accuracy_and_in_a_report(distil, earlier, capsys):
         patch.setattr("sys.argv", ["report", str(folder), "--of", "agreement"])
         report.main()
     assert f"{rows(folder)[-1]['agreement']:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("words, tested", [((), 355), (("--eval", "none"), 0)])
+def test_a_dry_run_counts_the_held_out_images(words, tested, distil, earlier, monkeypatch):
+    counted, amounts_of = [], cost.amounts_of
+    monkeypatch.setattr(cost, "amounts_of", lambda *given: counted.append(given) or amounts_of(*given))
+    distil(*words, "--held_out", earlier, "--dry_run")
+    [(_, _, images, _, phases)] = counted
+    assert images == tested + len(checkpoint_of(earlier)["source"]["pool"]["images"])
+    assert phases.keys() >= {"evaluation", "teacher"}
 
 
 def test_a_quantised_network_is_compared_with_its_own_in_float(quantised, earlier):
