@@ -54,7 +54,7 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     """
     if distributed.rank():
         return
-    with replacing(path) as beside, _short_writes():
+    with replacing(path) as beside, _short_writes(beside):
         beside.parent.mkdir(exist_ok=True)
         with open(beside, "xb") as file:
             torch.save(state, file)
@@ -235,13 +235,15 @@ def require_file(path: str | Path) -> None:
 
 
 @contextmanager
-def _short_writes() -> Iterator[None]:
-    """Turn the error of torch's zip writer for a write that fell short into one of the system."""
+def _short_writes(path: Path) -> Iterator[None]:
+    """Turn the error of torch's zip writer for a write to ``path`` that fell short into one of the system."""
     try:
         yield
     except RuntimeError as error:  # from inline_container.cc, without the cause
         if "inline_container" not in str(error):
             raise
+        with open(path, "ab", buffering=0) as file:
+            file.write(bytes(1))  # which fails for that cause
         raise OSError(errno.ENOSPC, "short write") from error
 
 

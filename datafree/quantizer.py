@@ -114,8 +114,12 @@ class QuantizedModel(nn.Module):
 
     def load_grids(self, state: dict[str, Tensor]) -> None:
         """Load the ranges of another such model, ``grids.…`` -> tensor. Raises InputError if they do not fit."""
+        given, own = {key.removeprefix(GRIDS): value for key, value in state.items()}, self.grids.state_dict()
         try:
-            self.grids.load_state_dict({key.removeprefix(GRIDS): value for key, value in state.items()})
+            for name in own.keys() & given.keys():  # torch 2.6 takes the first of several numbers for one
+                if given[name].shape != own[name].shape:
+                    raise RuntimeError(f"{name} has shape {tuple(given[name].shape)}, not {tuple(own[name].shape)}")
+            self.grids.load_state_dict(given)
         except (KeyError, RuntimeError) as error:
             reason = str(error).splitlines()[-1].strip()
             raise InputError(f"its ranges are those of another network or protocol ({reason})") from error

@@ -10,6 +10,7 @@ import pytest
 import torch
 from conftest import ROOT
 from torch import nn
+from torch.torch_version import TorchVersion
 
 import registry
 from datafree.config import Quantizer
@@ -275,6 +276,13 @@ def test_a_missing_package_is_named_before_anything_is_computed(monkeypatch):
     for call in calls:
         with pytest.raises(InputError, match="need onnxruntime; run .* -m pip install onnxruntime$"):
             call()
+
+
+def test_too_old_a_torch_is_named(monkeypatch):
+    monkeypatch.setattr(torch, "__version__", TorchVersion("2.6.0+cu124"))
+    require_packages(["pt2"])
+    with pytest.raises(InputError, match=r"^onnx files need torch 2\.7 or newer, and this is 2\.6\.0\+cu124; upgrade"):
+        require_packages()
 
 
 def test_the_packages_are_those_of_the_requirements():
