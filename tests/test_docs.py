@@ -205,7 +205,9 @@ def script(checkout, tmp_path):
     (tmp_path / "python").write_text(f"#!/bin/bash\n{as_long_as_given}case $1 in\n{cases}esac\n{run_it}")
     (tmp_path / "python").chmod(0o755)
     # This environment will do, so none is made.
-    (checkout / "scripts" / "env.sh").write_text(f"cd {checkout}; PATH={tmp_path}:$PATH\n")
+    environment = checkout / "scripts" / "env.sh"
+    joined = re.search(r"^joined\(\) \{.*?^\}\n", environment.read_text(), re.MULTILINE | re.DOTALL)[0]
+    environment.write_text(f"cd {checkout}; PATH={tmp_path}:$PATH\n{joined}")
 
     def run(name, *words, **settings):
         done = subprocess.run(

@@ -58,7 +58,7 @@ def quantize_onnx(fp32_path: str | Path, int8_path: str | Path, batches: Iterabl
                     weight_type=QuantType.QInt8,
                     activation_type=QuantType.QUInt8,
                     calibrate_method=CalibrationMethod.MinMax,
-                    nodes_to_exclude=_after_the_weights(model),
+                    nodes_to_exclude=_in_float(model),
                     extra_options={
                         "WeightSymmetric": True,
                         "OpTypesToExcludeOutputQuantization": LINEAR,
@@ -137,15 +137,19 @@ class _Reader:
         return {"images": given.cpu().numpy()}
 
 
-def _after_the_weights(model: Any) -> list[str]:
-    """Names of the nodes that no layer with weights depends on, without these layers."""
-    needed, after = set[str](), list[str]()
+def _in_float(model: Any) -> list[str]:
+    """Names of the nodes that stay in float: those that no layer with weights depends on, and BatchNorm on its own.
+
+    It is computed in float all the same, and PRECISE fails on integers of its own that several of its tensors share.
+    """
+    needed, names = set[str](), list[str]()
     for node in reversed(model.graph.node):
-        if node.op_type in WEIGHTED or needed.intersection(node.output):
+        is_needed = node.op_type in WEIGHTED or needed.intersection(node.output)
+        if is_needed:
             needed.update(node.input)
-        else:
-            after.append(node.name)
-    return after
+        if not is_needed or node.op_type == "BatchNormalization":
+            names.append(node.name)
+    return names
 
 
 def _ranges_of_normalisation(model: Any) -> dict[str, list[dict[str, Any]]]:
