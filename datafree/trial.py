@@ -343,13 +343,14 @@ def _first_pass(model: nn.Module, images: Tensor) -> tuple[torch.dtype, _Pass]:
 
 def _try_layout(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> None:
     """Turn weights and images to channels_last, which is faster, where that works and agrees with the plain layout."""
-    originals = [(tensor, tensor.data) for tensor in tensors_of(model)]
     if first.overruns:
+        model.to(memory_format=torch.contiguous_format)  # whoever made it may have turned it
         trial.notes.append(
             "it runs in the plain memory layout, because on this CPU its strided 1x1 convolutions of fewer than "
             f"{AVX2_FLOATS} channels corrupt memory in channels_last (issue 6035 of oneDNN)"
         )
         return
+    originals = [(tensor, tensor.data) for tensor in tensors_of(model)]
     try:
         model.to(memory_format=torch.channels_last)
         second = _pass(model, images.contiguous(memory_format=torch.channels_last))

@@ -211,6 +211,14 @@ def test_a_layout_in_which_training_corrupts_memory_is_not_tried(
     assert net.trial.channels_last == works and ("corrupt memory" in notes(net)) != works
 
 
+def test_a_network_that_was_turned_already_is_turned_back_where_training_would_corrupt_memory(monkeypatch):
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.Conv2d(4, 16, 1, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
+    net = network(nn.Sequential(trunk, nn.Linear(16, 10)).to(memory_format=torch.channels_last))
+    assert "corrupt memory" in notes(net)
+    assert all(weight.is_contiguous() for weight in net.model.parameters())
+
+
 def test_rounding_is_no_disagreement():
     assert network(torchvision_network("resnet50"), (3, 64, 64)).trial.channels_last
 
