@@ -1170,6 +1170,12 @@ class IncrementalConfig:
                     f"--{name} does not go with incremental learning, where the classes of a task are others than "
                     "those of the data set; remove it"
                 )
+        given = self.incremental
+        if given.learner in ("lwf", "replay") and not given.lce and (given.learner == "lwf" or not given.hce):
+            raise OptionError(
+                "--lce 0 leaves no term that teaches the classes of a task; give it a weight"
+                + ", or one to --hce" * (given.learner == "replay")
+            )
         if self.run.resume not in ("none", "auto"):
             raise OptionError(
                 f"--resume {self.run.resume}: a run of several tasks has a checkpoint for each; give --resume auto"

@@ -97,6 +97,7 @@ class Engine:
         self.progress = Progress(schedule, self.position)
         self._may_stop = False  # within a round of synthesis
         self._signal: str | None = None  # that ends the run
+        self._alarms: list[str] = []  # of the latest epoch
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
@@ -106,18 +107,19 @@ class Engine:
             while at["epoch"] < self.schedule.epochs:
                 self.progress.epoch(at["epoch"])
                 self._epoch()
-                alarms = [] if self._is_stopped() else self._close_unless_stopped()
-                if at["epoch"] == self.schedule.epochs:
-                    break
-                obey_alarms(self.run, self.folder, alarms)
-                if self._is_stopped():
-                    assert self._signal
-                    self.save()
-                    self.folder.log(
-                        f"Stopped by {self._signal}; everything is saved, --resume auto continues from here."
-                    )
-                    raise SystemExit(128 + signal.Signals[self._signal])
+                self._alarms = [] if self._is_stopped() else self._close_unless_stopped()
+                if at["epoch"] < self.schedule.epochs:
+                    self.end_if_asked()
         return self.result
+
+    def end_if_asked(self) -> None:
+        """Save and end the program if a signal has come, or if the last epoch has alarms and --on_alarm is stop."""
+        obey_alarms(self.run, self.folder, self._alarms)
+        if self._is_stopped():
+            assert self._signal
+            self.save()
+            self.folder.log(f"Stopped by {self._signal}; everything is saved, --resume auto continues from here.")
+            raise SystemExit(128 + signal.Signals[self._signal])
 
     def _is_stopped(self) -> bool:
         """Whether a signal has come, to this process or another one of the run, which all stop at the same step."""

@@ -11,12 +11,13 @@ import torch
 from torch import Tensor
 
 from datafree import checkpoint, distributed
+from datafree.class_order import seen_classes, stated_order
 from datafree.cli import to_yaml
 from datafree.config import Incremental
 from datafree.datasets.cards import DatasetCard, names_of
 from datafree.datasets.splits import Split
 from datafree.engine import Monitor, obey_alarms, require_same_options
-from datafree.errors import InputError, out_of_memory_in, shown
+from datafree.errors import InputError, out_of_memory_in
 from datafree.grids import draw_matrix
 from datafree.learners.base import Learner
 from datafree.learners.incremental import class_means
@@ -24,7 +25,7 @@ from datafree.logger import RunFolder, plain, table
 from datafree.network import Network
 from datafree.options import default_options, result_options
 from datafree.plan import describe_task, least_useful
-from datafree.results import read_matrix, read_summary
+from datafree.results import read_matrix, read_summary, require_rows
 from datafree.runtime import environment, seed_everything
 from datafree.schedule import Schedule
 from datafree.synthesis.base import BaseSynthesis
@@ -65,13 +66,27 @@ class Tasks:
                 f"number of tasks of {step}; give an --increment that divides {classes - first}, such as "
                 f"{next(n for n in range(min(step, classes - first), 0, -1) if (classes - first) % n == 0)}"
             )
-        if step == 1 and options.learner in ("replay", "lwf") and options.lce:
+        if step == 1 and (options.learner == "lwf" or options.learner == "replay" and not options.hce):
             raise InputError(
                 "--increment 1: the cross-entropy over the new classes alone (--lce) teaches nothing if there is one; "
-                "give --increment 2 or more, or --lce 0"
+                "give --increment 2 or more" + ", or --hce 1" * (options.learner == "replay")
             )
-        order = cls._order(options, card)
-        return cls(order, tuple(range(first, classes + 1, step)), names_of(card))
+        tasks = cls(cls._order(options, card), tuple(range(first, classes + 1, step)), names_of(card))
+        if options.learner == "replay":
+            tasks._require_partners(options)
+        return tasks
+
+    def _require_partners(self, options: Incremental) -> None:
+        """Raise InputError if a batch has one image of each of its classes, so that no anchor has a partner."""
+        few, old, new = options.classes_per_batch, self.ends[-2], len(self.outputs(1))
+        for option, classes in (("replay_batch_size", old), ("batch_size", new)):
+            count = getattr(options, option)
+            if few and min(few, classes) > count // 2:
+                raise InputError(
+                    f"--classes_per_batch {few} leaves the triplets' anchors without partners: --{option} {count} has "
+                    f"fewer than two images for each of {min(few, classes)} classes; lower it to {max(1, count // 2)}, "
+                    f"or raise --{option}"
+                )
 
     @staticmethod
     def _order(options: Incremental, card: DatasetCard) -> tuple[int, ...]:
@@ -170,6 +185,8 @@ class IncrementalRun:
         self.options = plain({**result_options(session.config), **session.digests})  # as they are read again
         self.finished = 0
         self.results = Results([self._count(task) for task in range(len(tasks))] if session.test else [])
+        if self.settings.weights:
+            self._require_base()
         if folder:
             self._resume(folder)
             distributed.require_same(self.finished, "sees other finished tasks; give a --save_dir that all share")
@@ -183,7 +200,8 @@ class IncrementalRun:
             self._take_base()
         for task in range(self.finished, len(self.tasks)):
             # Of its own, so that a task does not depend on what was drawn in those before it.
-            seed_everything(self.session.run.seed * SEEDS_PER_RUN + task, self.session.run.deterministic)
+            seed = (self.session.run.seed * SEEDS_PER_RUN + task) % 2**63
+            seed_everything(seed, self.session.run.deterministic)
             yield task
 
     def train_images(self, task: int) -> Split:
@@ -253,6 +271,7 @@ class IncrementalRun:
             classes=[tasks.names[k] for k in tasks.order],
             judge=judge,
             task=folder_of(task),
+            is_last=task + 1 == len(tasks),
             stored=stored,
             finish=lambda folder: self.finish(task, images),
         )
@@ -346,11 +365,18 @@ class IncrementalRun:
 
     def _resume(self, folder: RunFolder) -> None:
         """Take over the finished tasks of an earlier call, if --resume auto asks for it."""
-        path = folder.root / RESULTS
-        if self.session.run.resume != "auto" or not path.is_file():
+        path, defaults = folder.root / RESULTS, default_options(self.session.config)
+        if self.session.run.resume != "auto":
             return
-        found = read_matrix(path, len(self.tasks))
-        require_same_options(found["options"], self.options, path, defaults=default_options(self.session.config))
+        if not path.is_file():  # its first task may have been stopped, or it was removed
+            for last in sorted(folder.root.glob(f"task_*/checkpoints/{checkpoint.LAST}"))[:1]:
+                metadata = checkpoint.load(last).get("metadata")
+                if isinstance(metadata, dict) and isinstance(metadata.get("options"), dict):
+                    require_same_options(plain(metadata["options"]), self.options, last, defaults=defaults)
+            return
+        found = read_matrix(path)
+        require_same_options(found["options"], self.options, path, defaults=defaults)
+        require_rows(path, found, len(self.tasks), bool(self.session.test))
         self.finished, self.results.matrix = found["finished"], found["accuracy"]
         if self.finished > (1 if self.settings.weights else 0):
             weights = self.task_folder(self.finished - 1) / "checkpoints" / checkpoint.LAST_WEIGHTS[0]
@@ -360,17 +386,35 @@ class IncrementalRun:
 
     def _take_base(self) -> None:
         """Judge the network whose weights were given, instead of training the first task."""
-        stated = stated_order(self.network, len(self.tasks.order))
-        first = self.tasks.ends[0]
-        if stated and stated[:first] != self.tasks.order[:first]:
-            raise InputError(
-                f"--weights {self.settings.weights} knows the classes {list(stated[:first])} first, not "
-                f"{list(self.tasks.order[:first])}; give its --class_seed or --class_order"
-            )
         images = self.train_images(0)
         if self.folder:
             self.finish(0, images)
         self.finished = 1
+
+    def _require_base(self) -> None:
+        """Raise InputError unless the file of the given weights knows the classes of the first task and no others.
+
+        One that a stranger wrote does not say what it knows, and is taken at its word.
+        """
+        weights, stated, first = self.settings.weights, self.network.metadata, self.tasks.ends[0]
+        order = stated_order(self.network, len(self.tasks.order)) or ()
+        if order and order[:first] != self.tasks.order[:first]:
+            raise InputError(
+                f"--weights {weights} knows the classes {list(order[:first])} first, not "
+                f"{list(self.tasks.order[:first])}; give its --class_seed or --class_order"
+            )
+        ours = "num_classes" in stated and "options" in stated
+        seen = seen_classes(self.network, len(self.tasks.order)) if ours else first
+        if seen != first:
+            raise InputError(
+                f"--weights {weights} has learned {seen} classes, not the {first} of the first task alone (--init_cls "
+                f"{first}); give the folder task_00 of a run of incremental learning"
+            )
+        if not order:
+            self.session.notes.append(
+                f"The file of --weights states no order of the classes: its first {first} outputs are taken for "
+                f"{self.tasks.named(0)}, in this order."
+            )
 
     def _alarms(self, task: int) -> list[str]:
         """Whether the base task is too weak for what follows."""
@@ -383,8 +427,12 @@ class IncrementalRun:
             else f"chance is {100 / classes:.2f} %"
         )
         return [
-            f"[Alarm] the first task reaches only {accuracy:.2f} % ({wanted}), and later ones build on it; raise "
-            "--base_epochs or change --lr"
+            f"[Alarm] the first task reaches only {accuracy:.2f} % ({wanted}), and later ones build on it; "
+            + (
+                "check --weights and the order of its classes"
+                if self.settings.weights
+                else "raise --base_epochs or change --lr"
+            )
         ]
 
     def _record(self) -> dict[str, Any]:
@@ -405,32 +453,6 @@ class IncrementalRun:
     def _summary_of(self, task: int) -> dict[str, Any]:
         path = self.task_folder(task) / "summary.json"
         return read_summary(path) if path.is_file() else {}
-
-
-def stated_order(network: Network, classes: int) -> tuple[int, ...] | None:
-    """The order of the classes that the file of the network's weights states; None if it states none.
-
-    Raises InputError if it is no order of ``classes`` classes; so does :func:`seen_classes` for an impossible number.
-    """
-    stated = network.metadata.get("class_order")
-    whole = isinstance(stated, (list, tuple)) and all(type(number) is int for number in stated)
-    if stated and not (whole and sorted(stated) == list(range(classes))):
-        raise InputError(
-            f"the file of the {network.name}'s weights states the order of classes {shown(stated)}, which is none of "
-            f"{classes} classes; give other weights"
-        )
-    return tuple(stated) if stated else None
-
-
-def seen_classes(network: Network, classes: int) -> int:
-    """The number of classes that the file of the network's weights says it has learned; all if it says nothing."""
-    seen = network.metadata.get("seen", classes)
-    if type(seen) is not int or not 0 < seen <= classes:
-        raise InputError(
-            f"the file of the {network.name}'s weights states that it knows {shown(seen)} of {classes} classes; give "
-            "other weights"
-        )
-    return seen
 
 
 def folder_of(task: int) -> str:

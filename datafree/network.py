@@ -344,9 +344,9 @@ class Network(nn.Module):
         if not isinstance(head, nn.Linear) or head.out_features != self.tap.num_classes:
             raise InputError(
                 f"the {self.name} has no linear layer as its head, which would be trained or applied alone here; use "
-                "another network, or a loss without hce and fkd"
+                "another network, or a method that needs none, such as lwf"
             )
-        return self._logits(head(embed))
+        return self._logits(head(embed.to(head.weight.dtype)))
 
     def _logits(self, raw: Tensor) -> Tensor:
         """What the model returned as logits of the chosen classes."""

@@ -34,31 +34,49 @@ def read_summary(path: Path) -> dict[str, Any]:
     return summary
 
 
-def read_matrix(path: Path, tasks: int) -> dict[str, Any]:
-    """The contents of a matrix.json of so many tasks: ``finished`` of them, their ``accuracy``, ``options``.
-
-    A row of the accuracies belongs to each finished task, as far as there was a test set then.
-    """
+def read_matrix(path: Path) -> dict[str, Any]:
+    """The contents of a matrix.json: the number of ``finished`` tasks, their ``accuracy``, ``options``."""
     try:
         found = json.loads(read_text(path))
         finished, rows, options = found["finished"], found["accuracy"], found["options"]
         wrong = "" if isinstance(options, dict) else f"its options are {shown(options)}"
-        if type(finished) is not int or not 0 <= finished <= tasks:
-            wrong = f"it states {shown(finished)} finished tasks of {tasks}"
-        elif len(rows) > finished or not all(map(_is_row, rows, range(finished - len(rows) + 1, finished + 1))):
-            wrong = "its accuracies are not those of its finished tasks"
+        if type(finished) is not int or finished < 0:
+            wrong = f"it states {shown(finished)} finished tasks"
+        elif not isinstance(rows, list):
+            wrong = f"its accuracy is {shown(rows)}"
     except Exception as error:  # of arbitrary bytes
         wrong = f"no {error}" if isinstance(error, KeyError) else str(error)
     if wrong:
-        raise InputError(
-            f"{path} is not the matrix of this run ({short(wrong)}); remove it, and finished tasks are evaluated again"
-        )
+        raise _no_matrix(path, wrong)
     return found
+
+
+def require_rows(path: Path, found: Mapping[str, Any], tasks: int, tested: bool) -> None:
+    """Raise InputError unless each finished task of the matrix ``found`` has its accuracies, or none if not ``tested``.
+
+    tasks: of the run whose options the matrix has.
+    """
+    finished, rows = found["finished"], found["accuracy"]
+    if finished > tasks:
+        raise _no_matrix(path, f"it states {finished} finished tasks of {tasks}")
+    if len(rows) not in (0, finished) or not all(map(_is_row, rows, range(1, finished + 1))):
+        raise _no_matrix(path, "its accuracies are not those of its finished tasks")
+    if finished and bool(rows) != tested:
+        resume = "resume with --eval none" if tested else "resume without --eval none"
+        raise InputError(
+            f"{path}: the finished tasks were {'not ' * tested}tested; {resume}, or start a new run by --log_tag NEW"
+        )
 
 
 def _is_row(row: Any, task: int) -> bool:
     """Whether it is the accuracies (%) of so many tasks."""
     return isinstance(row, list) and len(row) == task and all(is_number(value) and 0 <= value <= 100 for value in row)
+
+
+def _no_matrix(path: Path, why: str) -> InputError:
+    return InputError(
+        f"{path} is not the matrix of this run ({short(why)}); remove it, and finished tasks are evaluated again"
+    )
 
 
 def _damaged(path: Path, why: str) -> InputError:

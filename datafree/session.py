@@ -14,6 +14,7 @@ from torch import nn
 from datafree import checkpoint, distributed
 from datafree.augment import CropFlip
 from datafree.batchnorm import is_batch_independent
+from datafree.class_order import put_in_card_order
 from datafree.cli import to_yaml
 from datafree.config import Data
 from datafree.datasets.cards import DatasetCard, names_of
@@ -167,13 +168,15 @@ class Session:
         num_classes: int = 0,
         key: str = "",
         stages: Sequence[str] = (),
+        as_arrived: bool = False,
     ) -> Network:
         """Build ``model``, load ``weights``, if given, and try it -> :class:`Network` on the device.
 
         weights: a file, the folder of a run, or OWN, for those that the model's factory, or an object, brings. Without
         ``mean`` and ``std``, those stored with the weights are used, or else the model's own, or else the card's.
         num_classes: instead of the card's, as for a teacher of the old classes alone. key: of the weights in their
-        file. stages: names of the modules that give its stages.
+        file. stages: names of the modules that give its stages. as_arrived: whether the outputs of a network of
+        class-incremental learning stay in the order in which its classes arrived, in place of the card's.
         """
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
@@ -185,6 +188,8 @@ class Session:
                 + " (one output)" * (network.tap.num_classes == 1)
                 + f" but {self.card.name} has {classes}; build it with the right head, or name the right data set"
             )
+        if not as_arrived:
+            put_in_card_order(network, classes)
         self.notes += check_order(network, self.card)
         if distributed.count() > 1 and not network.trial.repeatable and is_batch_independent(network.model):
             self.notes.append(

@@ -63,6 +63,7 @@ class Training:
     classes: Sequence[str] = ()
     judge: Network | None = None
     task: str = ""
+    is_last: bool = True
     stored: Mapping[str, Any] = field(default_factory=dict)
     finish: Callable[[RunFolder], None] | None = None
     facts: Mapping[str, str] = field(default_factory=dict)
@@ -112,6 +113,8 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
         summarise(session, engine, result, columns, facts)
         if training.finish:
             training.finish(folder)
+        if not training.is_last:
+            engine.end_if_asked()
         return folder.root
 
 

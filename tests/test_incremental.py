@@ -29,6 +29,8 @@ from datafree.config import Incremental, IncrementalConfig, IncrementalRelation
 from datafree.datasets.cards import CARDS, DatasetCard
 from datafree.datasets.digits import read_digits
 from datafree.datasets.splits import TensorSplit
+from datafree.diagnostics import Watch
+from datafree.engine import Engine
 from datafree.errors import InputError
 from datafree.grids import draw_matrix
 from datafree.incremental import IncrementalRun, Results, Tasks, task_accuracies
@@ -45,6 +47,7 @@ from datafree.learners.incremental import (
 )
 from datafree.network import Network
 from datafree.pool import Batch
+from datafree.session import Session
 from datafree.synthesis.optimised import OptimisedSynthesis
 
 OLD, NEW = 3, 2
@@ -90,7 +93,7 @@ def test_tasks_that_cannot_be_are_refused_in_one_sentence(options, sentence):
 
 
 def test_one_class_a_task_is_possible_where_its_cross_entropy_is_not_over_it_alone():
-    for options in ({"learner": "finetune"}, {"learner": "fetril"}, {"learner": "joint"}, {"lce": 0.0, "hce": 1.0}):
+    for options in ({"learner": "finetune"}, {"learner": "fetril"}, {"learner": "joint"}, {"hce": 1.0}):
         assert len(Tasks.of(Incremental(init_cls=2, increment=1, **options), CARDS["digits"])) == 9
 
 
@@ -283,12 +286,19 @@ def test_passes_apart_give_each_half_its_own_batch_statistics(learner):
 
 
 def test_the_last_steps_train_the_head_alone(learner):
-    it = learner(hce=1, hkd=1, rkd=1, head_share=0.5)
+    it = learner(hce=1, hkd=1, rkd=1, head_share=0.2)
     images = torch.rand(4, *parts.SHAPE)
-    assert set(it.step(Batch(images), progress=0.49)) == {"lce", "hkd", "rkd"}
+    for _ in range(8):  # of ten; what the source needed before them does not count
+        assert set(it.step(Batch(images), progress=0.9)) == {"lce", "hkd", "rkd"}
     before = parts.snapshot(it.network.model)
-    assert set(it.step(Batch(images), progress=0.5)) == {"hce", "hkd"}
+    assert set(it.step(Batch(images), progress=0.0)) == {"hce", "hkd"}
     assert parts.changed(before, it.network.model) == {"0.4.weight", "0.4.bias"}
+
+
+def test_either_phase_has_a_step_where_the_head_is_trained_alone_at_the_end(learner):
+    assert learner(hce=1, head_share=0.01).head_steps == 1
+    with pytest.raises(InputError, match="a task of 10 student steps leaves none before"):
+        learner(hce=1, head_share=0.99)
 
 
 def test_few_classes_have_as_many_images_each_as_there_are():
@@ -524,6 +534,28 @@ def test_a_stopped_task_goes_on_exactly(method, step, act, learn, straight, monk
     assert_same_incremental(straight(method), resumed)
 
 
+def test_a_signal_while_a_task_is_closed_ends_the_run_before_the_next(learn, straight, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, Engine, "_save_epoch", 5, terminate)  # the last epoch of the second task, with its warm-up
+        with stopped(terminate):
+            learn(tag="stopped")
+    folder = next(Path("runs").glob("*/stopped"))
+    assert results_of(folder)["finished"] == 2 and len(tasks_of(folder)) == 2
+    assert_same_incremental(straight("rgal"), learn("--resume", "auto", tag="stopped"))
+
+
+def test_an_alarm_of_a_tasks_last_epoch_stops_the_run_if_it_is_to(learn, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", STEPS // 2 + 1, kill)  # so that the first task, which is weak, is finished
+        with stopped(kill):
+            learn("--epochs", 1)
+        patch.setattr(Watch, "__call__", lambda self: ({}, ["all images are alike"]))
+        with pytest.raises(SystemExit) as end:
+            learn("--epochs", 1, "--on_alarm", "stop", "--resume", "auto")
+    assert end.value.code == 3 and results_of(run_folder())["finished"] == 2
+    assert results_of(learn("--epochs", 1, "--resume", "auto"))["finished"] == 3
+
+
 @pytest.mark.parametrize("method, number", [("rgal", 1), ("rgal", 3), ("fetril", 1), ("fetril", 2)])
 def test_a_run_killed_at_a_tasks_boundary_goes_on_exactly(method, number, learn, straight, monkeypatch):
     """Before a task's results are written, its training is complete; afterwards it is not looked at again."""
@@ -624,6 +656,27 @@ def test_a_run_killed_in_its_first_task_is_not_overwritten(learn, refused, monke
     assert (run_folder() / "config.yaml").read_text() == kept
 
 
+def test_a_run_with_other_tasks_is_refused_for_them_and_without_its_matrix_too(learn, refused):
+    folder = learn(method="finetune")
+    kept = (folder / "config.yaml").read_text()
+    other = ("--init_cls", 8, "--increment", 2, "--resume", "auto")
+    assert "was written with --init_cls 4, not 8" in refused(partial(learn, method="finetune"), *other)
+    (folder / "matrix.json").unlink()
+    assert "was written with --init_cls 4, not 8" in refused(partial(learn, method="finetune"), *other)
+    assert not (folder / "matrix.json").exists() and (folder / "config.yaml").read_text() == kept
+
+
+@pytest.mark.parametrize("first, then", [("test", "none"), ("none", "test")])
+def test_tasks_are_tested_all_or_none(first, then, learn, refused, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", STEPS + 1, kill)
+        with stopped(kill):
+            learn("--eval", first, method="finetune")
+    line = refused(partial(learn, method="finetune"), "--eval", then, "--resume", "auto")
+    assert f"resume with{'out' * (first == 'test')} --eval none" in line and "tested" in line
+    assert results_of(learn("--eval", first, "--resume", "auto", method="finetune"))["finished"] == 3
+
+
 # The base network by its file.
 
 
@@ -647,12 +700,38 @@ def test_a_base_network_that_does_not_fit_is_refused(learn, refused, tmp_path):
     torch.save(nets.small(10, 1).state_dict(), tmp_path / "small.pth")
     assert "weights of another architecture?" in refused(lambda: learn("--weights", tmp_path / "small.pth", tag="d"))
     assert "there is no" in refused(lambda: learn("--weights", tmp_path / "none.pth", tag="e"))
+    assert "has learned 10 classes, not the 4 of the first task" in refused(lambda: learn("--weights", whole, tag="f"))
+    more = refused(lambda: learn("--weights", whole / "task_00", "--init_cls", 7, tag="g"))
+    assert "has learned 4 classes, not the 7" in more and "give the folder task_00" in more
+    assert not list(Path("runs").glob("*/[fg]/matrix.json"))
+
+
+def test_a_base_network_whose_file_states_nothing_is_taken_at_its_word(learn, tmp_path):
+    torch.save(nets.tiny(10, 1).state_dict(), tmp_path / "foreign.pth")
+    folder = learn("--weights", tmp_path / "foreign.pth", method="finetune")
+    log = "".join(path.read_text() for path in folder.rglob("log.txt"))
+    assert "states no order of the classes: its first 4 outputs are taken for" in log
+    assert "check --weights and the order of its classes" in log
+
+
+def test_a_network_of_incremental_learning_is_a_teacher_in_the_cards_order(learn):
+    whole, session = learn(method="joint"), Session(parts.options(device="cpu", dataset="digits"), write=False)
+    found = session.network("teacher", nets.name("tiny"), whole)
+    raw, images = Network.from_file(whole, nets.name("tiny")), torch.rand(5, 1, 16, 16)
+    order = results_of(whole)["class_order"]
+    assert torch.allclose(found.eval()(images)[:, order], raw.eval()(images), atol=1e-6)
+    assert "class_order" not in found.metadata
+    assert any("were put in the order of the data card" in note for note in found.notes)
+    with pytest.raises(InputError, match="has learned 7 of the 10 classes"):
+        session.network("teacher", nets.name("tiny"), whole / "task_01")
+    torch.save({"state_dict": raw.model.state_dict(), "seen": 1e9, "class_order": "by name"}, whole / "foreign.pth")
+    assert session.network("teacher", nets.name("tiny"), whole / "foreign.pth").metadata["seen"] == 1e9
 
 
 def test_a_trained_network_is_evaluated_on_the_classes_that_it_knows(learn, capsys):
     whole = learn(method="finetune", tag="whole")
     capsys.readouterr()
-    learn("--weights", whole / "task_01", "--evaluate_only", method="finetune")
+    learn("--weights", whole / "task_01", "--evaluate_only", "--init_cls", 10, method="finetune")
     accuracy = float(capsys.readouterr().out.split("Acc@1=")[1].split()[0])
     assert accuracy == pytest.approx(results_of(whole)["seen"][1], abs=1e-3)
     network = Network.from_file(whole, nets.name("tiny"))
@@ -668,6 +747,22 @@ def test_what_cannot_be_learnt_is_refused_in_one_sentence(learn, refused):
     assert "no effect because learner is finetune" in refused(lambda: learn("--striplet", 1, method="finetune"), code=2)
     assert "no effect because learner is lwf" in refused(lambda: learn("--g_steps", 7, method="lwf"), code=2)
     assert "no effect because source is noise" in refused(lambda: learn("--source", "noise"), code=2)
+    assert "--lce 0 leaves no term that teaches" in refused(lambda: learn("--lce", 0, method="lwf"), code=2)
+    assert "or one to --hce" in refused(lambda: learn("--lce", 0, "--hce", 0), code=2)
+    assert "give --increment 2 or more" in refused(learn, "--init_cls", 8, "--increment", 1, "--hce", 0)
+    few = refused(learn, "--classes_per_batch", 7)
+    assert "--replay_batch_size 12 has fewer than two images for each of 7 classes; lower it to 6" in few
+
+
+def test_what_a_later_task_cannot_build_is_said_before_the_first_is_trained(learn, refused):
+    pool = refused(partial(learn, method="abd_inversion"), "--pool_size", 8)
+    assert "raise it to 16" in pool or "16" in pool, pool
+    assert not list(Path("runs").glob("*/run"))
+    learn("--pool_size", 16, method="abd_inversion")
+
+
+def test_the_largest_seed(learn):
+    assert results_of(learn("--seed", 2**63 - 1, method="finetune"))["finished"] == 3
 
 
 def folder_data(root, classes=4):

@@ -5,11 +5,11 @@ from pathlib import Path
 from typing import Any
 
 from datafree import checkpoint
+from datafree.class_order import seen_classes, stated_order
 from datafree.config import Trained
 from datafree.datasets.cards import DatasetCard
 from datafree.datasets.loading import resolve_card
 from datafree.errors import InputError
-from datafree.incremental import seen_classes, stated_order
 from datafree.network import Network, stated_card
 from datafree.plan import check_order
 

@@ -85,7 +85,13 @@ class ReplayedTask(DistilledTask):
     ):
         super().__init__(network, teacher, augment, config, total_steps)
         s, new = self.settings, self.seen - self.old
-        self.real, self.head_share = real, s.head_share if s.hce else 0.0
+        self.real, self.total_steps = real, total_steps
+        self.head_steps = max(1, round(s.head_share * total_steps)) if s.hce and s.head_share else 0
+        if self.head_steps >= total_steps:
+            raise InputError(
+                f"a task of {total_steps} student steps leaves none before those in which the head alone is trained; "
+                "raise --epochs or --ep_steps, or give --head_share 0"
+            )
         # As many real images as there are, for as many classes: so every class has the same weight in a batch.
         weights = [self.old / s.replay_batch_size] * self.old + [new / s.batch_size] * new
         self.class_weights = torch.tensor(weights, device=network.device)
@@ -123,13 +129,13 @@ class ReplayedTask(DistilledTask):
             synthetic = synthetic[of_few_classes(predicted, self.old, few, s.replay_batch_size)]
         views, teacher = self.views(Batch(torch.cat([real, synthetic])))
         labels = Labels(torch.cat([classes, teacher.logits[len(real) :].argmax(1)]), len(real))
-        head_alone = self.head_share > 0 and progress >= 1 - self.head_share
+        head_alone = self.schedule.last_epoch >= self.total_steps - self.head_steps
         student = self._features_for_head(views) if head_alone else self._features(views, len(real))
         return weighted_sum(self.active(head_alone), teacher, student, labels)
 
     def active(self, head_alone: bool) -> list[Term]:
         """The terms of a step, by whether it trains the head alone."""
-        if not self.head_share:
+        if not self.head_steps:
             return self.terms
         return [term for term in self.terms if (term.name in HEAD_TERMS if head_alone else term.name != "hce")]
 

@@ -3,7 +3,6 @@ those of the classes before them."""
 
 from collections.abc import Iterator
 from contextlib import nullcontext
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from datafree import registry
@@ -12,8 +11,13 @@ from datafree.launch import command
 from datafree.program import Program, run
 
 if TYPE_CHECKING:
-    from datafree.incremental import IncrementalRun
+    from datafree.datasets.splits import Split
+    from datafree.incremental import IncrementalRun, Tasks
+    from datafree.learners.incremental import ReplayedTask
+    from datafree.network import Network
+    from datafree.schedule import Schedule
     from datafree.session import Session
+    from datafree.synthesis.base import BaseSynthesis
     from datafree.training import Training
 
 EXAMPLES = f"""
@@ -25,18 +29,16 @@ EXAMPLES = f"""
 
 def incremental(session: "Session") -> "Iterator[Training]":
     """A training for every task, each from the network that the one before it left."""
-    from datafree.incremental import IncrementalRun, Tasks, seen_classes, stated_order
+    from datafree.incremental import IncrementalRun, Tasks
     from datafree.training import open_folder
 
     config, options = session.config, session.config.incremental
-    tasks = Tasks.of(options, session.card)
-    network = session.network("model", options.model, options.weights, key=options.weights_key)
     if config.run.evaluate_only:
-        known = range(seen_classes(network, session.card.num_classes))
-        tasks = replace(tasks, order=stated_order(network, session.card.num_classes) or tasks.order)
-        test = tasks.split_of(session.test, known) if session.test else None
-        session.evaluate_only(network.restricted_to(known), test)
+        evaluate(session)
         return
+    tasks = Tasks.of(options, session.card)
+    network = session.network("model", options.model, options.weights, key=options.weights_key, as_arrived=True)
+    rehearse(session, tasks, network)
     with open_folder(session, (config.method, options.model)) if session.write else nullcontext() as folder:
         run = IncrementalRun(session, tasks, network, folder)
         for task in run.remaining():
@@ -44,22 +46,65 @@ def incremental(session: "Session") -> "Iterator[Training]":
         run.summarise()
 
 
-def replayed(run: "IncrementalRun", task: int) -> "Training":
-    """Training on a task's images and on synthetic ones of the old classes, by inversion of the old network."""
-    from datafree.diagnostics import Watch
+def evaluate(session: "Session") -> None:
+    """The accuracy of the network of --weights on the classes that it knows; no task plays a part."""
+    from datafree.class_order import seen_classes, stated_order
+
+    options, classes = session.config.incremental, session.card.num_classes
+    network = session.network("model", options.model, options.weights, key=options.weights_key, as_arrived=True)
+    seen, order = seen_classes(network, classes), stated_order(network, classes) or tuple(range(classes))
+    test = session.test.of_classes(order[:seen], range(seen), seen) if session.test else None
+    session.evaluate_only(network.restricted_to(range(seen)), test)
+
+
+def rehearse(session: "Session", tasks: "Tasks", network: "Network") -> None:
+    """Build, on copies, what the second task needs, so that an error in it is found before the first one is trained."""
+    import torch
+
+    from datafree.datasets.loading import stand_in
+    from datafree.learners.incremental import DistilledTask
+    from datafree.runtime import same_rng
+
+    learner = session.config.incremental.learner
+    student = network.copy().restricted_to(range(tasks.ends[1]))
+    old = network.copy().freeze().restricted_to(range(tasks.ends[0]))
+    with same_rng():
+        if learner == "replay":
+            images = tasks.split_of(stand_in(session.card, "train", session.device), tasks.outputs(1))
+            replay_parts(session, old, student, images)
+        elif learner == "lwf":
+            DistilledTask(student, old, session.augment, session.config, total_steps=1)
+        elif learner == "fetril":
+            student.classify(torch.zeros(1, student.tap.embed_dim, device=student.device))
+
+
+def replay_parts(
+    session: "Session", teacher: "Network", student: "Network", images: "Split"
+) -> "tuple[BaseSynthesis, Schedule, ReplayedTask]":
+    """The source of the old classes' images, the steps of a task, and what learns from them and the real ``images``."""
     from datafree.learners.incremental import ReplayedTask, candidates
     from datafree.schedule import Schedule
     from datafree.synthesis.build import build_source
 
-    session, config, options = run.session, run.session.config, run.session.config.incremental
-    images, student, teacher = run.train_images(task), run.student(task), run.old_network(task)
+    config, options = session.config, session.config.incremental
     source = build_source(session, teacher, student)
     drawn = candidates(options.replay_batch_size, teacher.num_classes, options.classes_per_batch)
     schedule = Schedule.of(config.schedule, drawn, source)
     learner = ReplayedTask(student, teacher, session.augment, config, schedule.total_student_steps, images)
+    return source, schedule, learner
+
+
+def replayed(run: "IncrementalRun", task: int) -> "Training":
+    """Training on a task's images and on synthetic ones of the old classes, by inversion of the old network."""
+    from datafree.diagnostics import Watch
+
+    config = run.session.config
+    images, student, teacher = run.train_images(task), run.student(task), run.old_network(task)
+    source, schedule, learner = replay_parts(run.session, teacher, student, images)
     old = student.restricted_to(range(teacher.num_classes))
     watch = Watch(source, teacher, old, config.relation, adversarial=bool(config.synthesis.adv))
-    return run.training(task, learner, source, schedule, images, options.replay_batch_size, watch, teacher)
+    replayed = config.incremental.replay_batch_size
+    return run.training(task, learner, source, schedule, images, replayed, watch, teacher)
 
 
 def on_real_images(run: "IncrementalRun", task: int) -> "Training":
