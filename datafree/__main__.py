@@ -15,7 +15,7 @@ from datafree.launch import FILES
 
 PROGRAMS = {
     "kd": ("datafree.programs.distill", "a student from a trained teacher, without its data"),
-    "quantize": ("datafree.programs.quantize", "a trained network in few bits, without its data"),
+    "quantize": ("datafree.programs.quantize", "low-bit quantization of a trained network, without its data"),
     "incremental": ("datafree.programs.incremental", "classes that arrive in tasks, without the old images"),
     "train": ("datafree.programs.train", "a network trained on real images: a teacher, or an upper bound"),
     "export": ("datafree.export", "a trained network as ONNX, pt2 or safetensors, compared with torch"),
