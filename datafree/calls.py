@@ -90,6 +90,7 @@ class Sites:
     """All such calls of one pass, and the names of the modules that call activation functions, in their order.
 
     read_again: activations in place whose argument the network reads afterwards, instead of the result.
+    last, last_activation: the layer that gives the logits, and the activation before it; others may be called later.
     numbers, of: how many numbers of the network's parameters make weights that are rounded, out of how many. in_float:
     names of the matrices among the others.
     """
@@ -97,6 +98,8 @@ class Sites:
     layers: list[Layer] = field(default_factory=list)
     activations: list[str] = field(default_factory=list)
     read_again: set[int] = field(default_factory=set)
+    last: int = 0
+    last_activation: int = -1
     numbers: int = 0
     of: int = 0
     in_float: list[str] = field(default_factory=list)
@@ -160,11 +163,11 @@ class _Search(Calls):
         self.model, self.sites, self.stack = model, Sites(), [""]
         self.entered = 0  # number of calls of modules
         self.outputs: list[tuple[Layer, Tensor]] = []
+        self.made: list[tuple[Any, int]] = []  # of each layer, the node of its output and the activations before it
         self.used: dict[int, int] = {}  # output of a layer -> number of calls that it is given to
         self.replaced: dict[int, list[tuple[int, Tensor]]] = {}  # memory -> activations that were to be written there
         self.weights = set[frozenset[int]]()  # the parameters of each weight
         self.parameters = {_memory(parameter) for parameter in model.parameters()}
-        self.last_layer = 0  # number of activations before the last layer
 
     def __enter__(self) -> "_Search":
         self.hooks = []
@@ -192,8 +195,8 @@ class _Search(Calls):
         is_again = parameters in self.weights
         self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel(), is_again))
         self.weights.add(parameters)
-        self.last_layer = len(self.sites.activations)
         output = self._counted(func(*args, **kwargs), args, kwargs)
+        self.made.append((output.grad_fn, len(self.sites.activations)))
         if func is not F.linear or output.dim() == 2:  # otherwise its channels are not those of a BatchNorm
             self.outputs.append((self.sites.layers[-1], output))
             self.used[id(output)] = 0
@@ -209,7 +212,7 @@ class _Search(Calls):
     def norm(self, args: Any, kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs["input"]
         module = self.model.get_submodule(self.stack[-1])
-        is_constant = isinstance(module, _BatchNorm) and module.running_mean is not None and not module.training
+        is_constant = isinstance(module, _BatchNorm) and _is_its_own(module, *args, **kwargs)
         for layer, output in self.outputs:
             if x is output and is_constant and layer.channels == x.shape[1]:  # a grouped transposed one has fewer
                 layer.norm = self.stack[-1]
@@ -223,21 +226,27 @@ class _Search(Calls):
                 f"the {part} multiplies by its weight in {func.__name__}, in which it "
                 "cannot be quantised; use a network that calls nn.Linear, nn.Conv2d or their functions there"
             )
-        return self._counted(func(*args, **kwargs), args, kwargs)
+        return self._counted(func(*args, **kwargs), args, kwargs, func)
 
-    def _counted(self, result: Any, args: Any, kwargs: Any) -> Any:
-        """``result`` of a call, which uses its arguments if it is of tensors (and no question, such as for a shape)."""
-        if torch.is_tensor(result) or isinstance(result, (list, tuple)) and any(map(torch.is_tensor, result)):
+    def _counted(self, result: Any, args: Any, kwargs: Any, func: Any = None) -> Any:
+        """``result`` of a call, which uses its arguments if it is of tensors (and no question, such as for a shape), or
+        writes to them."""
+        parts = result if isinstance(result, (list, tuple)) else (result,)
+        if any(map(torch.is_tensor, parts)) or func is torch.Tensor.__setitem__:
             for tensor in _tensors(args, kwargs):
                 if id(tensor) in self.used:
                     self.used[id(tensor)] += 1
                 self.sites.read_again.update(number for number, _ in self.replaced.get(_memory(tensor), ()))
         return result
 
-    def finish(self) -> Sites:
-        """The sites; of activations those that a layer follows."""
-        sites = self.sites
-        sites.activations = sites.activations[: self.last_layer]
+    def finish(self, raw: Tensor) -> Sites:
+        """The sites; of activations those that a layer follows. raw: the network's output."""
+        sites, graph = self.sites, graph_of(raw)
+        sites.activations = sites.activations[: max((before for _, before in self.made), default=0)]
+        of_logits = [number for number, (node, _) in enumerate(self.made) if node in graph]
+        if self.made:
+            sites.last = max(of_logits, default=len(self.made) - 1)
+            sites.last_activation = self.made[sites.last][1] - 1
         for layer, output in self.outputs:
             if self.used[id(output)] != 1:  # folded, it would change what else reads it
                 layer.norm = ""
@@ -249,6 +258,24 @@ class _Search(Calls):
             elif sum(size > 1 for size in parameter.shape) > 1:
                 sites.in_float.append(name)
         return sites
+
+
+def _is_its_own(
+    module: _BatchNorm,
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> bool:
+    """Whether the arguments of a call of F.batch_norm are those that ``module`` has, and not computed from them."""
+    own = (module.running_mean, module.running_var, module.weight, module.bias)
+    given = (running_mean, running_var, weight, bias)
+    is_constant = running_mean is not None and not training
+    return is_constant and eps == module.eps and all(a is b for a, b in zip(own, given))
 
 
 def _tensors(args: Any, kwargs: Any) -> Iterator[Tensor]:
@@ -292,7 +319,7 @@ def find_sites(model: nn.Module, images: Tensor, name: str) -> Sites:
             f"the {name} calls modules again in its backward pass, as torch.utils.checkpoint does, where they are not "
             "rounded; switch its gradient checkpointing off"
         )
-    sites = search.finish()
+    sites = search.finish(raw)
     if not sites.layers:
         raise InputError(
             f"the {name} calls no convolution or linear layer that could be quantised; give the Python class of the "

@@ -108,6 +108,9 @@ def describe_grids(model: QuantizedModel) -> list[str]:
         f"On the grid: the weights of {_count(len(numbers), 'layer')} ({sum(numbers) / sites.of:.1%} of all "
         f"parameters), and {_count(activations, 'activation')}."
     ]
+    if model.protocol.first_last_bits is not None:
+        outer = f"{sites.layers[0].name} and {sites.layers[sites.last].name}"
+        lines.append(f"First and last layer, in {model.protocol.first_last_bits} bits: {outer}.")
     if model.protocol.fold_bn:
         folded = sum(bool(layer.norm) for layer in sites.layers)
         lines.append(f"BatchNorm is folded into {folded} of {_count(len(sites.layers), 'call')} of layers.")

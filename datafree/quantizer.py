@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from datafree import distributed
@@ -18,8 +19,9 @@ from datafree.calls import LAYERS, Calls, find_sites, require_gradients
 from datafree.config import QuantizeConfig, Quantizer
 from datafree.errors import InputError, OptionError
 from datafree.options import list_options
+from datafree.outputs import raw_logits
 from datafree.rounding import FLOAT, ActivationGrid, WeightGrid
-from datafree.trial import trial_images
+from datafree.trial import is_close, trial_images, unchanged
 
 if TYPE_CHECKING:
     from datafree.network import Network
@@ -48,14 +50,33 @@ class QuantizedModel(nn.Module):
         self.model = model
         layers, count = self.sites.layers, len(self.sites.activations)
         self.weights = [
-            WeightGrid(self._bits("w_bits", i in (0, len(layers) - 1)), protocol, layer.axis, layer.channels)
+            WeightGrid(self._bits("w_bits", i in (0, self.sites.last)), protocol, layer.axis, layer.channels)
             for i, layer in enumerate(layers)
         ]
-        self.activations = [ActivationGrid(self._bits("a_bits", i == count - 1), protocol) for i in range(count)]
+        outer = self.sites.last_activation
+        self.activations = [ActivationGrid(self._bits("a_bits", i == outer), protocol) for i in range(count)]
         self.grids = nn.ModuleDict(
             {"weights": nn.ModuleList(self.weights), "activations": nn.ModuleList(self.activations)}
         ).to(images.device)
         self._observing, self._to_fit = False, set[int]()
+        self.train(False)
+        if protocol.fold_bn:
+            self._require_exact_folding(images, name)
+
+    def _require_exact_folding(self, images: Tensor, name: str) -> None:
+        """Raise InputError if the network gives other outputs with BatchNorm in its layers, without any rounding."""
+        bits = [grid.bits for grid in self.weights]
+        with unchanged(self.model), torch.no_grad():
+            expected = raw_logits(self.model(images), self.model)
+            for grid in self.weights:
+                grid.bits = FLOAT
+            found = raw_logits(self(images), self.model)
+        for grid, own in zip(self.weights, bits):
+            grid.bits = own
+        if not is_close(expected, found):
+            raise InputError(
+                f"the {name} gives other outputs with BatchNorm folded into its layers; leave --fold_bn out"
+            )
 
     def _bits(self, option: str, is_outer: bool) -> int:
         bits = getattr(self.protocol, option)
@@ -162,7 +183,11 @@ class _Quantized(Calls):
 
     def norm(self, args: Any, kwargs: Any) -> Tensor:
         x = args[0] if args else kwargs["input"]
-        return x if any(x is output for output in self.folded) else super().norm(args, kwargs)
+        others = [output for output in self.folded if output is not x]
+        if len(others) == len(self.folded):
+            return super().norm(args, kwargs)
+        self.folded = others  # what normalises the same tensor again is another BatchNorm
+        return x
 
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor, in_place: bool) -> Tensor:
         number, self.activations = self.activations, self.activations + 1

@@ -123,7 +123,9 @@ class Grid(nn.Module):
             self.zero.copy_(zero)
 
     def is_sound(self) -> bool:
-        """Whether its tensors have values that :meth:`set_range` or training gives them."""
+        """Whether its tensors have values that :meth:`set_range` or training gives them; in float none is read."""
+        if self.bits == FLOAT:
+            return True
         low, high = grid(self.bits, self.symmetric)
         are_finite = all(bool(tensor.isfinite().all()) for tensor in self.state_dict().values())
         is_inside = bool(((low <= self.zero) & (self.zero <= high)).all())
@@ -177,7 +179,7 @@ class WeightGrid(Grid):
     @torch.no_grad()
     def fit(self, weight: Tensor) -> None:
         """Choose the range for ``weight`` as it is now, if the protocol does not take minimum and maximum."""
-        if self.fits:
+        if self.fits and self.bits < FLOAT:
             self.fraction.copy_(self.best_fraction(weight))
             self._follow(weight)
 
@@ -213,6 +215,8 @@ class ActivationGrid(Grid):
 
         So an activation that is the same in each batch has its own range, from the first batch on.
         """
+        if self.bits == FLOAT:
+            return
         values = x.detach().float().flatten()
         if self.fits:
             values = values[:: max(1, len(values) // SAMPLE)]

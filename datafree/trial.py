@@ -366,7 +366,7 @@ def _try_layout(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) ->
 
 
 def _agree(first: _Pass, second: _Pass) -> bool:
-    if first.reason != second.reason or not _close(first.raw, second.raw):
+    if first.reason != second.reason or not is_close(first.raw, second.raw):
         return False
     if first.gradient is None or second.gradient is None:
         return True
@@ -375,7 +375,7 @@ def _agree(first: _Pass, second: _Pass) -> bool:
     return bool(difference <= 0.1 * first.gradient.float().norm()) or not first.gradient.isfinite().all()
 
 
-def _close(expected: Tensor, found: Tensor) -> bool:
+def is_close(expected: Tensor, found: Tensor) -> bool:
     """Whether two tensors are equal up to the rounding of their type."""
     tolerance = 3e-2 if expected.dtype in HALF else 1e-3
     expected, found = expected.detach().float(), found.detach().float()
@@ -390,11 +390,11 @@ def _try_again(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> 
         torch.manual_seed(1)
         random.seed(1)
         with suppress(Exception):  # of a network that takes no three images
-            if _close(pair, raw_logits(model(images), model)[: len(pair)]):
+            if is_close(pair, raw_logits(model(images), model)[: len(pair)]):
                 return
         again = raw_logits(model(images[: len(pair)]), model)
     trial.repeatable = False
-    if _close(pair, again):
+    if is_close(pair, again):
         trial.notes.append("its output for an image depends on the other images of the batch")
     else:
         trial.notes.append(

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from datafree.config import ExportConfig, Files
@@ -25,8 +26,10 @@ from datafree.network import Network
 from datafree.plan import describe_findings, describe_normalisation
 from datafree.quantizer import QuantizedModel
 from datafree.runtime import set_threads
+from datafree.trial import HALF
 
-IN_FLOAT, OF_INTEGERS = 1e-4, 0.1  # largest difference of a logit, relative to the largest one
+# Largest difference of a logit, relative to the largest one: of a file, of an integer network, of a network in 16 bits.
+IN_FLOAT, OF_INTEGERS, OF_HALF = 1e-4, 0.1, 3e-2
 INTEGERS = "model_int8.onnx"
 WHERE_NOT = ", or give another folder by --out"
 
@@ -104,7 +107,7 @@ def run(config: ExportConfig, dry_run: bool = False) -> None:
         paths["comparison.json"] = place / "comparison.json"
         write_text(paths["comparison.json"], json.dumps(stated, indent=2) + "\n", after=WHERE_NOT)
     print(table(shown_rows(rows, {key: key for key in rows})))
-    require_tolerance(rows, comparison.tolerance, place)
+    require_tolerance(rows, comparison.tolerance, place, OF_HALF if network.trial.dtype in HALF else IN_FLOAT)
     with writing(folder, after=WHERE_NOT):
         for name, path in paths.items():
             path.replace(folder / name)
@@ -146,19 +149,24 @@ def describe_export(subject: Subject, files: Files, folder: Path, sample: Sample
             if set(files.format) != {"safetensors"}
             else []
         ),
+        *(
+            [f"The onnx and pt2 files compute in float32, the network in torch in {str(network.trial.dtype)[6:]}."]
+            if network.trial.dtype != torch.float32 and set(files.format) != {"safetensors"}
+            else []
+        ),
         *([f"Ranges are set by {calibrating:,} images of the run."] if calibrating else []),
         *subject.notes,
         f"Compared on {sample.words}.",
     ]
 
 
-def require_tolerance(rows: Rows, tolerance: float | None, folder: Path) -> None:
+def require_tolerance(rows: Rows, tolerance: float | None, folder: Path, in_float: float = IN_FLOAT) -> None:
     """Raise InputError if the logits of a file differ from torch's by more than ``tolerance``, or than its kind may.
 
-    folder: where the files are.
+    folder: where the files are. in_float: how much a file that is no integer network may differ.
     """
     for name, row in rows.items():
-        most = tolerance if tolerance is not None else OF_INTEGERS if name == INTEGERS else IN_FLOAT
+        most = tolerance if tolerance is not None else OF_INTEGERS if name == INTEGERS else in_float
         if name != "torch" and not row["difference"] <= most:  # NaN included
             raise InputError(
                 f"{name} gives other logits than torch, by {row['difference']:.1e} of the largest, above the tolerance "

@@ -14,7 +14,7 @@ from torch import Tensor
 from datafree.datasets.splits import Split
 from datafree.errors import InputError
 from datafree.exporting.comparison import compare, shown_rows
-from datafree.exporting.onnx_file import ERRORS, PRECISE, read_model, state, strip, write_model, write_onnx
+from datafree.exporting.onnx_file import ERRORS, PRECISE, OnnxNetwork, read_model, state, strip, write_model, write_onnx
 from datafree.exporting.packages import require_packages
 from datafree.exporting.tracing import quiet, reason, to_bytes
 from datafree.files import write_text
@@ -45,6 +45,7 @@ def quantize_onnx(fp32_path: str | Path, int8_path: str | Path, batches: Iterabl
     from onnxruntime.quantization import CalibrationMethod, QuantFormat, QuantType, quantize_static
 
     model = read_model(fp32_path)
+    _unshare_constants(model)
     reader = _Reader(batches, model, fp32_path)
     with tempfile.TemporaryDirectory() as folder:
         try:
@@ -68,7 +69,9 @@ def quantize_onnx(fp32_path: str | Path, int8_path: str | Path, batches: Iterabl
         except InputError:
             raise
         except Exception as error:  # of whichever operator it does not know
-            raise InputError(f"onnxruntime cannot quantise {fp32_path} ({reason(error)})") from error
+            raise InputError(
+                f"onnxruntime cannot quantise {fp32_path} ({reason(error)}); export the network as safetensors"
+            ) from error
         model, operators = read_model(f"{folder}/int8.onnx"), _operators(f"{folder}/int8.onnx")
     protocol = (
         "W8A8, int8 weights, symmetric, per channel, uint8 activations, per tensor, in the range of "
@@ -77,6 +80,8 @@ def quantize_onnx(fp32_path: str | Path, int8_path: str | Path, batches: Iterabl
     )
     strip(model)
     state(model, {"quantization": protocol})
+    if not OnnxNetwork(model.SerializeToString())(torch.rand(2, *reader.shape)).isfinite().all():
+        raise InputError(f"the integer network of {fp32_path} gives logits that are not finite; check its weights")
     write_model(model, int8_path)
     return protocol
 
@@ -86,11 +91,10 @@ def write_integers(student: Network, path: str | Path, batches: Iterable[Tensor]
 
     batches: calibration images (N, C, H, W) in [0, 1]. takes: as of :func:`datafree.exporting.onnx_file.write_onnx`.
     """
-    in_float = Path(path).with_name("student_fp32.onnx")
-    write_onnx(student, in_float, takes)
-    protocol = quantize_onnx(in_float, path, batches)
-    in_float.unlink()
-    return protocol
+    with tempfile.TemporaryDirectory() as folder:
+        in_float = Path(folder) / "student_fp32.onnx"
+        write_onnx(student, in_float, takes)
+        return quantize_onnx(in_float, path, batches)
 
 
 def write_integer_network(
@@ -138,18 +142,32 @@ class _Reader:
 
 
 def _in_float(model: Any) -> list[str]:
-    """Names of the nodes that stay in float: those that no layer with weights depends on, and BatchNorm on its own.
-
-    It is computed in float all the same, and PRECISE fails on integers of its own that several of its tensors share.
+    """Names of the nodes that stay in float: those that no layer with weights depends on, and those that onnxruntime
+    computes in float all the same: BatchNorm on its own, and grouped transposed convolutions, on which it fails.
     """
     needed, names = set[str](), list[str]()
     for node in reversed(model.graph.node):
         is_needed = node.op_type in WEIGHTED or needed.intersection(node.output)
         if is_needed:
             needed.update(node.input)
-        if not is_needed or node.op_type == "BatchNormalization":
+        groups = next((entry.i for entry in node.attribute if entry.name == "group"), 1)
+        stays = node.op_type == "BatchNormalization" or node.op_type == "ConvTranspose" and groups > 1
+        if not is_needed or stays:
             names.append(node.name)
     return names
+
+
+def _unshare_constants(model: Any) -> None:
+    """Give each node constants of its own: a session with PRECISE does not load integers that two nodes share."""
+    constants, used = {tensor.name: tensor for tensor in model.graph.initializer}, set[str]()
+    for number, node in enumerate(model.graph.node):
+        for place, name in enumerate(node.input):
+            if name in used:
+                again = model.graph.initializer.add()
+                again.CopyFrom(constants[name])
+                again.name = node.input[place] = f"{name}.{number}.{place}"
+            elif name in constants:
+                used.add(name)
 
 
 def _ranges_of_normalisation(model: Any) -> dict[str, list[dict[str, Any]]]:
@@ -183,8 +201,9 @@ def _operators(path: str | Path) -> str:
         nodes = read_model(f"{folder}/optimised.onnx").graph.node
     kinds = Counter(node.op_type for node in nodes if node.op_type not in MOVING)
     words = {kind: f"{count} {kind}" for kind, count in kinds.items()}
-    integer = [word for kind, word in words.items() if kind.startswith("Q")]
-    floating = [word for kind, word in words.items() if not kind.startswith("Q")]
+    in_integers = [kind for kind in kinds if kind.startswith("Q") or "Integer" in kind]
+    integer = [words[kind] for kind in in_integers]
+    floating = [word for kind, word in words.items() if kind not in in_integers]
     return f"integer: {', '.join(integer) or 'none'}; float32: {', '.join(floating) or 'none'}"
 
 

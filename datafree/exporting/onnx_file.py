@@ -14,6 +14,7 @@ from datafree.exporting.packages import require_packages
 from datafree.exporting.tracing import Program, quiet, reason, require_agreement, to_bytes, traced
 from datafree.files import replacing
 from datafree.network import Network
+from datafree.quantizer import QuantizedModel
 
 OPSET = 18  # the exporter's own; int8 per channel needs 13
 ERRORS = 3  # onnxruntime's level of messages
@@ -54,7 +55,10 @@ def write_onnx(
                 verbose=False,
             )
     except Exception as error:  # of whichever operator it does not know
-        raise InputError(f"the {network.name} cannot be written as ONNX ({reason(error)}); export it as pt2") from error
+        other = "safetensors" if isinstance(network.model, QuantizedModel) else "pt2"
+        raise InputError(
+            f"the {network.name} cannot be written as ONNX ({reason(error)}); export it as {other}"
+        ) from error
     assert exported is not None
     model = exported.model_proto
     strip(model)

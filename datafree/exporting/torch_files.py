@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from datafree.checkpoint import FACTS
+from datafree.checkpoint import FACTS, is_odd
 from datafree.errors import InputError
 from datafree.exporting.metadata import as_json, described, facts
 from datafree.exporting.packages import require_packages
@@ -71,6 +71,11 @@ def write_safetensors(network: Network, path: str | Path) -> None:
         raise InputError(
             f"the {network.name} cannot be written as safetensors, which hold tensors alone, and {others[0]} of its "
             "state is none; export it as onnx or pt2"
+        )
+    if odd := [name for name, tensor in tensors.items() if is_odd(tensor)]:
+        raise InputError(
+            f"the {network.name} cannot be written as safetensors that this package reads, because {odd[0]} is of "
+            f"{tensors[odd[0]].dtype}, sparse or not there; export it as onnx or pt2"
         )
     # Copies, because safetensors take no two tensors that share their memory, nor any other layout.
     own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}

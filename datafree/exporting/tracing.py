@@ -13,7 +13,7 @@ from datafree.errors import InputError
 from datafree.network import Network
 from datafree.plugins import first_line
 from datafree.quantizer import QuantizedModel
-from datafree.trial import trial_images
+from datafree.trial import is_close, trial_images
 
 TOLERANCE = 1e-3  # between torch and a file, relative to the largest logit: beyond it a file is not written
 # What an exported network takes, by the value of --input.
@@ -90,7 +90,8 @@ def plain_copy(network: Network) -> Network:
         plain.model = plain.model.model
     plain._compiled_call_impl = None  # the exporter compiles by itself
     plain.trial.channels_last, plain.trial.dtype = False, torch.float32
-    plain.to("cpu", torch.float32)
+    plain.to("cpu").float()
+    plain._apply(lambda tensor: tensor.to(torch.complex64) if tensor.is_complex() else tensor)
     plain.model.to(memory_format=torch.contiguous_format)
     return plain.freeze()
 
@@ -102,9 +103,17 @@ def require_agreement(network: Network, run: Callable[[Tensor], Tensor], where: 
     """
     images = exact(trial_images(network.shape, 3))
     with torch.no_grad():
-        expected = plain_copy(network)(images)
+        plain = plain_copy(network)
+        expected = plain(images)
+        with network.frozen():
+            own = network(images.to(network.device)).cpu()
     if not expected.isfinite().all():
         raise InputError(f"the {network.name} gives non-finite logits; check its weights and its input mean and std")
+    if not isinstance(network.model, QuantizedModel) and not is_close(own.to(network.trial.dtype), expected):
+        raise InputError(
+            f"the {network.name} gives other logits in float32 on the CPU, as it would be exported, than as it is, by "
+            f"{largest_difference(own, expected):.1e} of the largest; does its code depend on type or device?"
+        )
     difference = largest_difference(run(images), expected)
     if not difference <= TOLERANCE:
         raise InputError(

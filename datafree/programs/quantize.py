@@ -1,4 +1,4 @@
-"""Data-free quantization: a trained network at low bit widths, by images that are synthesised from the network itself."""
+"""Data-free quantization: a network at low bit widths, by images that are synthesised from the network itself."""
 
 from collections.abc import Iterator
 from functools import partial
