@@ -20,9 +20,10 @@ from datafree.errors import InputError
 from datafree.evaluators import evaluate
 from datafree.exporting import comparison, packages
 from datafree.exporting.comparison import compare
-from datafree.exporting.integers import quantize_onnx
+from datafree.exporting.integers import quantize_onnx, write_integers
 from datafree.exporting.onnx_file import OnnxNetwork, write_onnx
 from datafree.exporting.packages import PACKAGES, require_packages
+from datafree.exporting.torch_files import ProgramNetwork, write_program, write_safetensors
 from datafree.network import Network
 from datafree.quantizer import quantise
 
@@ -204,6 +205,68 @@ def test_export_is_quiet_and_changes_nothing(tmp_path, capfd):
     assert torch.equal(torch.get_rng_state(), state)
     for name, value in network.state_dict().items():
         assert torch.equal(value, before[name])
+
+
+class Sharing(nn.Module):
+    """Nodes that share constants: a convolution called twice, and normalisations with equal parameters."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.again, self.head = (
+            nn.Conv2d(3, 8, 3, padding=1),
+            nn.Conv2d(8, 8, 3, padding=1),
+            nn.Linear(8, 5),
+        )
+        self.norms = nn.ModuleList(nn.GroupNorm(2, 8) for _ in range(2))
+
+    def forward(self, x):
+        x = self.first(x)
+        for norm in self.norms:
+            x = self.again(norm(x).relu())
+        return self.head(x.mean((2, 3)))
+
+
+def test_an_integer_network_whose_nodes_share_constants_is_loaded(tmp_path):
+    network, images = settled(Sharing()), shaded(64)
+    (tmp_path / "student_fp32.onnx").write_text("of the user")
+    student = quantise(network, Quantizer(w_bits=8, a_bits=8))
+    protocol = write_integers(student, tmp_path / "int8.onnx", images.split(32))
+    found, expected = OnnxNetwork(tmp_path / "int8.onnx")(images), network(images).detach()
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max() and "QLinearConv" in protocol
+    assert (tmp_path / "student_fp32.onnx").read_text() == "of the user" and len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_grouped_transposed_convolution_stays_in_float(tmp_path):
+    layers = (nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.ConvTranspose2d(8, 8, 2, groups=2), nn.ReLU())
+    network, images = (
+        settled(nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 5))),
+        shaded(64),
+    )
+    write_onnx(network, tmp_path / "fp32.onnx")
+    protocol = quantize_onnx(tmp_path / "fp32.onnx", tmp_path / "int8.onnx", [images])
+    found, expected = OnnxNetwork(tmp_path / "int8.onnx")(images), network(images).detach()
+    assert (found - expected).abs().max() < 0.1 * expected.abs().max() and "1 ConvTranspose" in protocol
+
+
+class Fourier(nets.Trunk):
+    """Filters in the frequency domain, by complex numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("filter", torch.randn(16, 16, dtype=torch.complex64))
+
+    def forward(self, x):
+        return super().forward(torch.fft.ifft2(torch.fft.fft2(x) * self.filter).real)
+
+
+def test_complex_numbers_are_kept_or_refused(tmp_path):
+    network, images = settled(Fourier()), shaded(4)
+    write_program(network, tmp_path / "a.pt2")
+    torch.testing.assert_close(
+        ProgramNetwork(tmp_path / "a.pt2")(images), network(images).detach(), atol=1e-4, rtol=1e-3
+    )
+    with pytest.raises(InputError, match="because filter is of torch.complex64.*export it as onnx or pt2"):
+        write_safetensors(network, tmp_path / "a.safetensors")
 
 
 class Branching(nets.Trunk):

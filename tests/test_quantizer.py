@@ -365,6 +365,42 @@ def test_32_bits_leave_the_network_as_it_is():
     assert quantised.model.packed_bytes == 4 * quantised.model.sites.of
 
 
+@pytest.mark.parametrize("ranges", ["ema", "mse", "learned"])
+@pytest.mark.parametrize("option", ["w_bits", "a_bits", "first_last_bits"])
+def test_ranges_of_a_network_that_is_partly_in_float_are_loaded_again(option, ranges):
+    protocol = Quantizer(**{option: 32}, ranges=ranges)
+    quantised, again = (quantise(network(nets.plain(5)), protocol) for _ in range(2))
+    images = torch.rand(4, *SHAPE)
+    again.model.model.load_state_dict(observed(quantised).model.model.state_dict())
+    again.model.load_grids({f"grids.{name}": tensor for name, tensor in quantised.model.grids.state_dict().items()})
+    assert torch.equal(again(images), quantised(images))
+
+
+class Beside(Written):
+    """Returns an embedding by a head of its own, which is called after that of the logits."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+        self.projection = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 4))
+
+    def forward(self, x):
+        x = F.relu(self.second(F.relu(self.first(x)))).mean((2, 3))
+        return {"logits": self.head(x), "embedding": self.projection(x)}
+
+
+def test_the_last_layer_is_that_of_the_logits():
+    model = quantise(network(Beside()), Quantizer(w_bits=2, a_bits=2, first_last_bits=8)).model
+    bits = {layer.name: grid.bits for layer, grid in zip(model.sites.layers, model.weights)}
+    assert bits == {"first": 8, "second": 2, "head": 8, "projection.0": 2, "projection.2": 2}
+    assert [grid.bits for grid in model.activations] == [2, 8, 2]
+    assert "First and last layer, in 8 bits: first and head." in plan.describe_grids(model)
+
+
+def test_a_quantised_network_is_in_evaluation_mode_from_the_beginning():
+    model = quantise(network(nets.tiny(5), frozen=False), Quantizer()).model
+    assert not any(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("per, same", [("channel", True), ("tensor", False)])
 def test_folding_changes_nothing_but_ranges_that_channels_share(per, same):
     teacher, images = network(Written(F.relu)), torch.rand(4, *SHAPE)
@@ -400,9 +436,30 @@ class OwnNorm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, 1 + self.gain, self.shift)
 
 
+class Doubled(nn.BatchNorm2d):
+    """Normalises by other numbers than its own."""
+
+    def forward(self, x):
+        return F.batch_norm(x, self.running_mean, self.running_var, 2 * self.weight, self.bias)
+
+
+class Masked(nn.Conv2d):
+    """Writes into its output afterwards."""
+
+    def forward(self, x):
+        y = super().forward(x)
+        y[:, :4] = 0
+        return y
+
+
 @pytest.mark.parametrize(
     "layer, norm",
-    [(nn.ConvTranspose2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)), (nn.Conv2d(8, 8, 1), OwnNorm(8))],
+    [
+        (nn.ConvTranspose2d(8, 8, 3, padding=1, groups=2), nn.BatchNorm2d(8)),
+        (nn.Conv2d(8, 8, 1), OwnNorm(8)),
+        (nn.Conv2d(8, 8, 1), Doubled(8)),
+        (Masked(8, 8, 1), nn.BatchNorm2d(8)),
+    ],
     ids=str,
 )
 def test_a_normalisation_that_cannot_be_folded_stays(layer, norm):
@@ -412,6 +469,32 @@ def test_a_normalisation_that_cannot_be_folded_stays(layer, norm):
     quantised = quantise(teacher, Quantizer(w_bits=16, a_bits=32, fold_bn=True))
     assert not any(layer.norm for layer in quantised.model.sites.layers)
     assert torch.allclose(quantised(images), teacher(images), atol=1e-3)
+
+
+class TwoNorms(Written):
+    """Normalises what is normalised already, as PyramidNet's first block does."""
+
+    def __init__(self):
+        super().__init__(F.relu)
+        self.further = nn.BatchNorm2d(8)
+        self.further.running_mean.normal_()
+
+    def forward(self, x):
+        x = self.norm(self.second(F.relu(self.first(x))))
+        return self.head((F.relu(self.further(x)) + x).mean((2, 3)))
+
+
+def test_a_second_normalisation_of_a_folded_one_stays():
+    teacher, images = network(TwoNorms()), torch.rand(4, *SHAPE)
+    quantised = quantise(teacher, Quantizer(w_bits=16, a_bits=32, fold_bn=True))
+    assert [layer.norm for layer in quantised.model.sites.layers] == ["", "norm", ""]
+    assert torch.allclose(quantised(images), teacher(images), atol=1e-3)
+
+
+def test_folding_that_gives_other_outputs_is_refused(monkeypatch):
+    monkeypatch.setattr(quantizer, "_folded", lambda weight, bias, norm, axis: (2 * weight, bias))
+    with pytest.raises(InputError, match="gives other outputs with BatchNorm folded.*leave --fold_bn out"):
+        quantise(network(Written(F.relu)), Quantizer(fold_bn=True))
 
 
 class Again(Written):

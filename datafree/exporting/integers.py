@@ -20,6 +20,7 @@ from datafree.exporting.tracing import quiet, reason, to_bytes
 from datafree.files import write_text
 from datafree.logger import RunFolder, table
 from datafree.network import Network
+from datafree.trial import trial_images
 
 LINEAR = ["Gemm", "MatMul"]
 WEIGHTED = [*LINEAR, "Conv", "ConvTranspose"]
@@ -80,7 +81,7 @@ def quantize_onnx(fp32_path: str | Path, int8_path: str | Path, batches: Iterabl
     )
     strip(model)
     state(model, {"quantization": protocol})
-    if not OnnxNetwork(model.SerializeToString())(torch.rand(2, *reader.shape)).isfinite().all():
+    if not OnnxNetwork(model.SerializeToString())(trial_images(reader.shape, 2)).isfinite().all():
         raise InputError(f"the integer network of {fp32_path} gives logits that are not finite; check its weights")
     write_model(model, int8_path)
     return protocol

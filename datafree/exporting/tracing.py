@@ -13,7 +13,7 @@ from datafree.errors import InputError
 from datafree.network import Network
 from datafree.plugins import first_line
 from datafree.quantizer import QuantizedModel
-from datafree.trial import is_close, trial_images
+from datafree.trial import is_close, tensors_of, trial_images
 
 TOLERANCE = 1e-3  # between torch and a file, relative to the largest logit: beyond it a file is not written
 # What an exported network takes, by the value of --input.
@@ -103,22 +103,29 @@ def require_agreement(network: Network, run: Callable[[Tensor], Tensor], where: 
     """
     images = exact(trial_images(network.shape, 3))
     with torch.no_grad():
-        plain = plain_copy(network)
-        expected = plain(images)
-        with network.frozen():
-            own = network(images.to(network.device)).cpu()
+        expected = plain_copy(network)(images)
     if not expected.isfinite().all():
         raise InputError(f"the {network.name} gives non-finite logits; check its weights and its input mean and std")
-    if not isinstance(network.model, QuantizedModel) and not is_close(own.to(network.trial.dtype), expected):
-        raise InputError(
-            f"the {network.name} gives other logits in float32 on the CPU, as it would be exported, than as it is, by "
-            f"{largest_difference(own, expected):.1e} of the largest; does its code depend on type or device?"
-        )
+    _require_same_in_float32(network, images, expected)
     difference = largest_difference(run(images), expected)
     if not difference <= TOLERANCE:
         raise InputError(
             f"the {network.name} gives other logits in {where} than in torch, by {difference:.1e} of the largest; "
             "does it draw random numbers in evaluation mode, or depend on the other images of a batch?"
+        )
+
+
+def _require_same_in_float32(network: Network, images: Tensor, expected: Tensor) -> None:
+    """Raise InputError if a network of another type gives other logits than ``expected``, those of its copy."""
+    numbers = [t for t in tensors_of(network.model) if t.is_floating_point() or t.is_complex()]
+    if isinstance(network.model, QuantizedModel) or all(t.dtype == torch.float32 for t in numbers):
+        return
+    with torch.no_grad(), network.frozen():
+        own = network(images.to(network.device)).cpu()
+    if not is_close(own.to(network.trial.dtype), expected):
+        raise InputError(
+            f"the {network.name} gives other logits in float32, in which it would be exported, than as it is, by "
+            f"{largest_difference(own, expected):.1e} of the largest; does its code depend on the type of its numbers?"
         )
 
 
