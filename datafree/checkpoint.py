@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree import distributed, fitting
-from datafree.errors import InputError, MissingError, short
+from datafree.errors import InputError, MissingError, is_out_of_memory, short
 from datafree.files import replacing
 from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
 
@@ -101,9 +101,21 @@ def _load_numpy(path: str | Path) -> Any:
         # Mapped, the file must be as long as its header states before anything is allocated.
         found = np.array(np.load(path, mmap_mode="r", allow_pickle=False))
     except Exception as error:  # a file of arbitrary bytes
+        _require_memory(error, path)
         raise InputError(f"{path} is no whole array of numbers, as numpy.save writes one; save it again") from error
     native = found.astype(found.dtype.newbyteorder("="))
     return torch.from_numpy(native) if native.dtype.kind in "fiub" and native.dtype.itemsize <= 8 else native
+
+
+def _require_memory(error: Exception, path: str | Path) -> None:
+    """Raise InputError if what failed was not the file ``path`` but the memory, or the number of files, to read it."""
+    if is_out_of_memory(error):
+        raise InputError(
+            f"out of memory while {path} was read; end other programs, or raise the limit (ulimit -v); the file is "
+            "untouched"
+        ) from error
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE, errno.EIO):
+        raise InputError(f"cannot read {path} ({error.strerror}); the file is untouched") from error
 
 
 def _load(path: str | Path) -> Any:
@@ -116,6 +128,7 @@ def _load(path: str | Path) -> Any:
     try:
         fault = fault_in(path)
     except Exception as error:
+        _require_memory(error, path)
         raise InputError(f"{path} {_broken(path)}") from error
     if fault:
         raise InputError(f"{path} {fault}; copy or download it again")
@@ -124,6 +137,7 @@ def _load(path: str | Path) -> Any:
             warnings.simplefilter("ignore")  # about types of storage that are deprecated
             return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # a file of arbitrary bytes fails in arbitrary ways
+        _require_memory(error, path)
         code = re.search(r"GLOBAL (\w[\w.]*\w)", str(error))
         if code:
             entry = entry_with(path, code[1])

@@ -28,7 +28,7 @@ from datafree import checkpoint, distributed
 from datafree.budget import Budget
 from datafree.checkpoint import LAST
 from datafree.config import Run
-from datafree.errors import InputError, batch_or_parts, out_of_memory_in
+from datafree.errors import InputError, batch_or_parts, is_out_of_memory, out_of_memory_in
 from datafree.evaluators import scores_line
 from datafree.grids import Gallery
 from datafree.learners.base import Learner
@@ -43,6 +43,7 @@ from datafree.signals import Stopped, StopSignal
 from datafree.synthesis.base import BaseSynthesis
 from datafree.update import is_scalar
 
+CODE = "_code"  # ends the names of what identifies the code of a network
 ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 
@@ -98,6 +99,11 @@ class Engine:
         self._may_stop = False  # within a round of synthesis
         self._signal: str | None = None  # that ends the run
         self._alarms: list[str] = []  # of the latest epoch
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether no epoch is left."""
+        return self.position["epoch"] >= self.schedule.epochs
 
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
@@ -262,7 +268,7 @@ class Engine:
         last = epoch == self.schedule.epochs - 1
         if epoch < self.schedule.warmup:
             self.learner.end_warmup_epoch(lambda: self.source.batch(self.schedule.batch_size))
-        metrics: dict[str, Any] = require_finite(self.means.values(), "mean of")
+        metrics: dict[str, Any] = self._require_finite()
         alarms: list[str] = []
         if self.monitor:
             of_images, found = self.monitor()
@@ -328,8 +334,21 @@ class Engine:
             torch.cuda.synchronize(self.learner.network.device)
 
     def save(self) -> None:
-        """Write last.pth, from which the run can be resumed."""
+        """Write last.pth, from which the run can be resumed. Raises InputError if a loss or a weight is not finite."""
+        self._require_finite()
+        self.folder.require_own()
         checkpoint.save(self.folder.checkpoints / LAST, self.state_dict())
+
+    def _require_finite(self) -> dict[str, float]:
+        """The means of the terms. Raises InputError if one, or a weight of the network, is not finite."""
+        values = require_finite(self.means.values(), "mean of")
+        for name, parameter in self.learner.network.model.named_parameters():
+            if not parameter.isfinite().all():
+                raise InputError(
+                    f"the weight {name} of the {self.learner.network.name} is not finite any more; lower the learning "
+                    "rate, or clip the gradient (--clip_grad); the last epoch's checkpoint is kept"
+                )
+        return values
 
     def _save_epoch(self) -> None:
         """Write last.pth, and then the files that follow from it."""
@@ -390,7 +409,7 @@ class Engine:
             self.restore(state)
         except Exception as error:  # a file of arbitrary contents fails in arbitrary ways
             self.restore(before)
-            if isinstance(error, InputError):
+            if isinstance(error, InputError) or is_out_of_memory(error):
                 raise
             raise InputError(
                 f"{path} does not fit this run ({first_line(error)}); resume with the options that it was written "
@@ -399,6 +418,8 @@ class Engine:
         if self.budget and state["plan"]:
             self.budget.go_on_from(state["plan"]["spent"])
         self.folder.truncate_metrics(self.position["epoch"])
+        if self.is_finished:
+            self.metadata = state["metadata"]  # nothing is trained by the code that runs now
         self.folder.log(
             f"Resumed from {path.name}: epoch {self.position['epoch']}, round {self.position['round']}, "
             f"student step {self.position['step']}."
@@ -463,10 +484,11 @@ class Engine:
         # Without any epochs other options are unused, so that a run of none is another run.
         but = ("epochs",) if theirs.get("epochs") and ours.get("epochs") and not self.budget else ()
         require_same_options(theirs, ours, path, but, self.defaults)
-        if not self.budget and state["position"]["epoch"] > self.schedule.epochs:
+        at = state["position"]
+        if not self.budget and (at["epoch"], at["round"], at["step"]) > (self.schedule.epochs, 0, 0):
+            begun = at["epoch"] + (at["round"] + at["step"] > 0)
             raise InputError(
-                f"{path} is at epoch {state['position']['epoch']} already; raise --epochs "
-                f"{self.schedule.epochs} to continue from it"
+                f"{path} is at epoch {begun} already; raise --epochs {self.schedule.epochs} to continue from it"
             )
 
 
@@ -493,7 +515,7 @@ def require_same_options(
     """
     for name in {**theirs, **ours}:
         then, now = theirs.get(name, (defaults or {}).get(name)), ours.get(name)
-        if name in but or then == now:
+        if name in but or then == now or name.endswith(CODE) and then is None:  # earlier versions did not state it
             continue
         if is_same_code(then, now):
             raise InputError(

@@ -83,12 +83,12 @@ def out_of_memory_in(phase: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (RuntimeError, MemoryError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         raise InputError(f"out of memory during {phase}; lower {remedy}, or use smaller networks") from error
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether Python, or torch on any device, was refused memory."""
     refused = "out of memory|can't allocate memory|STATUS_ALLOC_FAILED"
     return isinstance(error, MemoryError) or isinstance(error, RuntimeError) and bool(re.search(refused, str(error)))
@@ -115,6 +115,8 @@ def exit_on_input_error(main: Callable[[], object]) -> None:
     1, or 141 without a line if its reader has gone.
     """
     occupy_closed_streams()
+    with suppress(AttributeError, OSError, ValueError):  # what replaces it in a notebook takes any text
+        sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     signals.advice = ""
     code: Any = None
     try:
@@ -153,7 +155,7 @@ def _end_unforeseen(error: Exception) -> int:
 def _unforeseen(error: Exception, way: str) -> str:
     """One line about an error that nothing else caught, and the way to its traceback."""
     where = traceback.extract_tb(error.__traceback__)[-1]
-    if _is_out_of_memory(error):
+    if is_out_of_memory(error):
         what = "out of memory; use smaller networks, batches or images, or end other programs"
     elif isinstance(error, OSError) and error.filename and error.strerror:
         what = f"{short(str(error.filename))}: {error.strerror}"

@@ -17,6 +17,7 @@ except ImportError:  # not on Windows; processes are then not kept apart
 CONTINUE = ", then continue by --resume auto"
 REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit of open files (ulimit -n)"),
     errno.EFBIG: "raise the limit of the size of files (ulimit -f)",
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make its folder writable"),
     errno.ENOENT: "its folder has vanished: put it back",

@@ -190,9 +190,15 @@ class IncrementalRun:
         if folder:
             self._resume(folder)
             distributed.require_same(self.finished, "sees other finished tasks; give a --save_dir that all share")
-            folder.record(to_yaml(session.config), environment(session.device), self.options)
-            folder.write_json(RESULTS, self._record())
+            if not self.is_finished:
+                folder.record(to_yaml(session.config), environment(session.device), self.options)
+                folder.write_json(RESULTS, self._record())
         self._images = self._load()
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether an earlier call has finished all tasks and summarised them."""
+        return self.finished == len(self.tasks) and bool(self.folder and self.folder.has_summary)
 
     def remaining(self) -> Iterator[int]:
         """The numbers of the tasks that are still to be trained, in turn; a given base network is judged first."""
@@ -308,6 +314,9 @@ class IncrementalRun:
     def summarise(self) -> None:
         """Write the summary of a run all of whose tasks are finished, and log its results."""
         if not self.folder:
+            return
+        if self.is_finished:
+            self.folder.log("The run is finished already; its results stay as they are.")
             return
         parts = [self._summary_of(task) for task in range(len(self.tasks))]
         numbers = self.results.numbers()

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 
 TEST_PICTURE = "grids/test.png"
+SUMMARY = "summary.json"
 
 
 class RunFolder(AbstractContextManager):
@@ -137,8 +138,31 @@ class RunFolder(AbstractContextManager):
 
     def summary(self, mapping: Mapping[str, Any]) -> None:
         """Write summary.json at the end of the run; numbers that are not finite become null."""
-        self.write_json("summary.json", mapping)
+        self.write_json(SUMMARY, mapping)
         self._add_points(self._last_epoch, end_of(self._options))
+
+    @property
+    def has_summary(self) -> bool:
+        """Whether the run was finished, which it is no longer if it is made longer."""
+        return (self.root / SUMMARY).is_file()
+
+    def set_summary_aside(self) -> None:
+        """Rename the summary of a run that goes on, so that nobody takes it for finished."""
+        if self.has_summary:
+            aside = self.root / f"summary.before-{datetime.now():%Y%m%d-%H%M%S}.json"
+            with writing(aside):
+                (self.root / SUMMARY).rename(aside)
+            self.log(f"The run goes on beyond its end; the results until then are in {aside.name}.")
+
+    def require_no_results(self) -> None:
+        """Raise InputError if a run has left results but no checkpoint: a new one would replace them."""
+        results = [self.checkpoints / name for name in ("best.pth", "model_best.pth", "model_last.pth")]
+        if found := [path for path in (*results, self.root / SUMMARY) if path.is_file()]:
+            best = f"give --resume {found[0]}, or " * (found[0].name == "best.pth")
+            raise InputError(
+                f"{self.root} has no checkpoints/last.pth to resume from, but holds {found[0].name} of a run, which a "
+                f"new one would replace; {best}start a new run by --log_tag NEW"
+            )
 
     def write_json(self, file: str, mapping: Mapping[str, Any]) -> None:
         """Write a file of that name; numbers that are not finite become null."""
@@ -176,7 +200,18 @@ class RunFolder(AbstractContextManager):
         """Write metrics.jsonl anew, so that a row is there whole or not at all, and none that was there is missing."""
         self._replace("metrics.jsonl", "".join(f"{row}\n" for row in self._rows))
 
+    def require_own(self) -> None:
+        """Raise InputError if the folder was moved or removed, and another run has one of its name now."""
+        with suppress(OSError):  # of a folder that is not there, which is found when it is written to
+            held, there = os.fstat(self._lock.fileno()), os.stat(self.root / ".lock")
+            if not os.path.samestat(held, there):
+                raise InputError(
+                    f"{self.root} is another run's now: the folder of this one was moved or removed; start it again "
+                    "under another name by --log_tag NEW"
+                )
+
     def _replace(self, file: str, text: str) -> None:
+        self.require_own()
         write_text(self.root / file, text)
 
     def _add_points(self, epoch: int, summaries: Sequence[Any]) -> None:
@@ -199,7 +234,7 @@ class ReadOnlyFolder(RunFolder):
         pass
 
     record = log = metrics = truncate_metrics = grid = test_picture = summary = _write_nothing
-    write_json = picture = close = _write_nothing
+    write_json = picture = close = require_own = set_summary_aside = _write_nothing
 
 
 class Points:

@@ -24,10 +24,10 @@ from datafree.datasets.torchvision_files import TORCHVISION
 from datafree.errors import InputError, MissingError, out_of_memory_in, printable
 from datafree.evaluators import OF_BROKEN_WEIGHTS, evaluate, scores_line
 from datafree.launch import command
-from datafree.models.factory import check_model
+from datafree.models.factory import check_model, is_known
 from datafree.network import Network, model_name
 from datafree.plan import check_order, describe_normalisation, describe_notes
-from datafree.plugins import digest, short_name
+from datafree.plugins import code_digest, digest, short_name
 from datafree.runtime import (
     autocast,
     bf16_slowdown,
@@ -178,6 +178,8 @@ class Session:
         file. stages: names of the modules that give its stages. as_arrived: whether the outputs of a network of
         class-incremental learning stay in the order in which its classes arrived, in place of the card's.
         """
+        if role not in self.given and not is_known(model):
+            self.digests[f"{role}_code"] = code_digest(model)
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
             network = self._loaded(role, model, self._if_there(weights), key, options)

@@ -10,8 +10,9 @@ from typing import Any
 
 from datafree import launch
 
-# Ctrl-C; a scheduler, and its warning before that; a terminal that is closed.
-ENDING = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP") if hasattr(signal, name)]
+# Ctrl-C; a scheduler; its warnings before that (Slurm, Grid Engine, a limit of CPU time); a terminal that is closed.
+NAMES = ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP")
+ENDING = [getattr(signal, name) for name in NAMES if hasattr(signal, name)]
 Handler = Callable[[int, FrameType | None], None]
 _is_ending = False  # by an error, whose line a signal must not cut off
 advice = ""  # what follows the line of a signal that ended the program

@@ -105,12 +105,17 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
         )
         if not resume(session, engine) and budget:
             lay_plan(session, training, engine)
-        folder.record(to_yaml(session.config), here, engine.metadata["options"])
-        result = engine.train()
-        columns, facts = {**training.stored, **columns}, training.facts
-        if budget:
-            columns, facts = columns | plan.length_numbers(engine.schedule), {**facts, **report_budget(engine, budget)}
-        summarise(session, engine, result, columns, facts)
+        if engine.is_finished and folder.has_summary:
+            folder.log("The run is finished already; its results stay as they are.")
+        else:
+            folder.set_summary_aside()
+            folder.record(to_yaml(session.config), here, engine.metadata["options"])
+            result = engine.train()
+            columns, facts = {**training.stored, **columns}, training.facts
+            if budget:
+                columns |= plan.length_numbers(engine.schedule)
+                facts = {**facts, **report_budget(engine, budget)}
+            summarise(session, engine, result, columns, facts)
         if training.finish:
             training.finish(folder)
         if not training.is_last:
@@ -226,6 +231,7 @@ def resume(session: Session, engine: Engine) -> bool:
             last.is_file(), f"sees another {engine.folder.root} than the first one; give a --save_dir that they share"
         )
     if name == "auto" and not last.is_file():
+        engine.folder.require_no_results()
         engine.folder.truncate_metrics(0)
         engine.folder.log("Nothing to resume yet: the run starts from the beginning.")
         return False

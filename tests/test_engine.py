@@ -415,9 +415,89 @@ def test_a_run_that_synthesises_in_its_first_rounds_only(distil):
     assert state["source"]["pool"]["added"] == len(state["source"]["pool"]["images"]) == 48
 
 
-def test_resuming_a_finished_run_changes_nothing(distil):
-    before = checkpoint_of(distil())
+def test_resuming_a_finished_run_changes_nothing(distil, monkeypatch):
+    folder = distil()
+    files = [folder / name for name in ("summary.json", "env.json", "config.yaml", "metrics.jsonl")]
+    before, contents, state = checkpoint_of(folder), [file.read_bytes() for file in files], weights_of(folder)
+    monkeypatch.setattr("datafree.runtime._git", lambda *words: "0" * 40)
     assert same(before, checkpoint_of(distil("--resume", "auto")))
+    assert contents == [file.read_bytes() for file in files] and same(state, weights_of(folder))
+    assert "The run is finished already; its results stay as they are" in (folder / "log.txt").read_text()
+
+
+def weights_of(folder):
+    return torch.load(folder / "checkpoints" / "model_last.pth", weights_only=True)
+
+
+def test_a_run_that_is_made_longer_is_not_finished_before_its_new_end(distil, monkeypatch):
+    folder = distil("--epochs", 1)
+    summary = (folder / "summary.json").read_bytes()
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 3, terminate)
+        with stopped(terminate):
+            distil("--epochs", 3, "--resume", "auto")
+    [aside] = folder.glob("summary*.json")
+    assert aside.name.startswith("summary.before-") and aside.read_bytes() == summary
+    distil("--epochs", 3, "--resume", "auto")
+    assert (folder / "summary.json").exists()
+
+
+def test_results_without_a_checkpoint_are_not_replaced_by_a_new_run(distil, refused):
+    folder = distil("--epochs", 2)
+    (folder / "checkpoints" / "last.pth").unlink()
+    before = weights_of(folder)
+    line = refused(distil, "--epochs", 2, "--resume", "auto", before_run=False)
+    assert "has no checkpoints/last.pth to resume from, but holds best.pth" in line and "--log_tag NEW" in line
+    assert same(before, weights_of(folder)) and len(rows(folder)) == 2
+    distil("--epochs", 2, "--resume", folder / "checkpoints" / "best.pth")
+
+
+@pytest.mark.parametrize("then", [terminate, lambda: None], ids=["a signal", "the end of the epoch"])
+def test_weights_that_are_not_finite_are_never_saved(then, distil, refused, monkeypatch):
+    """The last step of the second epoch, or the second one of a round, spoils a weight; its loss is finite."""
+    step, calls = Learner.step, []
+
+    def spoiling(learner, *given):
+        terms = step(learner, *given)
+        calls.append(1)
+        if len(calls) == (8 if then is terminate else 12):
+            with torch.no_grad():
+                next(learner.network.model.parameters()).flatten()[0] = float("nan")
+            then()
+        return terms
+
+    monkeypatch.setattr(Learner, "step", spoiling)
+    line = refused(distil, "--eval", "none", before_run=False)
+    assert "is not finite any more" in line and "the last epoch's checkpoint is kept" in line
+    [folder] = (Path.cwd() / "runs").glob("*/run")
+    last = torch.load(folder / "checkpoints" / "last.pth", weights_only=True)
+    assert last["position"]["epoch"] == 1 and len(rows(folder)) == 1
+    assert all(tensor.isfinite().all() for tensor in last["learner"]["student"].values())
+
+
+def test_code_of_a_network_that_changed_is_not_taken_over_in_silence(distil, refused, tmp_path):
+    net = tmp_path / "net.py"
+    net.write_text("import nets\n\ndef small(num_classes):\n    return nets.small(num_classes, 1)\n")
+    distil("--epochs", 1, "--student", f"{net}:small")
+    net.write_text(net.read_text() + "# another version\n")
+    line = refused(distil, "--epochs", 2, "--student", f"{net}:small", "--resume", "auto")
+    assert "the code of net.py:small has changed since it was written" in line
+
+
+def test_memory_that_is_refused_is_not_called_damage(distil, refused, monkeypatch):
+    folder = distil("--epochs", 1)
+
+    def refuse(path, **options):
+        if path.name == "last.pth":
+            raise RuntimeError("[enforce fail at alloc_cpu.cpp:127] DefaultCPUAllocator: can't allocate memory")
+        return load(path, **options)
+
+    load = torch.load
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "load", refuse)
+        line = refused(distil, "--epochs", 2, "--resume", "auto", before_run=False)
+    assert "out of memory while" in line and "last.pth was read" in line and "the file is untouched" in line
+    assert len(rows(distil("--epochs", 2, "--resume", "auto"))) == 2 and folder.exists()
 
 
 def test_resume_auto_of_nothing_starts_and_logs_so(distil):
@@ -529,6 +609,15 @@ def test_fewer_epochs_than_are_done(distil, refused):
     distil("--epochs", 3)
     line = refused(distil, "--epochs", 2, "--resume", "auto")
     assert "epoch 3" in line and "--epochs" in line
+
+
+def test_fewer_epochs_than_are_begun(distil, refused, monkeypatch):
+    with monkeypatch.context() as patch:
+        at_call(patch, Learner, "step", 9, terminate)  # in the second epoch
+        with stopped(terminate):
+            distil()
+    line = refused(distil, "--epochs", 1, "--resume", "auto")
+    assert "last.pth is at epoch 2 already; raise --epochs 1" in line
 
 
 @pytest.mark.parametrize(

@@ -247,6 +247,18 @@ def test_a_folder_that_vanishes_is_not_made_anew_in_its_place(tmp_path):
     assert os.listdir(tmp_path) == ["elsewhere"]
 
 
+def test_a_run_whose_folder_was_replaced_leaves_the_new_one_alone(tmp_path):
+    first = begin(tmp_path / "run", "r", CONFIG)
+    (tmp_path / "run").rename(tmp_path / "elsewhere")
+    second = begin(tmp_path / "run", "r", CONFIG)
+    second.metrics(0, {"a": 1})
+    for write in (lambda: first.metrics(0, {"a": 2}), lambda: first.summary({"a": 2}), first.require_own):
+        with pytest.raises(InputError, match="is another run's now: the folder of this one was moved or removed"):
+            write()
+    assert rows(tmp_path / "run")[0]["a"] == 1
+    second.metrics(1, {"a": 3})
+
+
 @pytest.mark.parametrize("hours", [-24 * 365, -1, 0, 1])
 def test_tensorboard_shows_all_points_whatever_the_clock_says(hours, tmp_path, monkeypatch):
     begun = time.time()

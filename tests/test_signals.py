@@ -14,7 +14,7 @@ from datafree import program, signals
 from datafree.errors import exit_on_input_error
 from datafree.signals import ENDING, StopSignal
 
-NAMES = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"]
+NAMES = ["SIGTERM", "SIGINT", "SIGUSR1", "SIGUSR2", "SIGXCPU", "SIGHUP"]
 
 
 @pytest.mark.parametrize("name", NAMES)
