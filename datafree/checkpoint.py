@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from datafree import distributed, fitting
-from datafree.errors import InputError, MissingError, is_out_of_memory, short
+from datafree.errors import InputError, MissingError, is_out_of_memory, short, shown
 from datafree.files import replacing
 from datafree.formats import entry_with, fault_in, is_safetensors, other_kind
 
@@ -189,6 +189,8 @@ def read_weights(
     Raises InputError if the file cannot be read or holds no weights.
     """
     path = weights_file(path)
+    if (shard := re.search(r"-\d{5}-of-(\d{5})\.", path.name)) and int(shard[1]) > 1:
+        raise InputError(f"{path} is one of {int(shard[1])} files that hold a set of weights; join them in one file")
     contents, notes = load(path), [] if notes is None else notes
     metadata = {} if _is_state_dict(contents) else {n: v for n, v in contents.items() if _is_fact(v)}
     if _are_facts(options := contents.get("options")):
@@ -212,6 +214,7 @@ def load_weights(
     def called(names: Iterable[str]) -> list[str]:
         return fitting.names_in_file(names, fit, weights)
 
+    _check_types(fit, own, path)
     with fitting.restored_on_error(own):
         try:
             missing, extra = fitting.load(model, fit, own)
@@ -292,6 +295,9 @@ def _load_safetensors(path: str | Path) -> dict[str, Any]:
 
 def _chosen(contents: dict[str, Any], key: str, path: Path, notes: list[str], key_option: str) -> dict[str, Any]:
     """The state_dict under ``key``, or under a usual one, or the whole of the file's ``contents``."""
+    if unnamed := [name for name in contents if not isinstance(name, str)]:
+        contents = {name: value for name, value in contents.items() if isinstance(name, str)}
+        notes.append(f"{len(unnamed)} of its file's entries left out, whose keys are no names: {shown(unnamed[0])}")
     if key:
         return _named(contents, key, path, key_option)
     if _is_state_dict(contents):
@@ -305,10 +311,14 @@ def _chosen(contents: dict[str, Any], key: str, path: Path, notes: list[str], ke
             f"{', '.join(WEIGHT_KEYS)}, such as a run's model_last.pth, or name their key by {key_option}"
         )
     taken, shapes = contents[found[0]], _shapes(contents[found[0]])
-    others = [k for k, v in contents.items() if k != found[0] and _is_state_dict(v) and not shapes - _shapes(v)]
+    sets = {k: v for k, v in contents.items() if k != found[0] and isinstance(v, dict)}
+    sets |= {f"{k}.{inner}": v for k in sets for inner, v in sets[k].items() if isinstance(v, dict)}
+    others = [k for k, v in sets.items() if _is_state_dict(v) and not shapes - _shapes(v)]
     if others:
-        averaged = [k for k in others if k in AVERAGED_KEYS]
+        averaged = [k for k in others if k.partition(".")[0] in AVERAGED_KEYS]
         which = "averages over the training" if averaged else "others of the same shapes"
+        if "steps" in contents.get("ema_state_dict", ()):  # which swaps the two when it saves
+            which, averaged = "if mmengine wrote it, these are the averages, and the weights that were averaged", []
         notes.append(
             f"its weights are those under {found[0]} in its file; {which} are under {', '.join(averaged or others)}, "
             f"which {key_option} can name"
@@ -426,6 +436,17 @@ def _only_one(fits: list[fitting.Fit], path: str | Path, key_option: str) -> fit
     if others:
         fit.notes.append(f"weights that fit as well are under {', '.join(others)}, which {key_option} can name")
     return fit
+
+
+def _check_types(fit: fitting.Fit, own: dict[str, Tensor], path: str | Path) -> None:
+    """Raise InputError for whole numbers, or numbers of 8 bits, in place of weights: their scales are elsewhere."""
+    for name, tensor in fit.tensors.items():
+        is_weight = name in own and own[name].is_floating_point() and own[name].dim() > 0
+        if is_weight and (not tensor.is_floating_point() or tensor.dtype.itemsize == 1):
+            raise InputError(
+                f"{path} holds {name} as {str(tensor.dtype)[6:]}, as the weights of a quantised network, whose scales "
+                "are apart; give those in floating point"
+            )
 
 
 def _check_names(missing: list[str], extra: list[str], path: str | Path) -> None:

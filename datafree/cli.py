@@ -226,6 +226,8 @@ def _convert(setting: Setting) -> Any:
         raise _error(
             f"{place} cannot be {shown(text)}; it names a folder, in up to {LONGEST_NAME} bytes and without slashes"
         )
+    if text.startswith("~/"):  # which the shell leaves as it is after an equals sign, and in files
+        text = os.path.expanduser(text)
     try:
         return _value(opt, text)
     except (ValueError, KeyError, OverflowError):
@@ -439,7 +441,7 @@ def _help(
         textwrap.fill(intro if method_files else intro.replace("the method's file, ", ""), width),
     ]
     for name, section in {"call": Invocation, "": None, **sections(config_class)}.items():
-        title = f"{name}: {section.__doc__}" if section else "Outside the sections:"
+        title = f"{name}: {section.__doc__ or section.__name__}" if section else "Outside the sections:"
         entries = [_help_entry(o, from_method, width) for o in options.values() if o.section == name]
         blocks += ["\n".join([textwrap.fill(title, width), *entries])] if entries else []
     blocks += ["examples:\n" + textwrap.indent(textwrap.dedent(examples).strip(), "  ")] if examples else []

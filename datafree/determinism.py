@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from datafree.errors import InputError
-from datafree.outputs import graph_of
+from datafree.outputs import graph_of, kind_of
 
 # Node of the graph -> the operation, of those that torch.use_deterministic_algorithms lists as raising an exception
 # in the backward pass; what raises one in the forward pass fails in the trial of a network. Bilinear interpolation and
@@ -28,7 +28,7 @@ OPERATIONS = {
 
 def nondeterministic_operations(output: Tensor) -> list[str]:
     """The OPERATIONS, in words, through which the gradient of ``output`` flows back; its graph may be used up."""
-    names = {node.name().partition("Backward")[0] for node in graph_of(output)}
+    names = {kind_of(node) for node in graph_of(output)}
     return sorted({OPERATIONS[name] for name in names & OPERATIONS.keys()})
 
 

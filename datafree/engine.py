@@ -108,7 +108,7 @@ class Engine:
     def train(self) -> dict[str, Any]:
         """Run the remaining epochs -> the last epoch's metrics. A stop signal saves and exits with 128 + its number."""
         at = self.position
-        with StopSignal() as self.stop, self.progress:
+        with StopSignal() as self.stop, self.progress, torch.enable_grad():
             self.source.tick = self._synthesis_step  # type: ignore[method-assign]
             while at["epoch"] < self.schedule.epochs:
                 self.progress.epoch(at["epoch"])

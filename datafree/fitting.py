@@ -17,11 +17,16 @@ from datafree.errors import InputError
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
 # Names that their owner translates elsewhere than in load_state_dict: (what, pattern, replacement).
 FORMER_NAMES = (
+    (
+        "the wrappers within the names of its weights were taken off",
+        r"(?:^|(?<=\.))(?:module|_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.",
+        "",
+    ),
     # torchvision renames these when it downloads a file, with the same pattern
-    ("DenseNet's former names", r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$", r"\1\2"),
+    ("DenseNet's former names were translated", r"(denselayer\d+\.(?:norm|relu|conv))\.([12]\.\w+)$", r"\1\2"),
     # torch translates from the old weight_norm to the new one itself
-    ("the names of torch's newer weight_norm", r"parametrizations\.(\w+)\.original0$", r"\1_g"),
-    ("the names of torch's newer weight_norm", r"parametrizations\.(\w+)\.original1$", r"\1_v"),
+    ("the names of torch's newer weight_norm were translated", r"parametrizations\.(\w+)\.original0$", r"\1_g"),
+    ("the names of torch's newer weight_norm were translated", r"parametrizations\.(\w+)\.original1$", r"\1_v"),
 )
 
 
@@ -72,7 +77,7 @@ def find_fits(weights: dict[str, Tensor], model: nn.Module, own: dict[str, Tenso
     if not whole or any(changes_the_network(fit, own) for fit in whole):
         translated = [new for fit in whole or tried for new in _translated(fit, model)]
         whole = [fit for fit in translated if fit.is_whole(own) and not changes_the_network(fit, own)] or whole
-    return whole, tried
+    return whole or [fit for fit in _partly_prefixed(weights, own) if fit.is_whole(own)], tried
 
 
 def load(model: nn.Module, fit: Fit, own: dict[str, Tensor]) -> tuple[list[str], list[str]]:
@@ -166,15 +171,31 @@ def _moved(weights: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Fit]:
             yield fit
 
 
+def _partly_prefixed(weights: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Fit]:
+    """The file's tensors with a prefix taken off the names that have it, which are most of them."""
+    counts = Counter(prefix for name in weights if not is_counter(name) for prefix in _prefixes(name))
+    for off in (prefix for prefix, count in counts.items() if 2 * count >= len(own) and count < len(weights)):
+        names = {name: name.removeprefix(off) for name in weights}
+        if len(set(names.values())) == len(names):
+            note = f"the prefix {off} was taken off those of its weights' names that have it"
+            yield Fit(OrderedDict((names[name], tensor) for name, tensor in weights.items()), [], off, [note])
+
+
 def _translated(fit: Fit, model: nn.Module) -> Iterator[Fit]:
     """The tensors of ``fit`` by the names that former names stand for now."""
     for words in dict.fromkeys(words for words, _, _ in FORMER_NAMES):
         names = {name: name for name in fit.tensors}
         for pattern, new in ((p, n) for w, p, n in FORMER_NAMES if w == words):
             names = {name: re.sub(pattern, new, now) for name, now in names.items()}
-        if any(name != now for name, now in names.items()):
+        if any(name != now for name, now in names.items()) and len(set(names.values())) == len(names):
             tensors = {now: fit.tensors[name] for name, now in names.items()}
-            yield Fit(tensors, fit.outside, fit.prefix, [*fit.notes, f"{words} were translated"])
+            yield Fit(tensors, fit.outside, fit.prefix, [*fit.notes, words])
+    if pruned := [name.removesuffix("_mask") for name in fit.tensors if name.endswith("_mask")]:
+        masked = {name: fit.tensors.get(f"{name}_orig") for name in pruned}
+        if all(tensor is not None for tensor in masked.values()):
+            rest = {n: t for n, t in fit.tensors.items() if n.removesuffix("_mask").removesuffix("_orig") not in masked}
+            whole = {name: fit.tensors[f"{name}_orig"] * fit.tensors[f"{name}_mask"] for name in pruned}
+            yield Fit({**rest, **whole}, fit.outside, fit.prefix, [*fit.notes, "its pruned weights were masked"])
     # timm's networks have a function beside their class that translates the files of their authors.
     owner = type(model).__module__
     translate: Any = getattr(sys.modules.get(owner), "checkpoint_filter_fn", None)

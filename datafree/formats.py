@@ -20,6 +20,7 @@ ZIPPED = {  # an entry that only such an archive has -> what it is and the way
     "torch.export.load(FILE).state_dict by torch.save",
     "model.weights.h5": f"a Keras model: {SAVE_STATE_DICT}, in PyTorch",
 }
+WEB_PAGE = "a web page: download the file itself, by its own link or in a browser"
 TORCH_MAGIC = bytes.fromhex("6cfc9c46f9206aa85019")  # of torch.save before 1.6
 MAGIC = {  # (offset, bytes) -> what it is and the way
     (0, b"\x89HDF\r\n"): "an HDF5 file, as Keras writes them: convert it to a state_dict of PyTorch",
@@ -28,6 +29,14 @@ MAGIC = {  # (offset, bytes) -> what it is and the way
     (0, b"GGUF"): f"a GGUF file: {SAVE_STATE_DICT}, in PyTorch",
     (0, b"\x93NUMPY"): "an array of NumPy: save a dict of tensors by torch.save",
     (0, b"\x1f\x8b"): "compressed by gzip: unpack it",
+    (0, b"\xfd7zXZ"): "compressed by xz: unpack it",
+    (0, b"BZh"): "compressed by bzip2: unpack it",
+    (0, b"\x28\xb5\x2f\xfd"): "compressed by zstd: unpack it",
+    (0, b"Rar!"): "a RAR archive: unpack it",
+    (0, b"MATLAB 5.0"): "a MATLAB file: save a dict of tensors by torch.save",
+    (0, b"<!DOCTYPE"): WEB_PAGE,
+    (0, b"<!doctype"): WEB_PAGE,
+    (0, b"<html"): WEB_PAGE,
     (0, b"7z\xbc\xaf\x27\x1c"): "a 7z archive: unpack it",
     (257, b"ustar"): "a tar archive: unpack it, and save it again by torch.save if it is one of torch before 0.2",
 }

@@ -29,7 +29,7 @@ from datafree.models.factory import (
 )
 from datafree.outputs import raw_logits, recognise
 from datafree.plugins import short_name
-from datafree.runtime import autocast
+from datafree.runtime import autocast, load_rng_state, rng_state
 from datafree.trial import (
     HALF,
     detach_results,
@@ -39,6 +39,7 @@ from datafree.trial import (
     layout,
     materialise,
     run,
+    tensors_of,
     trial_images,
     try_backward,
     try_evaluation,
@@ -195,6 +196,11 @@ class Network(nn.Module):
         materialise(model, self.shape)
         images = (trial_images(self.shape, 3, self.device) - self.mean) / self.std
         self.trial = try_evaluation(model, images)
+        if self.trial.normalises and not (self.mean.eq(0).all() and self.std.eq(1).all()):
+            self.trial.notes.append(
+                "[Alarm] it shifts or scales the images itself, after they are normalised here; if it takes values "
+                "from 0 to 1, give mean 0 and std 1 (--teacher_mean 0 --teacher_std 1, --mean 0 --std 1)"
+            )
         self.outputs = {False: self.trial.output, True: self.trial.output}  # by whether it is in training mode
         self.tap = FeatureTap(model, self.shape, stages, self.trial.dtype, self.trial.output)
         self.compile_mode: str | None = None
@@ -221,11 +227,18 @@ class Network(nn.Module):
         its factory brings, and the mean and std that these state, as an object may. stages: see the class. weights:
         loads weights into the model, before it is tried.
         """
-        is_object = isinstance(model, nn.Module)
+        is_object, seed, random = isinstance(model, nn.Module), torch.initial_seed(), rng_state()
         if isinstance(model, nn.Module):
             module = independent_copy(model.model if isinstance(model, Network) else model, role)
         else:
             module = build_model(model, num_classes or card.num_classes, card.channels, pretrained)
+        seeds = torch.initial_seed() != seed  # or what the run draws would not depend on its seed
+        if seeds:
+            load_rng_state(random)
+        if any(tensor.is_meta for tensor in tensors_of(module)):
+            raise InputError(
+                f"the {role} {type(module).__name__} has weights without values, on the device meta; build it on a CPU"
+            )
         if weights:
             materialise(module, card.shape)
             weights(module)
@@ -238,6 +251,11 @@ class Network(nn.Module):
         name = model_name(model)
         network = cls(module, card.shape, used["mean"], used["std"], f"{role} {short_name(name)}", stages=stages)
         network.notes = [*_large_images(name, card), *_other_normalisation(role, own, given, used, card)]
+        if seeds:
+            network.notes.append(
+                "[Alarm] its factory sets torch's seed, so that its first weights are the same in each run, whatever "
+                "--seed is; remove torch.manual_seed from it"
+            )
         if pretrained:
             network.notes.append("its weights are those that the model brings")
         if isinstance(model, Network):

@@ -156,11 +156,16 @@ def graph_of(output: Tensor) -> set[Any]:
     return seen
 
 
+def kind_of(node: Any) -> str:
+    """What a node of a graph computes, such as Convolution."""
+    return node.name().partition("Backward")[0]
+
+
 def _origin(raw: Tensor) -> str:
     """The node of the graph that made the outputs, before they were at most pooled, rectified, scaled or shifted."""
     node = raw.grad_fn
     while node is not None:
-        name = node.name().partition("Backward")[0]
+        name = kind_of(node)
         parents = [parent for parent, _ in node.next_functions if parent and "AccumulateGrad" not in parent.name()]
         if name not in FOLLOWING or len(parents) != 1:
             return name

@@ -219,15 +219,15 @@ def describe_notes(network: Network) -> list[str]:
     return [f"The {network.name}: {note}." for note in network.notes]
 
 
-def check_order(network: Network, card: DatasetCard) -> list[str]:
-    """A warning if the file of the network's weights and the data card name the classes differently."""
+def check_order(network: Network, names: Sequence[str], where: str = "data card") -> list[str]:
+    """A warning if the file of the network's weights names the classes otherwise than ``names`` in the data card."""
     stated = network.metadata.get("classes")
-    pairs = zip(stated if isinstance(stated, (list, tuple)) else (), card.classes)
+    pairs = zip(stated if isinstance(stated, (list, tuple)) else (), names)
     for number, (theirs, ours) in enumerate(pairs):
         if composed(str(theirs)) != ours:
             return [
                 f"[Alarm] Class {number} is {short(str(theirs))} in the file of the {network.name}'s weights but "
-                f"{ours} in the data card; list `classes` in the order of the file in the card."
+                f"{ours} in the {where}; list `classes` in the order of the file in the card."
             ]
     return []
 

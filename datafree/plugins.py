@@ -25,6 +25,7 @@ T = TypeVar("T")
 FAILURES = (Exception, SystemExit, GeneratorExit)
 LONGEST_LINE = 300  # characters of the line of an exception
 _announced: set[str] = set()  # files and packages whose execution was announced
+_folders: set[Path] = set()  # of files that were executed
 MARK = re.compile(r"@[0-9a-f]{8}\b")  # on the name of a package that a user's file is in, see _import_in_package
 
 
@@ -163,11 +164,33 @@ def _import_file(path: Path) -> ModuleType:
     # Its state when it was read is part of the name, so that a file that changed since is read again.
     contents = path.read_bytes()
     dots = max((n.level for n in ast.walk(ast.parse(contents)) if isinstance(n, ast.ImportFrom)), default=0)
+    _forget_neighbours_elsewhere(path.parent)
     with _on_path([str(path.parent)]):  # the file may import its neighbours
         if dots:
             return _import_in_package(path, _package_root(path, dots), digest(str(path).encode(), contents))
         name = f"{path}@{digest(contents)}"
         return sys.modules[name] if name in sys.modules else _execute(path, name)
+
+
+@contextmanager
+def beside(name: str) -> Iterator[None]:
+    """Inside, code called ``name`` may import its neighbours, as it may where its file is executed."""
+    source = name.rpartition(":")[0]
+    with _on_path([str(Path(source).resolve().parent)] if source.endswith(".py") else []):
+        yield
+
+
+def _forget_neighbours_elsewhere(folder: Path) -> None:
+    """Let a file in ``folder`` import its own neighbours, and not those of equal names that one elsewhere imported."""
+    _folders.add(folder)
+    for top in [name for name in sys.modules if name.isidentifier()]:
+        file = getattr(sys.modules[top], "__file__", None)
+        root = Path(file).parent if file else folder
+        root = root.parent if file and Path(file).name == "__init__.py" else root
+        is_here = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
+        if is_here and root != folder and root in _folders:
+            for name in [name for name in sys.modules if name == top or name.startswith(f"{top}.")]:
+                del sys.modules[name]
 
 
 @contextmanager
@@ -215,9 +238,12 @@ def _execute(path: Path, name: str, search: list[str] | None = None) -> ModuleTy
     spec = importlib.util.spec_from_file_location(name, path, submodule_search_locations=search)
     assert spec and spec.loader  # of a .py file
     module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    words, sys.argv = sys.argv, sys.argv[:1]  # which are no options of a file that reads the command line
     try:
         spec.loader.exec_module(module)
     except BaseException:
         del sys.modules[name]
         raise
+    finally:
+        sys.argv = words
     return module

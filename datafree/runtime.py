@@ -74,6 +74,17 @@ def require_compiler(device: torch.device) -> None:
         )
 
 
+def require_default_state() -> None:
+    """Raise InputError where torch was told, by a program or a network's file, to compute otherwise than by default."""
+    if torch.is_inference_mode_enabled():
+        raise InputError("nothing can be trained inside torch.inference_mode; call it outside")
+    if torch.get_default_dtype() != torch.float32:
+        raise InputError(
+            f"torch's default type was set to {str(torch.get_default_dtype())[6:]}; networks are trained in float32: "
+            "leave torch.set_default_dtype out, and give a network's type by .double() or .to(dtype)"
+        )
+
+
 def set_threads(n: int) -> None:
     """Use ``n`` CPU threads; 0 keeps torch's default."""
     if n:

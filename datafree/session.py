@@ -33,6 +33,7 @@ from datafree.runtime import (
     bf16_slowdown,
     choose_device,
     require_compiler,
+    require_default_state,
     same_rng,
     seed_everything,
     set_threads,
@@ -75,6 +76,7 @@ class Session:
             require_compiler(self.device)
         if self.run.resume not in ("none", "auto") and not os.path.isfile(self.run.resume):
             raise InputError(f"--resume {self.run.resume}: there is no such file; give a checkpoint's path, or auto")
+        self._networks: list[Network] = []
         self.missing: list[MissingError] = []
         self.to_download: list[str] = []
         objects = set(map(model_name, self.given.values()))
@@ -82,6 +84,7 @@ class Session:
             if model not in objects:
                 check_model(model)
             self._if_there(weights)
+        require_default_state()
         set_threads(self.run.threads)
         seed_everything(self.run.seed, self.run.deterministic)
         size = self.data.image_size
@@ -111,7 +114,12 @@ class Session:
     @cached_property
     def test(self) -> Split | None:
         """The test split, which is read when it is first asked for; None with --eval none."""
-        return self.split("test") if self.data.eval == "test" else None
+        if self.data.eval != "test":
+            return None
+        split = self.split("test")
+        if not self.card.classes:  # which stands above the names of the folders
+            self.notes += [n for net in self._networks for n in check_order(net, split.folders, "order of the folders")]
+        return split
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -183,6 +191,7 @@ class Session:
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
             network = self._loaded(role, model, self._if_there(weights), key, options)
+        require_default_state()  # which the file of a network may change
         classes = num_classes or self.card.num_classes
         if network.num_classes != classes:
             raise InputError(
@@ -192,7 +201,8 @@ class Session:
             )
         if not as_arrived:
             put_in_card_order(network, classes)
-        self.notes += check_order(network, self.card)
+        self.notes += check_order(network, self.card.classes)
+        self._networks.append(network)
         if distributed.count() > 1 and not network.trial.repeatable and is_batch_independent(network.model):
             self.notes.append(
                 f"[Alarm] The outputs of the {network.name} for an image are not the same in any batch, and of several "

@@ -105,7 +105,8 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
         )
         if not resume(session, engine) and budget:
             lay_plan(session, training, engine)
-        if engine.is_finished and folder.has_summary:
+        was_finished = engine.is_finished and folder.has_summary
+        if was_finished:
             folder.log("The run is finished already; its results stay as they are.")
         else:
             folder.set_summary_aside()
@@ -118,7 +119,7 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
             summarise(session, engine, result, columns, facts)
         if training.finish:
             training.finish(folder)
-        if not training.is_last:
+        if not (was_finished or training.is_last):
             engine.end_if_asked()
         return folder.root
 

@@ -9,7 +9,7 @@ import copy
 import inspect
 import random
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,12 +21,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from datafree import distributed
 from datafree.determinism import nondeterministic_operations
 from datafree.errors import InputError
-from datafree.outputs import Output, check_rows, graph_of, raw_logits, recognise, where_logits_are
+from datafree.outputs import Output, check_rows, graph_of, kind_of, raw_logits, recognise, where_logits_are
 from datafree.plugins import first_line
 from datafree.runtime import load_rng_state, rng_state
 
 HALF = (torch.float16, torch.bfloat16)
 AVX2_FLOATS = 8  # in a register
+TRIED_SEED = 7_654_321  # which nobody's network sets
+COPYING = {"Clone", "Alias", "ToCopy"}  # nodes of the graph that give what they are given
 OTHER_SIZES = (32, 28, 64, 96, 128, 224, 256, 299, 384)  # that a network may have been made for
 
 
@@ -36,7 +38,8 @@ class Trial:
 
     dtype, channels_last: of the inputs. output: how the returned tensor is read. gradient: why no gradient reaches the
     images; empty if it does. nondeterministic: operations on its way that no GPU repeats exactly. repeatable: whether
-    the output for an image is always the same, whatever else is in its batch. notes: sentences for the plan.
+    the output for an image is always the same, whatever else is in its batch. normalises: whether it shifts or scales
+    the images by constants before anything else. notes: sentences for the plan.
     """
 
     dtype: torch.dtype = torch.float32
@@ -45,6 +48,7 @@ class Trial:
     gradient: str = ""
     nondeterministic: list[str] = field(default_factory=list)
     repeatable: bool = True
+    normalises: bool = False
     notes: list[str] = field(default_factory=list)
 
 
@@ -149,9 +153,10 @@ def independent_copy(model: nn.Module, role: str) -> nn.Module:
 def detach_results(model: nn.Module, memo: dict[int, Any]) -> None:
     """Let ``memo`` of a deepcopy have the results of operations that modules keep, which torch does not copy."""
     for module in model.modules():
-        for value in vars(module).values():
-            if torch.is_tensor(value) and not value.is_leaf:  # such as weight_norm's weight
-                memo[id(value)] = value.detach()
+        for kept in vars(module).values():
+            for value in kept if isinstance(kept, (list, tuple)) else (kept,):
+                if torch.is_tensor(value) and not value.is_leaf:  # such as weight_norm's weight
+                    memo[id(value)] = value.detach()
 
 
 def materialise(model: nn.Module, shape: Sequence[int]) -> None:
@@ -242,6 +247,7 @@ class _Pass:
     gradient: Tensor | None = None
     reason: str = ""
     overruns: bool = False
+    normalises: bool = False
 
 
 def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
@@ -250,17 +256,28 @@ def _pass(model: nn.Module, images: Tensor, seed: int = 0) -> _Pass:
     torch.manual_seed(seed)
     # Not a leaf, as views are not: the normalisation came before.
     images = images.detach().requires_grad_()
-    returned = run(model, images * 1)
+    given = images * 1
+    returned = run(model, given)
     raw = raw_logits(returned, model)
-    overruns = any(map(_overruns, graph_of(raw)))
+    graph = graph_of(raw)
+    found: dict[str, Any] = {"overruns": any(map(_overruns, graph)), "normalises": _normalises(graph, given.grad_fn)}
     if raw.requires_grad:
         try:
             _weighted_sum(raw).backward()
         except Exception as error:
-            return _Pass(raw, returned, None, f"its backward pass fails ({first_line(error)})", overruns)
+            return _Pass(raw, returned, None, f"its backward pass fails ({first_line(error)})", **found)
     if images.grad is None:
-        return _Pass(raw, returned, None, "its output is computed without a gradient", overruns)
-    return _Pass(raw, returned, images.grad, "", overruns)
+        return _Pass(raw, returned, None, "its output is computed without a gradient", **found)
+    return _Pass(raw, returned, images.grad, "", **found)
+
+
+def _normalises(graph: Collection[Any], start: Any) -> bool:
+    """Whether what reads the images, which the node ``start`` of a graph gives, shifts or scales them by constants."""
+    readers = [node for node in graph if any(parent is start for parent, _ in node.next_functions)]
+    if any(kind_of(node) in COPYING and _normalises(graph, node) for node in readers):
+        return True
+    alone = [node for node in readers if sum(parent is not None for parent, _ in node.next_functions) == 1]
+    return any(kind_of(node) in ("Sub", "Rsub", "Add", "Div", "Mul") for node in alone)
 
 
 def _overruns(node: Any) -> bool:
@@ -311,18 +328,29 @@ def try_evaluation(model: nn.Module, images: Tensor) -> Trial:
     Afterwards the weights are in channels_last if that is what the network works with, as it does in its own layout.
     Raises InputError for what cannot be used.
     """
-    trial = Trial()
+    trial, named = Trial(), {name for name, _ in model.named_parameters()}
     with on_trial(model):
         pair = images[:2]
         trial.dtype, first = _first_pass(model, pair)
+        if made := [name for name, _ in model.named_parameters() if name not in named]:
+            raise InputError(
+                f"the network {type(model).__name__} makes {made[0]} in its forward pass, which neither files nor "
+                "optimisers know; make it in __init__, or as a lazy layer such as nn.LazyLinear"
+            )
         if trial.dtype != torch.float32:
             trial.notes.append(f"it is given images in {str(trial.dtype)[6:]}, the type of its weights")
         if not torch.is_tensor(first.returned):
             trial.notes.append(where_logits_are(first.returned))
+        trial.normalises = first.normalises
         trial.gradient, trial.nondeterministic = first.reason, nondeterministic_operations(first.raw)
         check_rows(first.raw, len(pair), model)
         _try_layout(model, pair.to(trial.dtype), first, trial)
         _try_again(model, images.to(trial.dtype).contiguous(memory_format=layout(trial.channels_last)), first, trial)
+        if torch.initial_seed() != TRIED_SEED:
+            trial.notes.append(
+                "[Alarm] its forward pass sets torch's seed, so that all that the run draws is the same each time; "
+                "remove torch.manual_seed from it"
+            )
         trial.output = _recognised(model, images.to(trial.dtype), first.raw)
         if trial.output.sentence:
             trial.notes.append(trial.output.sentence)
@@ -387,7 +415,7 @@ def _try_again(model: nn.Module, images: Tensor, first: _Pass, trial: Trial) -> 
     """Ask twice: the output for an image must not change, nor depend on the rest of its batch."""
     pair = first.raw.detach()
     with torch.no_grad():
-        torch.manual_seed(1)
+        torch.manual_seed(TRIED_SEED)
         random.seed(1)
         with suppress(Exception):  # of a network that takes no three images
             if is_close(pair, raw_logits(model(images), model)[: len(pair)]):

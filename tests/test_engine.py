@@ -481,7 +481,7 @@ def test_code_of_a_network_that_changed_is_not_taken_over_in_silence(distil, ref
     distil("--epochs", 1, "--student", f"{net}:small")
     net.write_text(net.read_text() + "# another version\n")
     line = refused(distil, "--epochs", 2, "--student", f"{net}:small", "--resume", "auto")
-    assert "the code of net.py:small has changed since it was written" in line
+    assert "the code of net-small has changed since it was written" in line
 
 
 def test_memory_that_is_refused_is_not_called_damage(distil, refused, monkeypatch):

@@ -2,6 +2,7 @@
 
 import random
 import re
+import sys
 from functools import cache
 from types import SimpleNamespace
 
@@ -16,8 +17,10 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 from torchvision.ops import FrozenBatchNorm2d
 
+from datafree import plugins
 from datafree.batchnorm import BatchNormTap
 from datafree.config import Relation
+from datafree.datasets.cards import DatasetCard
 from datafree.errors import InputError, OptionError
 from datafree.features import FeatureTap
 from datafree.network import Network
@@ -1056,3 +1059,97 @@ def test_the_default_layers_are_the_last_two_of_four(count, chosen):
     assert list(triplet_stages(count, Relation())) == chosen
     assert list(triplet_stages(count, Relation(start_layer=-1, end_layer=4))) == [count - 1]
     assert list(triplet_stages(5, Relation(start_layer=-5, end_layer=-3))) == [0, 1]
+
+
+class Normalising(nn.Module):
+    """Shifts and scales the images before anything else."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.full((1, 3, 1, 1), 0.4))
+        self.trunk = Trunk()
+
+    def forward(self, x):
+        return self.trunk((x - self.mean) / 0.2)
+
+
+@pytest.mark.parametrize(
+    "make, mean, std, alarm",
+    [
+        (Normalising, 0.5, 0.25, True),
+        (Normalising, 0.0, 1.0, False),
+        (lambda: nn.Sequential(torchvision.transforms.Normalize([0.4] * 3, [0.2] * 3), Trunk()), 0.5, 0.25, True),
+        (Trunk, 0.5, 0.25, False),
+    ],
+)
+def test_a_network_that_normalises_the_images_again_is_called_out(make, mean, std, alarm):
+    net = Network(make(), SHAPE, (mean,) * 3, (std,) * 3)
+    assert ("[Alarm] the network: it shifts or scales the images itself" in notes(net)) == alarm
+
+
+class Seeding(Trunk):
+    def forward(self, x):
+        torch.manual_seed(0)
+        return super().forward(x)
+
+
+class Late(Trunk):
+    """Makes its head when it is called first."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = None
+
+    def forward(self, x):
+        maps = self.maps(x).mean((2, 3))
+        if self.fc is None:
+            self.fc = nn.Linear(maps.shape[1], 10)
+        return self.fc(maps)
+
+
+def test_a_network_that_sets_the_seed_is_called_out():
+    assert "[Alarm] the teacher nets-made: its forward pass sets torch's seed" in notes(network(Seeding()))
+    assert "sets torch's seed" not in notes(network(Trunk()))
+
+
+def test_layers_that_are_made_in_the_forward_pass_are_refused():
+    with pytest.raises(InputError, match=r"makes fc.weight in its forward pass.*make it in __init__"):
+        network(Late())
+
+
+def test_a_factory_that_sets_the_seed_is_called_out_and_does_not_set_that_of_the_run(tmp_path):
+    (tmp_path / "net.py").write_text(
+        "import nets, torch\n\ndef seeded():\n    torch.manual_seed(3)\n    return nets.Trunk()\n"
+    )
+    torch.manual_seed(11)
+    card = DatasetCard("mine", 3, 16, 16, 10, (0.5,) * 3, (0.25,) * 3)
+    net = Network.build(f"{tmp_path / 'net.py'}:seeded", card)
+    assert any("its factory sets torch's seed" in note for note in net.notes) and torch.initial_seed() == 11
+
+
+def test_neighbours_of_equal_names_are_each_files_own(tmp_path):
+    for name, width in (("one", 8), ("two", 16)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "layers.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / name / "later.py").write_text(f"DEPTH = {width}\n")
+        (tmp_path / name / "net.py").write_text(
+            "from layers import WIDTH\n\ndef width():\n    from later import DEPTH\n    return WIDTH, DEPTH\n"
+        )
+    found = {}
+    for name in ("one", "two", "one"):
+        source = f"{tmp_path / name / 'net.py'}:width"
+        with plugins.beside(source):
+            found[name] = plugins.load_object(source)()
+    assert found == {"one": (8, 8), "two": (16, 16)}
+
+
+def test_a_file_that_reads_the_command_line_sees_none_of_our_options(tmp_path, monkeypatch):
+    (tmp_path / "net.py").write_text("import sys\n\ndef words():\n    return WORDS\n\nWORDS = list(sys.argv)\n")
+    monkeypatch.setattr(sys, "argv", ["datafree_kd.py", "--seed", "1"])
+    assert plugins.load_object(f"{tmp_path / 'net.py'}:words")() == ["datafree_kd.py"]
+
+
+def test_weights_without_values_are_refused():
+    card = DatasetCard("mine", 3, 16, 16, 10, (0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(InputError, match="has weights without values, on the device meta"):
+        Network.build(Trunk().to("meta"), card)

@@ -77,6 +77,14 @@ LAYOUTS = {
     "counters and heads": lambda w: {**w, **EXTRA},
     "numbers among the tensors": lambda w: {**w, "epoch": 3, "lr": 0.1},
     "extra state": lambda w: {**w, "0.0._extra_state": {"version": 1}},
+    "wrappers within": lambda w: {f"_orig_mod.{n.replace('.', '.module.', 1)}": t for n, t in w.items()},
+    "a prefix on most names": lambda w: {n if n.startswith("4.") else f"backbone.{n}": t for n, t in w.items()},
+    "pruned": lambda w: {
+        **{n: t for n, t in w.items() if n != "4.weight"},
+        "4.weight_orig": w["4.weight"],
+        "4.weight_mask": torch.ones_like(w["4.weight"]),
+    },
+    "whole numbers as keys beside them": lambda w: {**w, 0: torch.ones(2)},
     "an average in the same dict": lambda w: {
         **behind("model.", w),
         **behind("ema.", {n: t + 1 for n, t in w.items()}),
@@ -129,6 +137,43 @@ def test_what_is_wrong_in_a_file_is_called_by_the_names_of_the_file(model, tmp_p
         "left out: model.total_ops, model.loss.weight"
         in loaded(tmp_path, behind("model.", {**weights, **EXTRA}), model).notes[-1]
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_weights_without_their_scales_are_refused(dtype, tmp_path):
+    weights = trained().state_dict()
+    contents = {**weights, "4.weight": weights["4.weight"].to(dtype), "4.weight_scale": torch.ones(1)}
+    with pytest.raises(InputError, match="holds 4.weight as .*8.*, as the weights of a quantised network"):
+        loaded(tmp_path, contents)
+
+
+def test_one_of_several_files_of_weights_is_named(tmp_path):
+    torch.save(trained().state_dict(), tmp_path / "model-00001-of-00003.pth")
+    with pytest.raises(InputError, match="is one of 3 files that hold a set of weights; join them"):
+        Network.from_file(tmp_path / "model-00001-of-00003.pth", TINY, CARD)
+
+
+def test_averages_one_level_below_and_mmengines_are_told(tmp_path):
+    weights = trained().state_dict()
+    [note] = loaded(tmp_path, {"model": weights, "ema": {"module": weights, "updates": 100}}).notes
+    assert "averages over the training are under ema.module, which" in note
+    named = {"steps": torch.tensor(5), **behind("module.", weights)}
+    [note] = loaded(tmp_path, {"state_dict": weights, "ema_state_dict": named}).notes
+    assert "if mmengine wrote it, these are the averages" in note and "ema_state_dict" in note
+
+
+@pytest.mark.parametrize(
+    "contents, said",
+    [
+        (b"<!DOCTYPE html><html>quota exceeded</html>", "is a web page: download the file itself"),
+        (b"\xfd7zXZ\x00" + bytes(64), "compressed by xz"),
+        (b"MATLAB 5.0 MAT-file" + bytes(200), "a MATLAB file"),
+    ],
+)
+def test_whole_files_of_other_kinds_are_named(contents, said, tmp_path):
+    (tmp_path / "net.pth").write_bytes(contents)
+    with pytest.raises(InputError, match=said):
+        Network.from_file(tmp_path / "net.pth", TINY, CARD)
 
 
 @pytest.mark.parametrize("missing", ["4.bias", "0.1.running_var", "1.0.weight"])

@@ -124,7 +124,8 @@ class DatasetCard:
             raise InputError(f"{place}: {', '.join(missing)} missing; the keys of a data card are {', '.join(known)}")
         for key in ("mean", "std"):
             values[key] = _numbers(place, key, values[key])
-        classes = values.get("classes") or ()
+        classes = values.get("classes")
+        classes = () if classes is None else classes
         if not isinstance(classes, (list, tuple)) or not all(isinstance(name, str) and name for name in classes):
             raise InputError(
                 f"{place}: classes must be a list of names in the order of the labels, not {shown(classes)}"

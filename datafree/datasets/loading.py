@@ -122,7 +122,8 @@ def _load_with(name: str, data_root: Path, split: str) -> tuple[Tensor, Tensor]:
     except FAILURES as error:
         raise InputError(f"the loader {name} failed for the split {split}: {first_line(error)}") from error
     whole = not labels.is_floating_point() and labels.dtype != torch.bool
-    if images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1] or not whole:
+    dense = images.layout is labels.layout is torch.strided
+    if not dense or images.dtype != torch.uint8 or images.dim() != 4 or labels.shape != images.shape[:1] or not whole:
         raise InputError(
             f"the loader {name} returned images {tuple(images.shape)} of {images.dtype} and labels "
             f"{tuple(labels.shape)} of {labels.dtype}; they must be uint8 (N, C, H, W) and integers (N,)"

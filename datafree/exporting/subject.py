@@ -46,7 +46,7 @@ def load_subject(options: Trained, data_root: str) -> Subject:
         )
     order = stated_order(network, card.num_classes) or tuple(range(card.num_classes))
     seen = seen_classes(network, card.num_classes)
-    notes = check_order(network, card)
+    notes = check_order(network, card.classes)
     if seen < card.num_classes:
         notes.append(f"It has learned {seen} of {card.num_classes} classes; the files have outputs for these alone.")
     added: dict[str, Any] = {"dataset": card.name, "num_classes": card.num_classes}

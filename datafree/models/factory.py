@@ -12,7 +12,7 @@ import torchvision
 from torch import nn
 
 from datafree.errors import InputError, MissingError, OptionError
-from datafree.plugins import FAILURES, first_line, is_custom, load_custom
+from datafree.plugins import FAILURES, beside, first_line, is_custom, load_custom
 
 from . import MODELS
 
@@ -157,7 +157,8 @@ def _from_timm(name: str, num_classes: int, in_channels: int, pretrained: bool =
 def _from_factory(name: str, num_classes: int, in_channels: int, pretrained: bool = False) -> nn.Module:
     factory = load_custom(name)
     try:
-        model = factory(**_arguments(factory, num_classes, in_channels, pretrained))
+        with beside(name):
+            model = factory(**_arguments(factory, num_classes, in_channels, pretrained))
     except FAILURES as error:
         raise InputError(
             f"'{name}' failed when called with those of num_classes={num_classes} and "
