@@ -69,12 +69,33 @@ PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch
 }
 
 
+# Functions whose results have no values but those of their argument, or means of them, as far as rounding goes.
+PASSING = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "__getitem__"}
+PASSING |= {
+    "chunk",
+    "split",
+    "pad",
+    "dropout",
+    "identity",
+    "expand",
+    "repeat",
+    "clone",
+    "interpolate",
+    "mean",
+    "pixel_shuffle",
+}
+PASSING |= {
+    f"{adaptive}{kind}_pool{n}d" for adaptive in ("", "adaptive_") for kind in ("max", "avg") for n in (1, 2, 3)
+}
+
+
 @dataclass
 class Layer:
     """A call of a convolution or linear layer.
 
     name: of its module. axis, channels: of the output channels in its weight. numbers: in its weight. is_again: whether
-    an earlier call has the same weight. norm: module of the BatchNorm that follows it, and could be folded into it.
+    an earlier call has the same weight. in_float: whether its input is no rounded activation. norm: module of the
+    BatchNorm that follows it, and could be folded into it.
     """
 
     name: str
@@ -82,6 +103,7 @@ class Layer:
     channels: int
     numbers: int
     is_again: bool = False
+    in_float: bool = False
     norm: str = ""
 
 
@@ -167,6 +189,7 @@ class _Search(Calls):
         self.used: dict[int, int] = {}  # output of a layer -> number of calls that it is given to
         self.replaced: dict[int, list[tuple[int, Tensor]]] = {}  # memory -> activations that were to be written there
         self.weights = set[frozenset[int]]()  # the parameters of each weight
+        self.rounded: list[Any] = []  # activations, and what was made of them without leaving their grid
         self.parameters = {_memory(parameter) for parameter in model.parameters()}
 
     def __enter__(self) -> "_Search":
@@ -193,7 +216,8 @@ class _Search(Calls):
         weight, axis = args[1] if len(args) > 1 else kwargs["weight"], LAYERS[func]
         parameters = frozenset(map(_memory, _parameters_of(weight)))
         is_again = parameters in self.weights
-        self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel(), is_again))
+        in_float = not self._is_rounded(args[0] if args else kwargs["input"])
+        self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel(), is_again, in_float))
         self.weights.add(parameters)
         output = self._counted(func(*args, **kwargs), args, kwargs)
         self.made.append((output.grad_fn, len(self.sites.activations)))
@@ -205,6 +229,7 @@ class _Search(Calls):
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor, in_place: bool) -> Tensor:
         self.sites.activations.append(self.stack[-1])
         result = self._counted(function(x), (x,), {})
+        self.rounded += [result, x] if in_place else [result]
         if in_place:
             self.replaced.setdefault(_memory(x), []).append((len(self.sites.activations) - 1, x))
         return result
@@ -226,7 +251,14 @@ class _Search(Calls):
                 f"the {part} multiplies by its weight in {func.__name__}, in which it "
                 "cannot be quantised; use a network that calls nn.Linear, nn.Conv2d or their functions there"
             )
-        return self._counted(func(*args, **kwargs), args, kwargs, func)
+        result = self._counted(func(*args, **kwargs), args, kwargs, func)
+        given = list(_tensors(args, kwargs))
+        if func.__name__ in {*PASSING, "cat"} and given and all(map(self._is_rounded, given)):
+            self.rounded += result if isinstance(result, (list, tuple)) else [result]
+        return result
+
+    def _is_rounded(self, x: Tensor) -> bool:
+        return any(x is activation for activation in self.rounded)
 
     def _counted(self, result: Any, args: Any, kwargs: Any, func: Any = None) -> Any:
         """``result`` of a call, which uses its arguments if it is of tensors (and no question, such as for a shape), or

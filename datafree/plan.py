@@ -108,6 +108,13 @@ def describe_grids(model: QuantizedModel) -> list[str]:
         f"On the grid: the weights of {_count(len(numbers), 'layer')} ({sum(numbers) / sites.of:.1%} of all "
         f"parameters), and {_count(activations, 'activation')}."
     ]
+    free = [layer.name for layer in sites.layers[1:] if layer.in_float] if activations else []
+    if free:
+        others = f" and {len(free) - SHOWN} more" * (len(free) > SHOWN)
+        lines.append(
+            f"The inputs of {_count(len(free), 'layer')} after the first stay in float, because no activation function "
+            f"comes right before: {', '.join(free[:SHOWN])}{others}."
+        )
     if model.protocol.first_last_bits is not None:
         outer = f"{sites.layers[0].name} and {sites.layers[sites.last].name}"
         lines.append(f"First and last layer, in {model.protocol.first_last_bits} bits: {outer}.")

@@ -396,6 +396,20 @@ def test_the_last_layer_is_that_of_the_logits():
     assert "First and last layer, in 8 bits: first and head." in plan.describe_grids(model)
 
 
+class Bottleneck(Written):
+    """A layer reads what a linear one gives, and the head what is pooled."""
+
+    def forward(self, x):
+        x = self.norm(self.second(F.relu(self.first(x))))
+        return self.head(torch.flatten(F.adaptive_avg_pool2d(F.relu(self.second(x)), 1), 1))
+
+
+def test_layers_whose_inputs_stay_in_float_are_named():
+    lines = plan.describe_grids(quantise(network(Bottleneck(F.relu)), Quantizer()).model)
+    assert "The inputs of 1 layer after the first stay in float" in lines[1] and lines[1].endswith(": second.")
+    assert len(plan.describe_grids(quantise(network(Written(F.relu)), Quantizer()).model)) == 1
+
+
 def test_a_quantised_network_is_in_evaluation_mode_from_the_beginning():
     model = quantise(network(nets.tiny(5), frozen=False), Quantizer()).model
     assert not any(module.training for module in model.modules())
@@ -557,8 +571,8 @@ def test_matrices_that_stay_in_float_are_named():
     found = quantise(network(Recurrent()), Quantizer()).model
     named = ["second.weight", "lstm.weight_ih_l0", "lstm.weight_hh_l0"]
     assert found.sites.in_float == named
-    (on, rest) = plan.describe_grids(found)
-    assert "the weights of 2 layers" in on and ", ".join(named) in rest
+    on, inputs, rest = plan.describe_grids(found)
+    assert "the weights of 2 layers" in on and ", ".join(named) in rest and inputs.endswith(": head.")
 
 
 def test_numbers_in_float_are_not_said_to_be_on_the_grid():
