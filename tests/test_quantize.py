@@ -201,7 +201,7 @@ def test_a_calibration_does_not_go_on_with_training(quantised, refused):
     assert "--epochs 0, not 2" in line
 
 
-def test_a_file_in_float_is_not_left_under_the_name_of_an_integer_network(quantised, monkeypatch, refused):
+def test_no_file_is_left_of_an_integer_network_that_cannot_be_written(quantised, monkeypatch, refused):
     pytest.importorskip("onnxruntime")
 
     def fail(*parts):
@@ -210,7 +210,7 @@ def test_a_file_in_float_is_not_left_under_the_name_of_an_integer_network(quanti
     monkeypatch.setattr(integers, "quantize_onnx", fail)
     words = ("--w_bits", 8, "--a_bits", 8, "--onnx")
     refused(lambda: quantised(*words, length=("--epochs", 0, "--warmup", 1)), before_run=False)
-    assert [path.name for path in Path("runs").glob("*/run/onnx/*.onnx")] == ["student_fp32.onnx"]
+    assert not list(Path("runs").glob("*/run/onnx/*.onnx"))
 
 
 def test_another_protocol_does_not_go_on_with_a_run(quantised, refused):
