@@ -25,7 +25,8 @@ T = TypeVar("T")
 FAILURES = (Exception, SystemExit, GeneratorExit)
 LONGEST_LINE = 300  # characters of the line of an exception
 _announced: set[str] = set()  # files and packages whose execution was announced
-_folders: set[Path] = set()  # of files that were executed
+# Folder of files that were executed -> the modules in it that those in another folder have taken the names of.
+_set_aside: dict[Path, dict[str, ModuleType]] = {}
 MARK = re.compile(r"@[0-9a-f]{8}\b")  # on the name of a package that a user's file is in, see _import_in_package
 
 
@@ -164,7 +165,7 @@ def _import_file(path: Path) -> ModuleType:
     # Its state when it was read is part of the name, so that a file that changed since is read again.
     contents = path.read_bytes()
     dots = max((n.level for n in ast.walk(ast.parse(contents)) if isinstance(n, ast.ImportFrom)), default=0)
-    _forget_neighbours_elsewhere(path.parent)
+    _make_way_for(path.parent)
     with _on_path([str(path.parent)]):  # the file may import its neighbours
         if dots:
             return _import_in_package(path, _package_root(path, dots), digest(str(path).encode(), contents))
@@ -180,17 +181,19 @@ def beside(name: str) -> Iterator[None]:
         yield
 
 
-def _forget_neighbours_elsewhere(folder: Path) -> None:
+def _make_way_for(folder: Path) -> None:
     """Let a file in ``folder`` import its own neighbours, and not those of equal names that one elsewhere imported."""
-    _folders.add(folder)
+    own = _set_aside.pop(folder, {})
     for top in [name for name in sys.modules if name.isidentifier()]:
         file = getattr(sys.modules[top], "__file__", None)
         root = Path(file).parent if file else folder
         root = root.parent if file and Path(file).name == "__init__.py" else root
         is_here = (folder / f"{top}.py").is_file() or (folder / top).is_dir()
-        if is_here and root != folder and root in _folders:
+        if is_here and root != folder and root in _set_aside:
             for name in [name for name in sys.modules if name == top or name.startswith(f"{top}.")]:
-                del sys.modules[name]
+                _set_aside[root][name] = sys.modules.pop(name)
+    sys.modules.update(own)
+    _set_aside[folder] = {}
 
 
 @contextmanager

@@ -1130,17 +1130,18 @@ def test_a_factory_that_sets_the_seed_is_called_out_and_does_not_set_that_of_the
 def test_neighbours_of_equal_names_are_each_files_own(tmp_path):
     for name, width in (("one", 8), ("two", 16)):
         (tmp_path / name).mkdir()
-        (tmp_path / name / "layers.py").write_text(f"WIDTH = {width}\n")
+        (tmp_path / name / "layers.py").write_text(f"WIDTH = {width}\n\nclass Net:\n    pass\n")
         (tmp_path / name / "later.py").write_text(f"DEPTH = {width}\n")
         (tmp_path / name / "net.py").write_text(
-            "from layers import WIDTH\n\ndef width():\n    from later import DEPTH\n    return WIDTH, DEPTH\n"
+            "from layers import WIDTH, Net\n\ndef width():\n    from later import DEPTH\n    return WIDTH, DEPTH\n"
         )
-    found = {}
+    found, digests = {}, set()
     for name in ("one", "two", "one"):
-        source = f"{tmp_path / name / 'net.py'}:width"
-        with plugins.beside(source):
-            found[name] = plugins.load_object(source)()
-    assert found == {"one": (8, 8), "two": (16, 16)}
+        source = f"{tmp_path / name / 'net.py'}"
+        with plugins.beside(f"{source}:width"):
+            found[name] = plugins.load_object(f"{source}:width")()
+        digests.add(plugins.code_digest(f"{source}:Net"))
+    assert found == {"one": (8, 8), "two": (16, 16)} and len(digests) == 2
 
 
 def test_a_file_that_reads_the_command_line_sees_none_of_our_options(tmp_path, monkeypatch):
