@@ -69,24 +69,13 @@ PRODUCTS = {torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, torch
 }
 
 
-# Functions whose results have no values but those of their argument, or means of them, as far as rounding goes.
-PASSING = {"flatten", "view", "reshape", "permute", "transpose", "squeeze", "unsqueeze", "contiguous", "__getitem__"}
-PASSING |= {
-    "chunk",
-    "split",
-    "pad",
-    "dropout",
-    "identity",
-    "expand",
-    "repeat",
-    "clone",
-    "interpolate",
-    "mean",
-    "pixel_shuffle",
-}
-PASSING |= {
-    f"{adaptive}{kind}_pool{n}d" for adaptive in ("", "adaptive_") for kind in ("max", "avg") for n in (1, 2, 3)
-}
+# Functions whose results have no values but those of their arguments, or means of them, as far as rounding goes.
+PASSING = set(
+    "flatten view reshape permute transpose squeeze unsqueeze contiguous __getitem__ chunk split cat pad dropout "
+    "identity expand repeat clone interpolate mean pixel_shuffle max_pool1d max_pool2d max_pool3d avg_pool1d "
+    "avg_pool2d avg_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool1d "
+    "adaptive_avg_pool2d adaptive_avg_pool3d".split()
+)
 
 
 @dataclass
@@ -189,7 +178,7 @@ class _Search(Calls):
         self.used: dict[int, int] = {}  # output of a layer -> number of calls that it is given to
         self.replaced: dict[int, list[tuple[int, Tensor]]] = {}  # memory -> activations that were to be written there
         self.weights = set[frozenset[int]]()  # the parameters of each weight
-        self.rounded: list[Any] = []  # activations, and what was made of them without leaving their grid
+        self.rounded: dict[int, Any] = {}  # activations, and what was made of them without leaving their grid, by id
         self.parameters = {_memory(parameter) for parameter in model.parameters()}
 
     def __enter__(self) -> "_Search":
@@ -216,7 +205,7 @@ class _Search(Calls):
         weight, axis = args[1] if len(args) > 1 else kwargs["weight"], LAYERS[func]
         parameters = frozenset(map(_memory, _parameters_of(weight)))
         is_again = parameters in self.weights
-        in_float = not self._is_rounded(args[0] if args else kwargs["input"])
+        in_float = id(args[0] if args else kwargs["input"]) not in self.rounded
         self.sites.layers.append(Layer(self.stack[-1], axis, weight.shape[axis], weight.numel(), is_again, in_float))
         self.weights.add(parameters)
         output = self._counted(func(*args, **kwargs), args, kwargs)
@@ -229,7 +218,7 @@ class _Search(Calls):
     def activation(self, function: Callable[[Tensor], Tensor], x: Tensor, in_place: bool) -> Tensor:
         self.sites.activations.append(self.stack[-1])
         result = self._counted(function(x), (x,), {})
-        self.rounded += [result, x] if in_place else [result]
+        self.rounded.update({id(y): y for y in ((result, x) if in_place else (result,))})
         if in_place:
             self.replaced.setdefault(_memory(x), []).append((len(self.sites.activations) - 1, x))
         return result
@@ -252,13 +241,10 @@ class _Search(Calls):
                 "cannot be quantised; use a network that calls nn.Linear, nn.Conv2d or their functions there"
             )
         result = self._counted(func(*args, **kwargs), args, kwargs, func)
-        given = list(_tensors(args, kwargs))
-        if func.__name__ in {*PASSING, "cat"} and given and all(map(self._is_rounded, given)):
-            self.rounded += result if isinstance(result, (list, tuple)) else [result]
+        given = {id(tensor) for tensor in _tensors(args, kwargs)}
+        if func.__name__ in PASSING and given and given <= self.rounded.keys():
+            self.rounded.update({id(part): part for part in _tensors((result,), {})})
         return result
-
-    def _is_rounded(self, x: Tensor) -> bool:
-        return any(x is activation for activation in self.rounded)
 
     def _counted(self, result: Any, args: Any, kwargs: Any, func: Any = None) -> Any:
         """``result`` of a call, which uses its arguments if it is of tensors (and no question, such as for a shape), or
@@ -274,9 +260,9 @@ class _Search(Calls):
     def finish(self, raw: Tensor) -> Sites:
         """The sites; of activations those that a layer follows. raw: the network's output."""
         sites, graph = self.sites, graph_of(raw)
-        sites.activations = sites.activations[: max((before for _, before in self.made), default=0)]
-        of_logits = [number for number, (node, _) in enumerate(self.made) if node in graph]
         if self.made:
+            sites.activations = sites.activations[: self.made[-1][1]]
+            of_logits = [number for number, (node, _) in enumerate(self.made) if node in graph]
             sites.last = max(of_logits, default=len(self.made) - 1)
             sites.last_activation = self.made[sites.last][1] - 1
         for layer, output in self.outputs:

@@ -34,7 +34,7 @@ from datafree.grids import Gallery
 from datafree.learners.base import Learner
 from datafree.logger import RunFolder
 from datafree.plan import describe_length
-from datafree.plugins import first_line, is_same_code
+from datafree.plugins import CODE, first_line, is_same_code
 from datafree.progress import Progress
 from datafree.results import is_number
 from datafree.runtime import load_rng_state, rng_state
@@ -43,7 +43,6 @@ from datafree.signals import Stopped, StopSignal
 from datafree.synthesis.base import BaseSynthesis
 from datafree.update import is_scalar
 
-CODE = "_code"  # ends the names of what identifies the code of a network
 ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
 

@@ -15,7 +15,8 @@ from datafree.errors import InputError
 
 # Put before the names of the network itself by wrappers: of two sets that fit, one of these is the network's own.
 WRAPPERS = ("module.", "_orig_mod.", "model.", "net.", "network.")
-# Names that their owner translates elsewhere than in load_state_dict: (what, pattern, replacement).
+# Names by wrappers in the middle, and those that their owner translates elsewhere than in load_state_dict:
+# (what was done, pattern, replacement).
 FORMER_NAMES = (
     (
         "the wrappers within the names of its weights were taken off",
@@ -156,7 +157,7 @@ def _moved(weights: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Fit]:
     needed = sum(not is_counter(name) for name in own)
     common = _common(own)
     added = ["", *(common[: m.end()] for m in re.finditer(r"\.", common))]
-    counts = Counter(prefix for name in weights if not is_counter(name) for prefix in _prefixes(name))
+    counts = _prefix_counts(weights)
     # A translation may change the number of tensors a little; what has far fewer is no candidate.
     taken = ["", *(prefix for prefix, count in counts.items() if count >= 0.9 * needed)]
     for off in taken:
@@ -173,7 +174,7 @@ def _moved(weights: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Fit]:
 
 def _partly_prefixed(weights: dict[str, Tensor], own: dict[str, Tensor]) -> Iterator[Fit]:
     """The file's tensors with a prefix taken off the names that have it, which are most of them."""
-    counts = Counter(prefix for name in weights if not is_counter(name) for prefix in _prefixes(name))
+    counts = _prefix_counts(weights)
     for off in (prefix for prefix, count in counts.items() if 2 * count >= len(own) and count < len(weights)):
         names = {name: name.removeprefix(off) for name in weights}
         if len(set(names.values())) == len(names):
@@ -190,12 +191,13 @@ def _translated(fit: Fit, model: nn.Module) -> Iterator[Fit]:
         if any(name != now for name, now in names.items()) and len(set(names.values())) == len(names):
             tensors = {now: fit.tensors[name] for name, now in names.items()}
             yield Fit(tensors, fit.outside, fit.prefix, [*fit.notes, words])
-    if pruned := [name.removesuffix("_mask") for name in fit.tensors if name.endswith("_mask")]:
-        masked = {name: fit.tensors.get(f"{name}_orig") for name in pruned}
-        if all(tensor is not None for tensor in masked.values()):
-            rest = {n: t for n, t in fit.tensors.items() if n.removesuffix("_mask").removesuffix("_orig") not in masked}
-            whole = {name: fit.tensors[f"{name}_orig"] * fit.tensors[f"{name}_mask"] for name in pruned}
-            yield Fit({**rest, **whole}, fit.outside, fit.prefix, [*fit.notes, "its pruned weights were masked"])
+    # torch.nn.utils.prune keeps a weight and what is left of it.
+    pruned = [name.removesuffix("_mask") for name in fit.tensors if name.endswith("_mask")]
+    if pruned and all(f"{name}_orig" in fit.tensors for name in pruned):
+        tensors = dict(fit.tensors)
+        for name in pruned:
+            tensors[name] = tensors.pop(f"{name}_orig") * tensors.pop(f"{name}_mask")
+        yield Fit(tensors, fit.outside, fit.prefix, [*fit.notes, "its pruned weights were masked"])
     # timm's networks have a function beside their class that translates the files of their authors.
     owner = type(model).__module__
     translate: Any = getattr(sys.modules.get(owner), "checkpoint_filter_fn", None)
@@ -220,6 +222,11 @@ def _renamed(weights: dict[str, Tensor], off: str, on: str) -> dict[str, Tensor]
             ((on + module[len(off) :]).removesuffix("."), v) for module, v in modules.items() if module.startswith(off)
         )
     return moved
+
+
+def _prefix_counts(weights: Iterable[str]) -> Counter[str]:
+    """How many names, but those of counters, have each prefix."""
+    return Counter(prefix for name in weights if not is_counter(name) for prefix in _prefixes(name))
 
 
 def _prefixes(name: str) -> Iterator[str]:

@@ -21,7 +21,7 @@ from datafree.errors import InputError, out_of_memory_in
 from datafree.grids import draw_matrix
 from datafree.learners.base import Learner
 from datafree.learners.incremental import class_means
-from datafree.logger import RunFolder, plain, table
+from datafree.logger import FINISHED, RunFolder, plain, table
 from datafree.network import Network
 from datafree.options import default_options, result_options
 from datafree.plan import describe_task, least_useful
@@ -316,7 +316,7 @@ class IncrementalRun:
         if not self.folder:
             return
         if self.is_finished:
-            self.folder.log("The run is finished already; its results stay as they are.")
+            self.folder.log(FINISHED)
             return
         parts = [self._summary_of(task) for task in range(len(self.tasks))]
         numbers = self.results.numbers()

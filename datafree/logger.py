@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 TEST_PICTURE = "grids/test.png"
 SUMMARY = "summary.json"
+FINISHED = "The run is finished already; its results stay as they are."
 
 
 class RunFolder(AbstractContextManager):
@@ -103,9 +104,7 @@ class RunFolder(AbstractContextManager):
         path, self._first_epoch, self._last_epoch = self.root / "metrics.jsonl", epoch, epoch
         rows, damaged = rows_before(path, epoch)
         if damaged:
-            aside = path.with_name(f"metrics.damaged-{datetime.now():%Y%m%d-%H%M%S}.jsonl")
-            with writing(path):
-                path.rename(aside)
+            aside = _set_aside(path, "damaged")
             self.log(
                 f"[Alarm] {path.name} has damaged rows; it is {aside.name} now, and its whole rows are taken over."
             )
@@ -149,9 +148,7 @@ class RunFolder(AbstractContextManager):
     def set_summary_aside(self) -> None:
         """Rename the summary of a run that goes on, so that nobody takes it for finished."""
         if self.has_summary:
-            aside = self.root / f"summary.before-{datetime.now():%Y%m%d-%H%M%S}.json"
-            with writing(aside):
-                (self.root / SUMMARY).rename(aside)
+            aside = _set_aside(self.root / SUMMARY, "before")
             self.log(f"The run goes on beyond its end; the results until then are in {aside.name}.")
 
     def require_no_results(self) -> None:
@@ -221,6 +218,14 @@ class RunFolder(AbstractContextManager):
             self._points.add(epoch, [*described, *summaries])
             self._description = None
             self._last_epoch = epoch
+
+
+def _set_aside(path: Path, why: str) -> Path:
+    """Rename the file ``path`` -> its path now, with the reason and the time in its name."""
+    aside = path.with_name(f"{path.stem}.{why}-{datetime.now():%Y%m%d-%H%M%S}{path.suffix}")
+    with writing(path):
+        path.rename(aside)
+    return aside
 
 
 class ReadOnlyFolder(RunFolder):

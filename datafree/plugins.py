@@ -27,6 +27,7 @@ LONGEST_LINE = 300  # characters of the line of an exception
 _announced: set[str] = set()  # files and packages whose execution was announced
 # Folder of files that were executed -> the modules in it that those in another folder have taken the names of.
 _set_aside: dict[Path, dict[str, ModuleType]] = {}
+CODE = "_code"  # ends the names of the digests of networks' code
 MARK = re.compile(r"@[0-9a-f]{8}\b")  # on the name of a package that a user's file is in, see _import_in_package
 
 

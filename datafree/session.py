@@ -27,7 +27,7 @@ from datafree.launch import command
 from datafree.models.factory import check_model, is_known
 from datafree.network import Network, model_name
 from datafree.plan import check_order, describe_normalisation, describe_notes
-from datafree.plugins import code_digest, digest, short_name
+from datafree.plugins import CODE, code_digest, digest, short_name
 from datafree.runtime import (
     autocast,
     bf16_slowdown,
@@ -187,7 +187,7 @@ class Session:
         class-incremental learning stay in the order in which its classes arrived, in place of the card's.
         """
         if role not in self.given and not is_known(model):
-            self.digests[f"{role}_code"] = code_digest(model)
+            self.digests[role + CODE] = code_digest(model)
         options: dict[str, Any] = {"num_classes": num_classes, "mean": mean, "std": std, "role": role, "stages": stages}
         with out_of_memory_in(f"the trial of the {role}", "--image_size"):
             network = self._loaded(role, model, self._if_there(weights), key, options)

@@ -19,7 +19,7 @@ from datafree.files import locked, remove_left_over
 from datafree.grids import Gallery
 from datafree.launch import command
 from datafree.learners.base import Learner
-from datafree.logger import ReadOnlyFolder, RunFolder, table
+from datafree.logger import FINISHED, ReadOnlyFolder, RunFolder, table
 from datafree.network import Network
 from datafree.options import default_options, result_options
 from datafree.plugins import short_name
@@ -107,7 +107,7 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
             lay_plan(session, training, engine)
         was_finished = engine.is_finished and folder.has_summary
         if was_finished:
-            folder.log("The run is finished already; its results stay as they are.")
+            folder.log(FINISHED)
         else:
             folder.set_summary_aside()
             folder.record(to_yaml(session.config), here, engine.metadata["options"])
