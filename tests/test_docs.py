@@ -177,11 +177,11 @@ def test_a_shown_command_on_digits_runs(program, words, config, checkout, monkey
     monkeypatch.chdir(checkout)
     own = ["--threads", 1, "--save_dir", tmp_path]
     if program in ("datafree_kd.py", "datafree_quantize.py"):
-        weights = checkout / "checkpoints" / "pretrained" / f"digits_{config.teacher.teacher}.pth"
+        teacher = config.teacher.teacher
+        weights = checkout / "checkpoints" / "pretrained" / f"digits_{teacher}.pth"
         if not weights.exists():
-            call(
-                train_scratch, "--dataset", "digits", "--model", config.teacher.teacher, *TINY["train_scratch.py"], *own
-            )
+            its_words = ["--dataset", "digits", "--model", teacher, *TINY["train_scratch.py"]]
+            call(train_scratch, *its_words, "--threads", 1, "--save_dir", checkout / "runs")
         own += ["--teacher_weights", weights]
         own += ["--g_steps", 1] if config.synthesis.source in ("inversion", "pixels") else []
         own += ["--warmup", 0] if config.schedule.warmup and program == "datafree_kd.py" else []
