@@ -15,7 +15,8 @@ from datafree.report import read_summaries
 def epochs_within(seconds, summaries):
     """The nearest number of epochs, and at least one beyond the warm-up, so that the student is trained."""
     epoch = statistics.fmean(
-        (run.get("synthesis_s", 0) + run["student_s"]) / run["options"]["epochs"] for run in summaries
+        (run.get("synthesis_s", 0) + run["student_s"]) / run.get("epochs", run["options"]["epochs"])
+        for run in summaries  # those with --budget state the epochs that they had
     )
     return max(1 + summaries[0]["options"].get("warmup", 0), round(seconds / epoch))
 

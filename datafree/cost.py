@@ -51,7 +51,8 @@ KINDS = {  # of work, and the phases that it consists of
     "synthesis": ("warmup", "synthesis"),
     "student": ("student", "views"),
     "evaluation": ("evaluation", "teacher"),
-    "ends of epochs": ("ranges", "closing", "grid"),
+    "observing ranges": ("ranges",),
+    "ends of epochs": ("closing", "grid"),
 }
 
 Step = Callable[[int, float], Any]  # (images, position in the run): take a step on so many images
@@ -107,7 +108,7 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
     """
     costs, told = list[Cost](), set[str]()
     for training, rates, cost in forecasts(session, trainings):
-        lines = [*training.plan, *(note for note in session.notes if note not in told)]
+        lines = [*training.lines, *(note for note in session.notes if note not in told)]
         told.update(session.notes)
         lines += plan.describe_rates(rates.phases) if rates else []
         costs.append(cost)
@@ -170,10 +171,14 @@ def costs_of(cost: Cost, schedule: Schedule) -> dict[str, float]:
     """Seconds of each kind of work of :meth:`Schedule.work_until`, on average over the run of that ``cost``."""
     work, seconds = schedule.work_until(schedule.epochs), cost.seconds
     batch = seconds["synthesis"] / max(schedule.total_batches, 1)
-    closing = (seconds["evaluation"] + seconds["ends of epochs"]) / schedule.epochs
-    student = seconds["student"] / max(work["student"], 1)
-    of_synthesis = {"warmup": batch * schedule.warmup_batches, "synthesis": batch * schedule.batches}
-    costs = {**of_synthesis, "student": student, "closing": closing}
+    costs = {
+        "warmup": batch * schedule.warmup_batches,
+        "synthesis": batch * schedule.batches,
+        "student": seconds["student"] / max(work["student"], 1),
+        "ranges": seconds["observing ranges"] / max(work["ranges"], 1),
+        "evaluation": seconds["evaluation"] / work["evaluation"],
+        "closing": seconds["ends of epochs"] / schedule.epochs,
+    }
     return {kind: cost / launch.processes() for kind, cost in costs.items()}
 
 
@@ -479,16 +484,15 @@ def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: 
     tested: images of an evaluation. known: share of the views whose outputs are cached.
     """
     epochs, work = schedule.epochs, schedule.work_until(schedule.epochs)
-    evaluations = -(-epochs // run.eval_every)
     batches = {name: tested / phases[name].images for name in ("evaluation", "teacher") if name in phases}
     return {
         "warmup": work["warmup"] * (schedule.round_steps(True) or 1),
         "synthesis": work["synthesis"] * (schedule.round_steps(False) or 1),
         "student": work["student"],
         "views": -known * work["student"],
-        "evaluation": evaluations * batches.get("evaluation", 0),
+        "evaluation": work["evaluation"] * batches.get("evaluation", 0),
         "teacher": batches.get("teacher", 0),
-        "ranges": schedule.warmup,
+        "ranges": work["ranges"],
         "closing": epochs,
         "grid": -(-epochs // run.grid_every) + ((epochs - 1) % run.grid_every > 0),
     }

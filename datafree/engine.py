@@ -266,7 +266,9 @@ class Engine:
         epoch = self.position["epoch"]
         last = epoch == self.schedule.epochs - 1
         if epoch < self.schedule.warmup:
-            self.learner.end_warmup_epoch(lambda: self.source.batch(self.schedule.batch_size))
+            with self.progress.phase("ranges"):
+                self.learner.end_warmup_epoch(lambda: self.source.batch(self.schedule.batch_size))
+                self.progress.advance(1)
         metrics: dict[str, Any] = self._require_finite()
         alarms: list[str] = []
         if self.monitor:
@@ -275,8 +277,11 @@ class Engine:
             alarms = found if epoch >= self.schedule.warmup else []
             for alarm in alarms:
                 self.folder.log(f"[Alarm] {alarm}")
-        if self.evaluate and (last or (epoch + 1) % self.run.eval_every == 0):
-            self._evaluate(self.evaluate, epoch, metrics)
+        if self.schedule.evaluates(epoch):
+            with self.progress.phase("evaluation"):
+                if self.evaluate:
+                    self._evaluate(self.evaluate, epoch, metrics)
+                self.progress.advance(1)
         metrics.update(
             self.learner.metrics(),
             lr=self.learner.lr,

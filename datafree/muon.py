@@ -54,13 +54,15 @@ class Muon(torch.optim.Optimizer):
 def filters_of(module: nn.Module) -> dict[Tensor, None]:
     """The weights of its convolutions in their order, as the keys of a dict.
 
-    Without those of one value per filter, and those that are all 0, whose norm may not stay.
+    Without those of one value per filter, those that are all 0, whose norm may not stay, and those that are computed
+    of other parameters, as by weight_norm.
     """
     found: dict[Tensor, None] = {}
     for layer in module.modules():
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.Conv3d)):
-            if layer.weight[0].numel() > 1 and layer.weight.detach().any():
-                found[layer.weight] = None
+            weight = layer.weight
+            if isinstance(weight, nn.Parameter) and weight[0].numel() > 1 and weight.detach().any():
+                found[weight] = None
     return found
 
 

@@ -8,6 +8,7 @@ from datafree.datasets.cards import DatasetCard, composed
 from datafree.errors import short
 from datafree.learners import LearnersOfOtherOptions
 from datafree.logger import table
+from datafree.muon import Muon
 from datafree.network import Network, shown_numbers
 from datafree.plugins import is_custom
 from datafree.pool import ImagePool
@@ -167,6 +168,15 @@ def describe_training(
         *describe_network(network),
         *describe_parts(network.micro_batch, "the network", schedule.batch_size),
     ]
+
+
+def describe_optimizer(optimizer: object) -> list[str]:
+    """What Muon steps, if it is the optimiser."""
+    if not isinstance(optimizer, Muon):
+        return []
+    if not (count := len(optimizer.filters)):
+        return ["Muon finds no filters of convolutions to step here: SGD trains everything."]
+    return [f"Muon steps the filters of {_count(count, 'convolution')}; SGD trains everything else."]
 
 
 def describe_task(

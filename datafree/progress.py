@@ -15,6 +15,7 @@ from datafree.schedule import Schedule
 from datafree.screen import silence
 
 PHASES = 20  # latest of a kind, whose mean is the cost of the next ones
+ENDS = ("ranges", "evaluation", "closing")  # kinds of work at the end of an epoch
 LINE_EVERY = 60  # seconds between two lines where there is no terminal
 now = time.perf_counter
 
@@ -63,13 +64,15 @@ class Progress(AbstractContextManager):
 
     @contextmanager
     def phase(self, kind: str) -> Iterator[None]:
-        """Measure a phase of that kind, unless it ends by an exception."""
-        self._kind, self._started, self._begun = kind, now(), self.done[kind]
+        """Measure a phase of that kind, unless it ends by an exception; one within another is no part of it."""
+        outer, entered = (self._kind, self._started, self._begun), now()
+        self._kind, self._started, self._begun = kind, entered, self.done[kind]
         yield
         amount = self.done[kind] - self._begun
         if amount:
             self.paces[kind].append((now() - self._started, amount))
-        self._kind = ""
+        self._kind, started, self._begun = outer
+        self._started = started + now() - entered
 
     def advance(self, amount: float, steps: int = 0) -> None:
         """Count work of the current phase, if there is one, and the steps that it took."""
@@ -83,13 +86,11 @@ class Progress(AbstractContextManager):
 
     def seconds_left(self) -> float | None:
         """Of the run, or of its warm-up; None while it is unknown."""
-        kinds = self.total
-        if self.in_warmup:
-            kinds = {"warmup": kinds["warmup"], "closing": self.schedule.warmup}
+        kinds = self.schedule.work_until(self.schedule.warmup) if self.in_warmup else self.total
         left = {kind: amount - self.done[kind] for kind, amount in kinds.items() if amount > self.done[kind]}
         costs = {kind: self.cost(kind) for kind in left}
-        if costs.get("closing", 0.0) is None and (self.schedule.g_steps > 0 or not self.in_warmup):
-            costs["closing"] = 0.0  # beside the steps of its epoch
+        if self.schedule.g_steps > 0 or not self.in_warmup:
+            costs |= {kind: 0.0 for kind in ENDS if costs.get(kind, 0.0) is None}  # beside the steps of an epoch
         if None in costs.values():
             return None
         return sum(amount * (costs[kind] or 0) for kind, amount in left.items())

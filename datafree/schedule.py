@@ -40,6 +40,7 @@ class Schedule:
     which images are synthesised and the student is not trained. synthesis_rounds: the first rounds of the run that
     synthesise; None for all. batches, warmup_batches: synthesised in a round, after the warm-up and in it. length:
     student steps of the run, had there been no warm-up, if its last epoch may be shorter; None if it has all rounds.
+    eval_every: epochs between two evaluations; the last epoch has one in any case.
     """
 
     epochs: int
@@ -52,9 +53,10 @@ class Schedule:
     batches: int = 1
     warmup_batches: int = 1
     length: int | None = None
+    eval_every: int = 1
 
     @classmethod
-    def of(cls, options: StepCounts, batch_size: int, source: Rounds | None = None) -> "Schedule":
+    def of(cls, options: StepCounts, batch_size: int, source: Rounds | None = None, eval_every: int = 1) -> "Schedule":
         """The schedule that the options make. source: what is built of them, whose rounds are its own.
 
         Raises InputError for options that do not go together.
@@ -80,7 +82,7 @@ class Schedule:
         if source:
             steps, batches, warm = source.g_steps, source.batches, source.warmup_batches
         counts = (o.warmup, o.synthesis_rounds, batches, warm)
-        return cls(epochs, o.ep_steps // o.kd_steps, o.kd_steps, batch_size, steps, *counts)
+        return cls(epochs, o.ep_steps // o.kd_steps, o.kd_steps, batch_size, steps, *counts, eval_every=eval_every)
 
     def lasting(self, length: int) -> "Schedule":
         """The same for another ``length``; where it ends, a round and an epoch may be shorter than the others."""
@@ -103,6 +105,10 @@ class Schedule:
     def steps_of(self, epoch: int, round: int) -> int:
         """Student steps of this round after the warm-up: ``kd_steps``, or fewer of the last one."""
         return max(0, min(self.kd_steps, self.steps - self.student_steps_done(epoch, round, 0)))
+
+    def evaluates(self, epoch: int) -> bool:
+        """Whether this epoch (counted from 0) ends with an evaluation."""
+        return epoch == self.epochs - 1 or (epoch + 1) % self.eval_every == 0
 
     def synthesises(self, epoch: int, round: int) -> bool:
         """Whether this round (both counted from 0) begins with synthesis."""
@@ -149,10 +155,16 @@ class Schedule:
 
     def work_until(self, epoch: int, round: int = 0, step: int = 0) -> dict[str, int]:
         """Work before a position, by kinds that cost differently: rounds of synthesis in the warm-up and after it,
-        student steps, and ends of epochs ("closing"). Before its first student step a round's images are not made."""
+        student steps, and at the ends of epochs what only those of the warm-up have ("ranges", which a quantised
+        network observes there), evaluations, and the rest ("closing").
+
+        Before its first student step a round's images are not made.
+        """
         begun = min(epoch * self.rounds + round + (step > 0), self.total_rounds)
         synthesised = begun if self.synthesis_rounds is None else min(begun, self.synthesis_rounds)
         warm, of_warmup = min(synthesised, self.warmup * self.rounds), self.warmup * self.rounds
         done = min(self.student_steps_done(epoch, round, step), self.steps)
         student = max(done - of_warmup * self.kd_steps, 0)
-        return {"warmup": warm, "synthesis": synthesised - warm, "student": student, "closing": epoch}
+        evaluations = epoch // self.eval_every + (epoch == self.epochs and epoch % self.eval_every > 0)
+        ends = {"ranges": min(epoch, self.warmup), "evaluation": evaluations, "closing": epoch}
+        return {"warmup": warm, "synthesis": synthesised - warm, "student": student, **ends}

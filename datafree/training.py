@@ -9,7 +9,7 @@ from datafree import checkpoint, distributed, plan, quantizer
 from datafree.budget import Budget
 from datafree.checkpoint import LAST
 from datafree.cli import to_yaml
-from datafree.datasets.given import GivenImages, find_images
+from datafree.datasets.given import GivenImages, find_images, overlap
 from datafree.datasets.loading import folder_of
 from datafree.datasets.splits import Split, TensorSplit, some_places
 from datafree.engine import Engine, Evaluate, Monitor, obey_alarms
@@ -71,6 +71,11 @@ class Training:
     held_out: GivenImages | None = None
 
     @property
+    def lines(self) -> list[str]:
+        """The plan, and what the optimiser steps."""
+        return [*self.plan, *plan.describe_optimizer(getattr(self.learner, "optimizer", None))]
+
+    @property
     def held_out_count(self) -> int:
         """How many of the held-out images an evaluation has."""
         return min(self.held_out.count, HELD_OUT) if self.held_out and self.teacher else 0
@@ -82,7 +87,7 @@ def run_training(session: Session, training: Training, lay_plan: Callable[[Sessi
     lay_plan: gives the engine of a run that begins its length, if that has a budget: :func:`datafree.cost.lay_plan`.
     """
     budget = Budget(training.budget, training.schedule) if training.budget else None
-    plan_lines = [printable(line) for line in (*training.plan, *session.notes)]
+    plan_lines = [printable(line) for line in (*training.lines, *session.notes)]
     with open_folder(session, training.name, training.task) as folder, traceback_in(folder.root / "log.txt"):
         for line in plan_lines:
             folder.log(line)
@@ -139,8 +144,10 @@ def evaluation(session: Session, training: Training, test: Split | None, folder:
 def find_held_out(session: Session) -> GivenImages | None:
     """The images of --held_out, which are not read yet. Raises InputError for a folder that has none."""
     folder, trained_on = session.config.teacher.held_out, session.config.synthesis.pool_images
-    if folder and trained_on and Path(folder).resolve() == Path(trained_on).resolve():
-        raise OptionError(f"--held_out {folder} is the folder of --pool_images, on which the student is trained")
+    if folder and trained_on and overlap(Path(folder), Path(trained_on)):
+        raise OptionError(
+            f"--held_out {folder} has images of --pool_images {trained_on}, on which the student is trained"
+        )
     data_set = folder_of(session.card.name, session.data.data_root)
     return find_images(folder, session.card, data_set, "--held_out") if folder else None
 
@@ -185,7 +192,7 @@ def evaluate_teacher(session: Session, teacher: Network, folder: RunFolder) -> d
     """Log the teacher's test accuracy, with an alarm if it is weak -> columns of the summary."""
     scores = session.score(teacher)
     if scores is None:
-        folder.log("No test set (--eval none): neither teacher nor student is evaluated.")
+        folder.log("No test set (--eval none): no accuracy is measured.")
         return {}
     folder.log(f"[Eval] teacher {scores_line(scores)}")
     alarms = plan.check_teacher(scores["acc1"], session.config.teacher.teacher_acc, session.card.num_classes)

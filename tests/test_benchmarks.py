@@ -171,19 +171,13 @@ def test_half_precision_gradients_are_compared_on_a_teacher(teacher, monkeypatch
     assert all(0.9 < float(row[2]) <= 1 for row in rows)
 
 
-def test_a_budget_of_seconds_is_converted_to_epochs(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("lengths", [{"options": {"epochs": 10}}, {"options": {"epochs": 200}, "epochs": 10}])
+def test_a_budget_of_seconds_is_converted_to_epochs(lengths, tmp_path, monkeypatch, capsys):
     for seed, seconds in ((0, 9.0), (1, 11.0)):
         (tmp_path / f"{seed}").mkdir()
         (tmp_path / f"{seed}" / "summary.json").write_text(
             json.dumps(
-                {
-                    "run": "x",
-                    "seed": seed,
-                    "synthesis_s": seconds,
-                    "student_s": 10.0,
-                    "evaluation_s": 99.0,
-                    "options": {"epochs": 10},
-                }
+                {"run": "x", "seed": seed, "synthesis_s": seconds, "student_s": 10.0, "evaluation_s": 99.0, **lengths}
             )
         )
     for seconds, epochs in (("30", "15"), ("0.1", "1")):

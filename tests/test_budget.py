@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -50,7 +51,7 @@ def test_what_is_no_time_is_one_sentence(text):
 
 # The length of a run, by hand-made costs.
 
-COSTS = {"warmup": 3.0, "synthesis": 5.0, "student": 0.25, "closing": 2.0}
+COSTS = {"warmup": 3.0, "synthesis": 5.0, "student": 0.25, "ranges": 1.0, "evaluation": 1.5, "closing": 0.5}
 RECIPES = {
     "without synthesis": Schedule(10, 1, 40, 8),
     "many rounds": Schedule(20, 10, 5, 8, 3),
@@ -123,24 +124,26 @@ def clock(monkeypatch):
 
 
 class Timed(Engine):
-    """An engine whose work takes COSTS, times ``pace`` of the share of the budget that is spent; it saves nothing."""
+    """An engine that saves nothing; its work takes ``costs`` times ``pace`` of the share of the budget spent so far."""
 
-    def __init__(self, folder, clock, recipe, text, pace):
+    def __init__(self, folder, clock, recipe, text, pace, costs=COSTS):
         learner, source = Pupil([]), Recorder([])
         super().__init__(learner, source, recipe, folder, Run(), budget=Budget(text, recipe))
         self.save = self._save_what_follows = lambda: None
         self._draw = lambda epoch: None
         self.lines = []
-        folder.log = self.lines.append
-        self.budget.costs = dict(COSTS)
-        self.follow(fitted(recipe, seconds, self.budget.seconds))
+        folder.log = lambda line: line.startswith("[Eval]") or self.lines.append(line)
+        self.budget.costs = dict(costs)
+        self.follow(fitted(recipe, partial(seconds, costs=costs), self.budget.seconds))
 
         def take(kind):
-            clock[0] += COSTS[kind] * pace(self.budget.spent / self.budget.seconds)
+            clock[0] += costs[kind] * pace(self.budget.spent / self.budget.seconds)
 
         make, step, close = source.synthesize, learner.step, self.close_epoch
         source.synthesize = lambda: take("synthesis" if source.with_student else "warmup") or make()
         learner.step = lambda *given: take("student") or step(*given)
+        learner.end_warmup_epoch = lambda batch: take("ranges")
+        self.evaluate = lambda tick: take("evaluation") or {"acc1": 50.0, "loss": 1.0}
         self.close_epoch = lambda: take("closing") or close()
 
 
@@ -168,6 +171,24 @@ def test_a_run_ends_in_time_whatever_the_pace(name, pace, clock, tmp_path):
     steps = [event for event in engine.learner.events if isinstance(event, float)]
     assert len(steps) == plan.total_student_steps and max(steps) > 0.9
     assert (pace != "as measured") == bool(engine.lines) and len(engine.lines) < 15
+
+
+@pytest.mark.parametrize("recipe", [Schedule(20, 10, 5, 8, 3), Schedule(200, 1, 20, 8)])
+@pytest.mark.parametrize("every", [1, 5, 10, 1000])
+def test_a_run_ends_in_time_with_its_last_evaluation(every, recipe, clock, tmp_path):
+    with RunFolder(tmp_path / "run", "run") as folder:
+        dear = COSTS | {"evaluation": 4.0 if every == 1 else 40.0}
+        engine = Timed(folder, clock, replace(recipe, eval_every=every), "400s", lambda share: 1.0, dear)
+        engine.train()
+    assert 400 - 1.05 * dear["evaluation"] < engine.budget.spent <= 400  # one more epoch has another evaluation
+    assert not engine.lines  # all is as it was measured, so the first plan stays
+
+
+def test_ends_of_the_warm_up_that_take_long_do_not_count_for_later_ones(clock, tmp_path):
+    with RunFolder(tmp_path / "run", "run") as folder:
+        engine = Timed(folder, clock, RECIPES["warm-up"], "1000s", lambda share: 1.0, COSTS | {"ranges": 30.0})
+        engine.train()
+    assert engine.budget.spent == pytest.approx(1000, rel=0.05) and not engine.lines
 
 
 def test_a_first_step_that_is_slow_does_not_end_the_run(clock, tmp_path):

@@ -159,9 +159,10 @@ def test_the_steps_of_a_run_are_counted_as_it_takes_them(distil, monkeypatch):
         "grid": count_calls(monkeypatch, Gallery, "draw"),
     }
     distil(*words)
-    schedule = Schedule(5, 2, 4, 16, g_steps=2, warmup=2, synthesis_rounds=7, batches=2, warmup_batches=3)
+    counts = {"synthesis_rounds": 7, "batches": 2, "warmup_batches": 3, "eval_every": 2}
+    schedule = Schedule(5, 2, 4, 16, g_steps=2, warmup=2, **counts)
     phases = {name: Rate(1, 1, None, images=355) for name in ("evaluation", "teacher")}
-    counted = amounts_of(schedule, Run(eval_every=2, grid_every=3), 355, 0.0, phases)
+    counted = amounts_of(schedule, Run(grid_every=3), 355, 0.0, phases)
     counted["synthesis"] += counted.pop("warmup")
     counted["evaluation"] += counted.pop("teacher")
     assert {name: counted[name] for name in calls} == {name: len(found) for name, found in calls.items()}

@@ -791,7 +791,7 @@ def test_terms_within_an_epoch_are_logged_at_print_freq(make_engine, tmp_path):
 
 
 def test_evaluation_and_grids_come_at_their_epochs_and_at_the_end(make_engine, tmp_path):
-    engine = make_engine([], run=Run(eval_every=2, grid_every=2), epochs=5)
+    engine = make_engine([], run=Run(grid_every=2), epochs=5, eval_every=2)
     scores = iter([50.0, 70.0, 60.0])
     engine.evaluate = lambda tick: {"acc1": next(scores), "acc5": 90.0, "loss": 1.0}
     result = engine.train()

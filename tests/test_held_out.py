@@ -71,6 +71,8 @@ def test_a_quantised_network_is_compared_with_its_own_in_float(quantised, earlie
 
 def test_what_cannot_be_held_out_is_one_sentence(distil, refused, earlier, tmp_path):
     message = refused(distil, "--method", "folder", "--pool_images", earlier, "--held_out", earlier, code=2)
-    assert "is the folder of --pool_images, on which the student is trained" in message
+    assert "has images of --pool_images" in message and "on which the student is trained" in message
+    message = refused(distil, "--method", "folder", "--pool_images", earlier, "--held_out", earlier / "grids", code=2)
+    assert "has images of --pool_images" in message
     assert "--held_out nowhere: there is no such folder" in refused(distil, "--held_out", "nowhere", "--dry_run")
     assert "eval_every" in refused(distil, "--eval", "none", "--eval_every", 2, code=2)

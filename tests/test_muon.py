@@ -11,6 +11,7 @@ from torch.nn import functional as F
 from datafree.config import Optim
 from datafree.learners.base import make_optimizer
 from datafree.muon import Muon, filters_of, orthogonalised
+from datafree.plan import describe_optimizer
 from datafree.update import load_part
 
 
@@ -27,6 +28,16 @@ def trained(net, optimizer, steps=5):
         net(images).square().mean().backward()
         optimizer.step()
     return {name: p.detach().clone() for name, p in net.named_parameters()}
+
+
+def test_the_plan_states_what_it_steps():
+    two, none = nn.Sequential(nn.Conv2d(3, 8, 3), nn.Conv2d(8, 4, 3)), nn.Linear(4, 2)
+    assert describe_optimizer(Muon(two, 0.1)) == [
+        "Muon steps the filters of 2 convolutions; SGD trains everything else."
+    ]
+    [line] = describe_optimizer(Muon(none, 0.1))
+    assert line == "Muon finds no filters of convolutions to step here: SGD trains everything."
+    assert describe_optimizer(torch.optim.SGD(two.parameters(), 0.1)) == []
 
 
 @pytest.mark.parametrize("shape", [(8, 40), (40, 8), (12, 12)])
@@ -77,6 +88,25 @@ def test_filters_are_weights_of_convolutions_whose_norm_may_stay():
     assert list(filters_of(net)) == [net[0].weight]
     optimizer = make_optimizer([net], Optim(optimizer="muon", lr=0.1))
     assert sum(len(group["params"]) for group in optimizer.param_groups) == len(list(net.parameters()))
+
+
+@pytest.mark.parametrize(
+    "computed",
+    [
+        nn.utils.parametrizations.weight_norm,
+        nn.utils.parametrizations.spectral_norm,
+        nn.utils.parametrizations.orthogonal,
+        nn.utils.weight_norm,
+        nn.utils.spectral_norm,
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_filters_that_are_computed_of_other_parameters_are_left_to_sgd(computed):
+    net = nn.Sequential(computed(nn.Conv2d(3, 8, 3)), nn.ReLU(), nn.Conv2d(8, 4, 3))
+    optimizer, before = Muon(net, 0.05), copy.deepcopy(net.state_dict())
+    assert list(filters_of(net)) == [net[2].weight]
+    after = trained(net, optimizer)
+    assert all(not torch.equal(after[name], before[name]) for name in after)
 
 
 def test_steps_fade_with_the_momentum():

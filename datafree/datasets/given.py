@@ -44,7 +44,7 @@ def find_images(
     if os.path.isfile(place / CHECKPOINT):
         return _pool_of(place / CHECKPOINT, card, option)
     for name in (name for names in SPLIT_FOLDERS.values() for name in names):
-        if data_set and _overlap(place, data_set / name):
+        if data_set and overlap(place, data_set / name):
             raise InputError(
                 f"{option} {folder} has images of the data set {card.name} itself ({data_set / name}); give "
                 "others (--method real trains on these)"
@@ -66,7 +66,7 @@ def find_images(
     return GivenImages(len(paths), read, labels, notes)
 
 
-def _overlap(one: Path, other: Path) -> bool:
+def overlap(one: Path, other: Path) -> bool:
     """Whether one of two folders is within the other one."""
     if not other.is_dir():
         return False

@@ -89,7 +89,7 @@ def replay_parts(
     config, options = session.config, session.config.incremental
     source = build_source(session, teacher, student)
     drawn = candidates(options.replay_batch_size, teacher.num_classes, options.classes_per_batch)
-    schedule = Schedule.of(config.schedule, drawn, source)
+    schedule = Schedule.of(config.schedule, drawn, source, config.run.eval_every)
     learner = ReplayedTask(student, teacher, session.augment, config, schedule.total_student_steps, images)
     return source, schedule, learner
 
@@ -118,7 +118,9 @@ def on_real_images(run: "IncrementalRun", task: int) -> "Training":
     session, config, options = run.session, run.session.config, run.session.config.incremental
     images, student, given = run.train_images(task), run.student(task), config.schedule
     epochs = given.epochs if task or given.base_epochs is None else given.base_epochs
-    schedule = Schedule(epochs, given.ep_steps // given.kd_steps, given.kd_steps, options.batch_size)
+    schedule = Schedule(
+        epochs, given.ep_steps // given.kd_steps, given.kd_steps, options.batch_size, eval_every=config.run.eval_every
+    )
     steps = schedule.total_student_steps
     if task and options.learner == "lwf":
         learner: Learner = DistilledTask(student, run.old_network(task), session.augment, config, steps)

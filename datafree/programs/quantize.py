@@ -48,7 +48,7 @@ def quantization(session: "Session") -> "Iterator[Training]":
     if config.schedule.epochs:
         student.require_full_precision()
     source = build_source(session, teacher, student)
-    schedule = Schedule.of(config.schedule, config.finetune.batch_size, source)
+    schedule = Schedule.of(config.schedule, config.finetune.batch_size, source, config.run.eval_every)
     learner = QuantizeLearner(student, teacher, session.augment, config, schedule.total_student_steps)
     tested = len(session.test or ())  # as late as possible, because the images may take long to read
     learner.cache = build_cache(session, teacher, source, learner, config.finetune.view_cache)

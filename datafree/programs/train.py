@@ -36,7 +36,10 @@ def supervised(session: "Session") -> "Iterator[Training]":
     tested = len(session.test or ())  # before the training images, so that a missing test set is reported at once
     split = session.split("train")
     batch_size = min(options.batch_size, len(split))
-    schedule = Schedule(options.epochs, rounds=1, kd_steps=max(len(split) // batch_size, 1), batch_size=batch_size)
+    steps = max(len(split) // batch_size, 1)
+    schedule = Schedule(
+        options.epochs, rounds=1, kd_steps=steps, batch_size=batch_size, eval_every=config.run.eval_every
+    )
     learner = SupervisedLearner(
         network, session.augment, config.optim, schedule.total_student_steps, config.run.precision
     )
