@@ -493,7 +493,7 @@ def amounts_of(schedule: Schedule, run: Run, tested: int, known: float, phases: 
         "evaluation": work["evaluation"] * batches.get("evaluation", 0),
         "teacher": batches.get("teacher", 0),
         "ranges": work["ranges"],
-        "closing": epochs,
+        "closing": work["closing"],
         "grid": -(-epochs // run.grid_every) + ((epochs - 1) % run.grid_every > 0),
     }
 
