@@ -127,9 +127,12 @@ def test_the_remedy_is_that_of_the_cause(fail, cause, remedy, tmp_path):
 
 
 def test_a_run_whose_disk_fills_goes_on_when_there_is_room(distil, capfd):
-    """The pool grows by the round, so that the checkpoint of the last epoch does not fit."""
+    """The pool grows by the round, so that the checkpoint of the last epoch does not fit.
+
+    It holds the tag, so both have the same length.
+    """
     words = ("--epochs", 4, "--synthesis_batch_size", 400)
-    straight = distil(*words, tag="straight")
+    straight = distil(*words, tag="free")
     limit = (straight / "checkpoints" / "last.pth").stat().st_size - 1
     assert all(path.stat().st_size < limit / 2 for path in straight.glob("tb/*"))
 
