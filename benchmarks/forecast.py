@@ -1,9 +1,9 @@
 """Is the forecast of a dry run right? python -m benchmarks.forecast [RUN ...]
 
 For each of some runs on the digits, what --dry_run measures is compared with the run itself, each in a fresh process
-with one thread: seconds from the plan to the end, of the processor, so that a busy machine does not matter; the peak of
-the process's memory; and the size of the files, of which the forecast is the most that there may be. A dry run's own
-seconds are given, too.
+with one thread: seconds of the processor from the plan to the end; the floating point operations (GFLOP) of a second run,
+which no other program on the machine can change; the peak of the process's memory; and the size of the files, of which
+the forecast is the most that there may be. A dry run's own seconds are given, too.
 """
 
 import os
@@ -41,7 +41,7 @@ RUNS = {
 
 
 def forecast(name, words):
-    """What a dry run says, in a fresh process: seconds, MB, MB on the disk; and the seconds that it took."""
+    """What a dry run says, in a fresh process: seconds, GFLOP, MB, MB on the disk; and the seconds that it took."""
     from datafree import cost, plan
 
     found = []
@@ -53,7 +53,8 @@ def forecast(name, words):
         quietly(RUNS[name][0], *words, "--dry_run")
         own = time.process_time() - started
     seconds = sum(sum(one.seconds.values()) for one in found)
-    return seconds, max(one.memory for one in found) / 1e6, sum(one.disk for one in found) / 1e6, own
+    flop, disk = sum(one.flop for one in found) / 1e9, sum(one.disk for one in found) / 1e6
+    return seconds, flop, max(one.memory for one in found) / 1e6, disk, own
 
 
 def make(name, words):
@@ -74,7 +75,37 @@ def make(name, words):
         quietly(RUNS[name][0], *words)
     files = [path.stat() for path in Path("runs").rglob("*") if path.is_file()]
     size = sum({file.st_ino: file.st_size for file in files}.values())  # best.pth is often a link
+    shutil.rmtree("runs")
     return sum(seconds), peak_memory(torch.device("cpu")), size / 1e6
+
+
+def count(name, words):
+    """The run once more, in a fresh process, for counting takes time: GFLOP."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    from datafree import training
+
+    class Counter(TorchDispatchMode):  # FlopCounterMode, which sums by module, makes a run five times as long
+        flop = 0
+
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            kwargs = kwargs or {}
+            result = operation(*args, **kwargs)
+            if formula := flop_registry.get(operation._overloadpacket):
+                self.flop += formula(*args, **kwargs, out_val=result)
+            return result
+
+    run, counter = training.run_training, Counter()
+
+    def counted(*given):
+        with counter:
+            run(*given)
+
+    with mock.patch.object(training, "run_training", counted):
+        quietly(RUNS[name][0], *words)
+    shutil.rmtree("runs")
+    return counter.flop / 1e9
 
 
 def quietly(program, *words):
@@ -88,19 +119,32 @@ def apart(function, *given):
         return pool.submit(function, *given).result()
 
 
-def row(name):
-    """A row (dict) of the table; teachers are in this folder."""
-    words = ("--config", DIGITS / f"{RUNS[name][1]}.yaml", "--save_dir", "runs")
-    expected, found = apart(forecast, name, words), apart(make, name, words)
-    shutil.rmtree("runs")
-    kinds = ("seconds", "MB", "disk MB")
-    pairs = {kind: pair for kind, pair in zip(kinds, zip(expected, found))}
+def row(name, *options):
+    """A row (dict) of the table; teachers are in this folder. options: for the run and its forecast."""
+    words = ("--config", DIGITS / f"{RUNS[name][1]}.yaml", "--save_dir", "runs", *options)
+    *expected, own = apart(forecast, name, words)
+    seconds, *sizes = apart(make, name, words)
+    found = (seconds, apart(count, name, words), *sizes)
+    pairs = dict(zip(("seconds", "GFLOP", "MB", "disk MB"), zip(expected, found)))
     return {
         "run": name,
-        "dry run s": expected[3],
+        "dry run s": own,
         **{f"{kind}{what}": value for kind, pair in pairs.items() for what, value in zip((" forecast", ""), pair)},
         **{f"{kind} off %": 100 * (pair[0] / pair[1] - 1) for kind, pair in pairs.items() if kind != "disk MB"},
     }
+
+
+def rows(names, *options):
+    """The rows of ``names``, made in a folder of their own that is the current one and then removed."""
+    here = Path.cwd()
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        try:
+            for model in ("resnet20", "resnet8"):
+                apart(make, "teacher", ("--config", DIGITS / "teacher_resnet20.yaml", "--model", model, "--epochs", 4))
+            return [row(name, *options) for name in names]
+        finally:
+            os.chdir(here)
 
 
 def main():
@@ -108,14 +152,7 @@ def main():
     names = sys.argv[1:] or list(RUNS)
     if unknown := [name for name in names if name not in RUNS]:
         raise InputError(f"there is no run {unknown[0]}; the runs are {', '.join(RUNS)}")
-    with tempfile.TemporaryDirectory() as folder:
-        os.chdir(folder)
-        for model in ("resnet20", "resnet8"):
-            words = ("--config", DIGITS / "teacher_resnet20.yaml", "--model", model, "--epochs", 4)
-            apart(make, "teacher", words)
-        shutil.rmtree("runs")
-        print(table([row(name) for name in names]))
-        os.chdir("/")
+    print(table(rows(names)))
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
 from datafree.logger import table
 from datafree.models.factory import build_model
+from datafree.muon import Muon
 from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.runtime import autocast, choose_device, environment, seed_everything, set_threads
@@ -49,6 +50,7 @@ CASES = (
     "student",
     "student, all views new",
     "student, all views known",
+    "student, Muon",
 )
 PARTS = ("generator", "augmentation", "teacher", "student", "backward", "optimiser", "rest")
 
@@ -106,6 +108,7 @@ class Ours:
         self.source = InversionSynthesis(self.teacher.freeze(), self.student, crop, card, config, device)
         self.learner = DistillLearner(self.student, self.teacher, crop, config, 10**6)
         self.cache, self.n = ViewCache(self.teacher, self.learner.cached_fields, 2 * n, 10**3), n
+        self.muon = Muon(self.student, self.learner.lr)
 
     def synthesis_step(self):
         self.source.synthesize()
@@ -122,6 +125,10 @@ class Ours:
         self.learner.cache = self.cache
         with mock.patch.object(self.cache, "features", lambda views, _: features(views, keys)):
             self.learner.step(self.source.sample(self.n // 2))
+
+    def muon_step(self):
+        with mock.patch.object(self.learner, "optimizer", self.muon):
+            self.student_step()
 
 
 def convolution_peak(device, precision, channels=(64, 128, 256)):
@@ -161,6 +168,7 @@ def compare(pair, n, args, device):
                 ours.student_step,
                 lambda: ours.cached_step(known=False),
                 lambda: ours.cached_step(known=True),
+                ours.muon_step,
             ),
         )
     )
@@ -201,6 +209,7 @@ def timed_methods(ours, theirs):
         (theirs, "run_student", "student"),
         (torch.Tensor, "backward", "backward"),
         (ours.learner.optimizer, "step", "optimiser"),
+        (ours.muon, "step", "optimiser"),
         (theirs.sgd, "step", "optimiser"),
         (torch.optim.Adam, "step", "optimiser"),
     ]
@@ -265,7 +274,7 @@ def compare_data(images, args, size=32, n=128):
 def average(turns, megabytes, bytes_per_view, images):
     """A row: the mean student step of the published schedule with a view cache of so many megabytes."""
     share = expected_hit_rate(megabytes * 10**6 // bytes_per_view, n=images)
-    plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CASES[2:])
+    plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CASES[2:6])
     mean = [share * k + (1 - share) * n for n, k in zip(new, known)]
     low, ratio, high = quartiles([a / b for a, b in zip(plainly, mean)])
     return {

@@ -1,11 +1,14 @@
 """Muon for convolutional networks: filters step along their orthogonalised momentum (Jordan et al., 2024,
 https://kellerjordan.github.io/posts/muon)."""
 
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.linalg import matrix_norm
+from torch.optim.sgd import sgd
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: brings singular values near 1 in five iterations
 ITERATIONS = 5
@@ -44,11 +47,20 @@ class Muon(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
+            alike = defaultdict(list)  # filters of the same shape are stepped in one go, which saves kernels on a GPU
             for parameter in group["params"]:
                 if parameter.grad is not None:
-                    step = _step_filters if parameter in self.filters else _step_others
-                    step(parameter, parameter.grad, self.state[parameter], group)
+                    alike[parameter.flatten(1).shape if parameter in self.filters else None].append(parameter)
+            for shape, parameters in alike.items():
+                step = _step_filters if shape else _step_others
+                step(parameters, [self._momentum(parameter) for parameter in parameters], group)
         return loss
+
+    def _momentum(self, parameter: Tensor) -> Tensor:
+        state = self.state[parameter]
+        if "momentum_buffer" not in state:
+            state["momentum_buffer"] = torch.zeros_like(parameter)
+        return state["momentum_buffer"]
 
 
 def filters_of(module: nn.Module) -> dict[Tensor, None]:
@@ -66,32 +78,34 @@ def filters_of(module: nn.Module) -> dict[Tensor, None]:
     return found
 
 
-def _step_others(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    gradient = gradient.add(p, alpha=group["weight_decay"])
-    buffer = _momentum(p, gradient, state, group["momentum"])
-    p.add_(gradient.add(buffer, alpha=group["momentum"]) if group["nesterov"] else buffer, alpha=-group["lr"])
+def _step_others(parameters: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
+    options = {name: group[name] for name in ("lr", "momentum", "weight_decay", "nesterov")}
+    sgd(parameters, _gradients(parameters), [*momenta], dampening=0, maximize=False, **options)
 
 
-def _step_filters(p: Tensor, gradient: Tensor, state: dict[str, Tensor], group: dict[str, Any]) -> None:
-    norm = p.norm()
-    along = gradient.add(_momentum(p, gradient, state, group["momentum"]), alpha=group["momentum"]).flatten(1)
-    along = orthogonalised(along) * (group["lr"] * norm / min(along.shape) ** 0.5)
-    p.sub_(along.view(p.shape))
-    p.mul_(norm / p.norm())
+def _step_filters(filters: list[Tensor], momenta: list[Tensor], group: dict[str, Any]) -> None:
+    gradients = _gradients(filters)
+    torch._foreach_mul_(momenta, group["momentum"])
+    torch._foreach_add_(momenta, gradients)
+    along = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
+    steps, weights = (torch.stack([each.flatten(1) for each in several]) for several in (along, filters))
+    norms = matrix_norm(weights, keepdim=True)
+    weights -= orthogonalised(steps) * (group["lr"] * norms / min(weights.shape[1:]) ** 0.5)
+    weights *= norms / matrix_norm(weights, keepdim=True)
+    torch._foreach_copy_(filters, [weight.view(each.shape) for weight, each in zip(weights, filters)])
 
 
-def _momentum(p: Tensor, gradient: Tensor, state: dict[str, Tensor], momentum: float) -> Tensor:
-    if "momentum_buffer" not in state:
-        state["momentum_buffer"] = torch.zeros_like(p)
-    return state["momentum_buffer"].mul_(momentum).add_(gradient)
+def _gradients(parameters: list[Tensor]) -> list[Tensor]:
+    return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 
-def orthogonalised(matrix: Tensor) -> Tensor:
-    """The matrix (A, B) with singular values near 1 in place of its own, and 0 for 0."""
+def orthogonalised(matrices: Tensor) -> Tensor:
+    """The matrices (n, A, B) with singular values near 1 in place of their own, and 0 for 0."""
     a, b, c = QUINTIC
-    x = matrix.T if len(matrix) > matrix.shape[1] else matrix
-    x = x / x.norm().clamp_min(SMALLEST)
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = matrices.mT if tall else matrices
+    x = x / matrix_norm(x, keepdim=True).clamp_min(SMALLEST)
     for _ in range(ITERATIONS):
-        square = x @ x.T
-        x = a * x + (b * square + c * square @ square) @ x
-    return x.T if len(matrix) > matrix.shape[1] else x
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x

@@ -44,10 +44,10 @@ def test_the_plan_states_what_it_steps():
 def test_orthogonalised_keeps_singular_vectors_and_makes_values_alike(shape):
     matrix = torch.randn(shape)
     u, _, v = torch.linalg.svd(matrix, full_matrices=False)
-    inside = u.T @ orthogonalised(matrix) @ v.T
+    inside = u.T @ orthogonalised(matrix[None])[0] @ v.T
     assert (inside - inside.diag().diag()).abs().max() < 1e-4
     assert inside.diag().min() > 0.6 and inside.diag().max() < 1.3
-    assert not orthogonalised(torch.zeros(shape)).any()
+    assert not orthogonalised(torch.zeros(2, *shape)).any()
 
 
 CONVOLUTIONS = {
@@ -107,6 +107,21 @@ def test_filters_that_are_computed_of_other_parameters_are_left_to_sgd(computed)
     assert list(filters_of(net)) == [net[2].weight]
     after = trained(net, optimizer)
     assert all(not torch.equal(after[name], before[name]) for name in after)
+
+
+def test_filters_of_one_shape_step_together_as_each_alone():
+    net = nn.ModuleList([nn.Conv2d(4, 8, 3), nn.Conv2d(8, 4, 3, groups=2), nn.Conv2d(4, 8, 3), nn.Conv1d(4, 8, 9)])
+    twin = copy.deepcopy(net)
+    together, alone = Muon(net, 0.05), [Muon(layer, 0.05) for layer in twin]
+    for step in range(3):
+        for ours, theirs in zip(net, twin):
+            ours.weight.grad = torch.randn_like(ours.weight) * 10**step
+            theirs.weight.grad = ours.weight.grad.clone()
+        net[1].weight.grad = twin[1].weight.grad = None  # as of a layer that was not used
+        for optimizer in (together, *alone):
+            optimizer.step()
+    torch.testing.assert_close(net.state_dict(), twin.state_dict())
+    assert {len(state) for state in together.state.values()} == {1} and len(together.state) == 3
 
 
 def test_steps_fade_with_the_momentum():
