@@ -1,9 +1,9 @@
 """Is the forecast of a dry run right? python -m benchmarks.forecast [RUN ...]
 
 For each of some runs on the digits, what --dry_run measures is compared with the run itself, each in a fresh process
-with one thread: seconds of the processor from the plan to the end; the floating point operations (GFLOP) of a second run,
-which no other program on the machine can change; the peak of the process's memory; and the size of the files, of which
-the forecast is the most that there may be. A dry run's own seconds are given, too.
+with one thread: seconds of the processor from the plan to the end; the floating point operations (GFLOP) of one more
+run, which other programs on the machine cannot change; the peak of the process's memory; and the size of the files, of
+which the forecast is the most that there may be. A dry run's own seconds are given, too.
 """
 
 import os
