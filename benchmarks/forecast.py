@@ -12,7 +12,7 @@ import sys
 import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from multiprocessing import get_context
 from pathlib import Path
 from unittest import mock
@@ -61,18 +61,17 @@ def make(name, words):
     """The run itself, in a fresh process: seconds, MB, MB on the disk."""
     import torch
 
-    from datafree import training
     from datafree.runtime import peak_memory
 
-    run, seconds = training.run_training, []
+    seconds = []
 
-    def timed(*given):
+    @contextmanager
+    def timed():
         started = time.process_time()
-        run(*given)
+        yield
         seconds.append(time.process_time() - started)
 
-    with mock.patch.object(training, "run_training", timed):
-        quietly(RUNS[name][0], *words)
+    train(name, words, timed)
     files = [path.stat() for path in Path("runs").rglob("*") if path.is_file()]
     size = sum({file.st_ino: file.st_size for file in files}.values())  # best.pth is often a link
     shutil.rmtree("runs")
@@ -84,9 +83,7 @@ def count(name, words):
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import flop_registry
 
-    from datafree import training
-
-    class Counter(TorchDispatchMode):  # FlopCounterMode, which sums by module, makes a run five times as long
+    class Counter(TorchDispatchMode):  # without the sums by module of FlopCounterMode, which keeps tensors for them
         flop = 0
 
         def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
@@ -96,16 +93,24 @@ def count(name, words):
                 self.flop += formula(*args, **kwargs, out_val=result)
             return result
 
-    run, counter = training.run_training, Counter()
-
-    def counted(*given):
-        with counter:
-            run(*given)
-
-    with mock.patch.object(training, "run_training", counted):
-        quietly(RUNS[name][0], *words)
+    counter = Counter()
+    train(name, words, lambda: counter)
     shutil.rmtree("runs")
     return counter.flop / 1e9
+
+
+def train(name, words, measured):
+    """Make a run, whose training is within the context ``measured()``."""
+    from datafree import training
+
+    run = training.run_training
+
+    def within(*given):
+        with measured():
+            run(*given)
+
+    with mock.patch.object(training, "run_training", within):
+        quietly(RUNS[name][0], *words)
 
 
 def quietly(program, *words):
