@@ -43,6 +43,7 @@ SECONDS = 4.0  # of a phase, after which no more images are tried,
 MEASURED = 0.01  # or, if that is less, a share of the run's budget
 REPEATS = 5  # timed steps at most, spread over the run, in which terms of a loss come and go
 SHARES = (8, 4, 2, 1)  # of a batch, its n-th part: on which a step is tried, in turn
+GPU_SHARES = SHARES[-2:]  # on a GPU, where small batches take as long as large ones, and each size chooses its kernels
 SMALLEST = 8  # images to begin with, if the first of these is less
 ROUND = 2  # synthesis steps of a measured round
 BATCHES = ("synthesis_batch_size", "batch_size", "replay_batch_size")  # options that steps read
@@ -248,7 +249,7 @@ def measure_training(session: Session, training: Training) -> Rates:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
             fill = steps.synthesise(not work["warmup"])  # or there were no images to learn from
-            if seconds_of(fill, fewest(images), 0, device) > SECONDS:
+            if seconds_at_first(fill, fewest(images), device) > SECONDS:
                 source.g_steps = 1  # what a round does besides is no matter then
         if work["warmup"] and learner.acts_in_warmup:
             phases["ranges"] = measure(steps.observe, schedule.batch_size, device, limit, tries=1)
@@ -332,10 +333,11 @@ def measure(step: Step, images: int, device: torch.device, limit: float, tries: 
     are computed at once; fewer than two such parts are not tried, because from there on memory grows less.
     """
     least = max(fewest(images), min(images, 2 * micro_batch))
-    sizes = sorted({max(least, images // part) for part in SHARES})
+    shares = GPU_SHARES if device.type == "cuda" else SHARES
+    sizes = sorted({max(least, images // part) for part in shares})
     started, peaks = now(device), dict[int, float | None]()
     with FlopCounterMode(display=False) as counter:  # which keeps tensors, so that memory is measured without it
-        seconds = seconds_of(step, sizes[0], 0, device)
+        seconds = seconds_at_first(step, sizes[0], device)
     is_slow = seconds > SECONDS  # so that what only a first step of a size does is no matter
     for size in sizes:
         if len(peaks) >= tries and now(device) - started + 4 * seconds > limit:
@@ -349,7 +351,7 @@ def measure(step: Step, images: int, device: torch.device, limit: float, tries: 
     repeats = min(REPEATS, int((limit - now(device) + started) / max(seconds, 1e-9)))
     if repeats > 0:
         seconds = sum(seconds_of(step, tried, (i + 0.5) / repeats, device) for i in range(repeats)) / repeats
-    flop = counter.get_total_flops() * images / least
+    flop = counter.get_total_flops() * images / sizes[0]
     return Rate(seconds * images / tried, flop, _at(images, peaks), images, tried)
 
 
@@ -378,6 +380,14 @@ def seconds_of(step: Step, images: int, progress: float, device: torch.device) -
     started = now(device)
     step(images, progress)
     return now(device) - started
+
+
+def seconds_at_first(step: Step, images: int, device: torch.device) -> float:
+    """Seconds of a step of a kind that was not taken before; on a GPU of the second, because the first one loads and
+    chooses kernels."""
+    if device.type == "cuda":
+        step(images, 0)
+    return seconds_of(step, images, 0, device)
 
 
 def _evaluation(network: Network, test: Split) -> Step:

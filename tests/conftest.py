@@ -27,6 +27,12 @@ from datafree.synthesis import traits_of  # noqa: E402
 torch.set_num_threads(1)
 
 
+def pytest_configure(config):
+    """All tests but those of ``-m gpu`` run on the CPU, where results repeat to the bit, also beside a GPU."""
+    if config.option.markexpr != "gpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+
 @pytest.fixture(autouse=True)
 def few_measured_steps(monkeypatch):
     """A dry run measures no longer than it must."""

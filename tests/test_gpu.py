@@ -1,15 +1,23 @@
-"""What only a GPU can show: the same mathematics as on the CPU, no waiting for the host, exact repeats."""
+"""What only a GPU can show: the same mathematics as on the CPU, no waiting for the host, exact repeats; and that every
+method of every program runs there. bash scripts/test.sh -m gpu
+"""
 
+import json
 from contextlib import contextmanager
 
 import nets
 import parts
 import pytest
 import torch
-from conftest import rows
+from conftest import QUANTIZATION_BUDGETS, command, rows, scratch
+from resuming import at_call, checkpoint_of, same, stopped, terminate
+from test_incremental import incremental
 
+import registry
 from datafree import config
 from datafree.augment import CropFlip
+from datafree.engine import Engine
+from datafree.network import Network
 from datafree.view_cache import ViewCache
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
@@ -97,22 +105,88 @@ def test_the_view_cache_returns_the_features_of_the_teacher():
     assert cache.hit_rate() == 0.75
 
 
-@pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
+# Whole programs. Their device is "auto", which is the GPU here.
+
+PRECISIONS = pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
+KERNELS = pytest.mark.parametrize("kernels", [(), ("--deterministic",)], ids=["any", "deterministic"])
+
+
+def assert_trained_on_a_gpu(folder, epochs):
+    summary = json.loads((folder / "summary.json").read_text())
+    assert len(rows(folder)) == epochs and summary["last_acc1"] > 0
+    assert summary["environment"]["device"] == torch.cuda.get_device_name()
+
+
+@KERNELS
+@pytest.mark.parametrize("method", sorted(registry.METHODS))
+def test_every_method_distils_on_the_gpu(method, kernels, distil):
+    assert_trained_on_a_gpu(distil("--epochs", 2, *kernels, method=method), epochs=2)
+
+
+@KERNELS
+@pytest.mark.parametrize("method", sorted(QUANTIZATION_BUDGETS))
+def test_every_method_quantises_on_the_gpu(method, kernels, quantised):
+    assert_trained_on_a_gpu(quantised(*kernels, method=method), epochs=4)
+
+
+@KERNELS
+@pytest.mark.parametrize("method", sorted(registry.INCREMENTAL_METHODS))
+def test_every_method_learns_incrementally_on_the_gpu(method, kernels, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    matrix = json.loads((incremental(method, "run", *kernels) / "matrix.json").read_text())
+    assert [len(row) for row in matrix["accuracy"]] == [1, 2, 3]
+
+
+@PRECISIONS
+def test_the_other_programs_train_in_each_precision(precision, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    scratch("--model", nets.name("small"), "--epochs", 2, "--precision", precision)
+    incremental("rgal", "run", "--precision", precision)
+
+
+@PRECISIONS
 def test_a_run_on_the_gpu_continues_where_it_stopped(precision, distil):
-    words = ("--device", "cuda", "--precision", precision)
+    words = ("--precision", precision)
     distil(*words, "--epochs", 2, tag="run")
     assert len(rows(distil(*words, "--resume", "auto", tag="run"))) == 4
 
 
-def test_a_deterministic_run_repeats_exactly(distil):
-    first, second = (distil("--device", "cuda", "--deterministic", tag=tag) for tag in "ab")
-    assert rows(first) == rows(second)
+@pytest.mark.parametrize("options", [(), ("--optimizer", "muon", "--mixup", 0.5), ("--view_cache", 10)], ids=str)
+def test_a_deterministic_run_repeats_and_resumes_exactly(options, distil, monkeypatch):
+    straight = distil("--deterministic", *options, tag="straight")
+    with stopped(terminate), monkeypatch.context() as patch:
+        at_call(patch, Engine, "_student_step", 13, terminate)
+        distil("--deterministic", *options, tag="stopped")
+    resumed = distil("--deterministic", *options, "--resume", "auto", tag="stopped")
+    assert same(checkpoint_of(straight), checkpoint_of(resumed))
+
+
+@pytest.mark.parametrize("first, second", [("cuda", "cpu"), ("cpu", "cuda")])
+def test_a_run_goes_on_on_the_other_device(first, second, distil):
+    distil("--device", first, "--epochs", 2, tag="run")
+    assert len(rows(distil("--device", second, "--resume", "auto", tag="run"))) == 4
+
+
+def test_weights_trained_on_the_gpu_give_the_same_outputs_on_the_cpu(distil):
+    network = Network.from_file(distil("--epochs", 2), nets.name("small")).freeze()
+    images = torch.rand(8, *network.shape)
+    expected = network(images)
+    torch.testing.assert_close(network.to("cuda")(images.to("cuda")).cpu(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_the_plan_and_its_cost_are_measured_on_the_gpu(distil, capsys):
+    distil("--dry_run")
+    assert torch.cuda.get_device_name() in capsys.readouterr().out
+
+
+def test_the_doctor_finds_no_fault_in_a_run_on_the_gpu(teacher, tmp_path):
+    pair = ("--teacher", nets.name("tiny"), "--student", nets.name("small"), "--teacher_weights", teacher)
+    done = command("-m", "datafree.doctor", "--method", "rgal", "--dataset", "digits", *pair, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("mode", ["default", "reduce-overhead"])
 def test_a_compiled_run_is_the_plain_one(mode, distil):
-    plain, compiled = (
-        rows(distil("--device", "cuda", "--epochs", 1, "--compile", mode, tag=mode)) for mode in ("off", mode)
-    )
+    plain, compiled = (rows(distil("--epochs", 1, "--compile", mode, tag=mode)) for mode in ("off", mode))
     for name in ("synthesis/bn", "synthesis/oh", "student/kd"):
         assert compiled[0][name] == pytest.approx(plain[0][name], rel=0.2)
