@@ -5,7 +5,7 @@ are teachers and students as they are.
 """
 
 from collections.abc import Callable, Iterable, Sequence
-from functools import cached_property, partial
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,6 +24,20 @@ def pooled(x: Tensor) -> Tensor:
 
 
 FIELDS = ("logits", "embed", "stages", "pooled", "batch_norm")
+
+
+class _Once:
+    """A property that is computed when it is first read, as a ``functools.cached_property`` is: that takes a lock
+    before Python 3.12, at which torch.compile would break up a network's graph."""
+
+    def __init__(self, compute: Callable[[Any], Any]):
+        self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__
+
+    def __get__(self, features: Any, owner: type) -> Any:
+        if features is None:
+            return self
+        found = features.__dict__[self.name] = self.compute(features)
+        return found
 
 
 class Features:
@@ -47,23 +61,23 @@ class Features:
         self._logits, self._embed, self._stages, self._pooled = logits, embed, stages, pooled
         self._batch_norm, self._gather = batch_norm, gather
 
-    @cached_property
+    @_Once
     def logits(self) -> Tensor:
         """(N, classes)."""
         return self._whole(self._present(self._logits, "logits"))
 
-    @cached_property
+    @_Once
     def embed(self) -> Tensor:
         """(N, D), what the classification head is given."""
         return self._whole(self._present(self._embed, "embed"))
 
-    @cached_property
+    @_Once
     def stages(self) -> list[Tensor]:
         """[(N, C_l, H_l, W_l)], one map for each stage of the trunk."""
         stages = self._present(self._stages, "stages")
         return list(map(self._gather, stages)) if self._gather else stages
 
-    @cached_property
+    @_Once
     def pooled(self) -> Sequence[Tensor]:
         """[(N, C_l)], the stages averaged over space, in fp32; each is computed when it is read."""
         if self._pooled is None and self._stages is not None:
