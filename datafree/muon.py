@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.linalg import matrix_norm
 from torch.optim.sgd import sgd
 
 QUINTIC = (3.4445, -4.7750, 2.0315)  # of Jordan et al.: brings singular values near 1 in five iterations
@@ -47,13 +46,12 @@ class Muon(torch.optim.Optimizer):
         with torch.enable_grad():
             loss = closure() if closure else None
         for group in self.param_groups:
-            alike = defaultdict(list)  # filters of the same shape are stepped in one go, which saves kernels on a GPU
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    alike[parameter.flatten(1).shape if parameter in self.filters else None].append(parameter)
-            for shape, parameters in alike.items():
-                step = _step_filters if shape else _step_others
-                step(parameters, [self._momentum(parameter) for parameter in parameters], group)
+            given = [parameter for parameter in group["params"] if parameter.grad is not None]
+            filters = [parameter for parameter in given if parameter in self.filters]
+            others = [parameter for parameter in given if parameter not in self.filters]
+            for step, parameters in ((_step_filters, filters), (_step_others, others)):
+                if parameters:
+                    step(parameters, list(map(self._momentum, parameters)), group)
         return loss
 
     def _momentum(self, parameter: Tensor) -> Tensor:
@@ -87,12 +85,20 @@ def _step_filters(filters: list[Tensor], momenta: list[Tensor], group: dict[str,
     gradients = _gradients(filters)
     torch._foreach_mul_(momenta, group["momentum"])
     torch._foreach_add_(momenta, gradients)
-    along = torch._foreach_add(gradients, momenta, alpha=group["momentum"])
-    steps, weights = (torch.stack([each.flatten(1) for each in several]) for several in (along, filters))
-    norms = matrix_norm(weights, keepdim=True)
-    weights -= orthogonalised(steps) * (group["lr"] * norms / min(weights.shape[1:]) ** 0.5)
-    weights *= norms / matrix_norm(weights, keepdim=True)
-    torch._foreach_copy_(filters, [weight.view(each.shape) for weight, each in zip(weights, filters)])
+    alike = defaultdict(list)  # filters of the same shape are stepped in one go, which saves kernels on a GPU
+    for weight, along in zip(filters, torch._foreach_add(gradients, momenta, alpha=group["momentum"])):
+        alike[weight.shape].append((weight, along))
+    for shape, pairs in alike.items():
+        several = [weight for weight, _ in pairs]
+        weights, steps = (torch.stack(each).flatten(2) for each in zip(*pairs))
+        norms = _norms(weights)
+        weights -= orthogonalised(steps) * (group["lr"] / min(weights.shape[1:]) ** 0.5 * norms)
+        weights *= norms / _norms(weights)
+        torch._foreach_copy_(several, list(weights.view(-1, *shape).unbind()))
+
+
+def _norms(matrices: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
 
 
 def _gradients(parameters: list[Tensor]) -> list[Tensor]:
@@ -104,8 +110,8 @@ def orthogonalised(matrices: Tensor) -> Tensor:
     a, b, c = QUINTIC
     tall = matrices.shape[1] > matrices.shape[2]
     x = matrices.mT if tall else matrices
-    x = x / matrix_norm(x, keepdim=True).clamp_min(SMALLEST)
+    x = x / _norms(x).clamp_min(SMALLEST)
     for _ in range(ITERATIONS):
-        square = x @ x.mT
+        square = torch.bmm(x, x.mT)
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
     return x.mT if tall else x
