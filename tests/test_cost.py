@@ -71,6 +71,20 @@ def test_a_step_is_measured_on_ever_more_images_while_that_is_quick(of_an_image,
     assert rate.seconds == pytest.approx(256 * of_an_image)
 
 
+def test_on_a_gpu_the_steps_in_which_kernels_are_chosen_are_not_measured(clock, monkeypatch):
+    chosen, taken = set(), []
+    monkeypatch.setattr(cost, "reset_peak", lambda device: None)
+    monkeypatch.setattr(cost, "peak_memory", lambda device: 100)
+
+    def take(images, progress):
+        taken.append(images)
+        clock[0] += 0.01 if images in chosen else 5.0
+        chosen.add(images)
+
+    rate = measure(take, 64, torch.device("cuda"), limit=1.0)
+    assert rate.seconds == pytest.approx(0.01) and rate.measured == 64 and set(taken) == {32, 64}
+
+
 def test_terms_that_come_and_go_are_weighed_by_their_share_of_the_run(clock):
     def take(images, progress):
         clock[0] += 0.01 if progress < 0.8 else 0.06
