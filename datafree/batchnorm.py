@@ -169,7 +169,7 @@ class BatchNormTap:
 
     def _keep(self, layer: nn.Module, mean: Tensor, variance: Tensor) -> None:
         running = running_statistics(layer)
-        assert running is not None  # a layer is what has them
+        assert running is not None  # a layer is what has them (torch.compile cannot take the truth of two tensors)
         self.statistics.append(LayerStatistics(mean, variance, *running))
 
     def _keep_functional(self, x: Tensor, running_mean: Tensor, running_variance: Tensor) -> None:
@@ -265,12 +265,13 @@ def channel_statistics(x: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and biased variance per channel, (N, C, ...) -> two vectors (C,) in at least fp32.
 
     One pass, by the kernel of BatchNorm itself; ``torch.var_mean`` takes twenty times as long on the CPU for
-    channels_last tensors. Compiled code makes one pass of that, and would be broken up by BatchNorm's kernel.
+    channels_last tensors. Compiled code fuses that into one pass, whereas BatchNorm's kernel would break its graph.
     """
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     if torch.compiler.is_compiling():
-        variance, mean = torch.var_mean(x.float(), [0, *range(2, x.dim())], correction=0)
+        variance, mean = torch.var_mean(x, [0, *range(2, x.dim())], correction=0)
         return mean, variance
-    return torch.batch_norm_update_stats(x.to(torch.promote_types(x.dtype, torch.float32)), None, None, 0.0)
+    return torch.batch_norm_update_stats(x, None, None, 0.0)
 
 
 def statistics_gradient(x: Tensor, mean: Tensor, grad_mean: Tensor, grad_variance: Tensor) -> Tensor:

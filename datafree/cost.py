@@ -43,7 +43,7 @@ SECONDS = 4.0  # of a phase, after which no more images are tried,
 MEASURED = 0.01  # or, if that is less, a share of the run's budget
 REPEATS = 5  # timed steps at most, spread over the run, in which terms of a loss come and go
 SHARES = (8, 4, 2, 1)  # of a batch, its n-th part: on which a step is tried, in turn
-GPU_SHARES = SHARES[-2:]  # on a GPU, where small batches take as long as large ones, and each size chooses its kernels
+GPU_SHARES = SHARES[-2:]  # on a GPU, where small batches can be as slow as large ones, and each size chooses kernels
 SMALLEST = 8  # images to begin with, if the first of these is less
 ROUND = 2  # synthesis steps of a measured round
 BATCHES = ("synthesis_batch_size", "batch_size", "replay_batch_size")  # options that steps read
@@ -249,7 +249,9 @@ def measure_training(session: Session, training: Training) -> Rates:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
             fill = steps.synthesise(not work["warmup"])  # or there were no images to learn from
-            if seconds_at_first(fill, fewest(images), device) > SECONDS:
+            if device.type == "cuda":
+                fill(fewest(images), 0)
+            if seconds_of(fill, fewest(images), 0, device) > SECONDS:
                 source.g_steps = 1  # what a round does besides is no matter then
         if work["warmup"] and learner.acts_in_warmup:
             phases["ranges"] = measure(steps.observe, schedule.batch_size, device, limit, tries=1)
@@ -336,8 +338,10 @@ def measure(step: Step, images: int, device: torch.device, limit: float, tries: 
     shares = GPU_SHARES if device.type == "cuda" else SHARES
     sizes = sorted({max(least, images // part) for part in shares})
     started, peaks = now(device), dict[int, float | None]()
+    if device.type == "cuda":
+        step(sizes[0], 0)  # which loads and chooses kernels
     with FlopCounterMode(display=False) as counter:  # which keeps tensors, so that memory is measured without it
-        seconds = seconds_at_first(step, sizes[0], device)
+        seconds = seconds_of(step, sizes[0], 0, device)
     is_slow = seconds > SECONDS  # so that what only a first step of a size does is no matter
     for size in sizes:
         if len(peaks) >= tries and now(device) - started + 4 * seconds > limit:
@@ -380,14 +384,6 @@ def seconds_of(step: Step, images: int, progress: float, device: torch.device) -
     started = now(device)
     step(images, progress)
     return now(device) - started
-
-
-def seconds_at_first(step: Step, images: int, device: torch.device) -> float:
-    """Seconds of a step of a kind that was not taken before; on a GPU of the second, because the first one loads and
-    chooses kernels."""
-    if device.type == "cuda":
-        step(images, 0)
-    return seconds_of(step, images, 0, device)
 
 
 def _evaluation(network: Network, test: Split) -> Step:

@@ -27,8 +27,8 @@ FIELDS = ("logits", "embed", "stages", "pooled", "batch_norm")
 
 
 class _Once:
-    """A property that is computed when it is first read, as a ``functools.cached_property`` is: that takes a lock
-    before Python 3.12, at which torch.compile would break up a network's graph."""
+    """A property that is computed when it is first read; ``functools.cached_property`` takes a lock before
+    Python 3.12, where torch.compile would break the graph."""
 
     def __init__(self, compute: Callable[[Any], Any]):
         self.compute, self.name, self.__doc__ = compute, compute.__name__, compute.__doc__

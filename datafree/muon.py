@@ -98,6 +98,7 @@ def _step_filters(filters: list[Tensor], momenta: list[Tensor], group: dict[str,
 
 
 def _norms(matrices: Tensor) -> Tensor:
+    # One operation, as bmm below is; matrix_norm and @ take several, each of which a GPU's host would have to launch.
     return torch.linalg.vector_norm(matrices, dim=(1, 2), keepdim=True)
 
 

@@ -80,9 +80,11 @@ def test_on_a_gpu_the_steps_in_which_kernels_are_chosen_are_not_measured(clock, 
         taken.append(images)
         clock[0] += 0.01 if images in chosen else 5.0
         chosen.add(images)
+        torch.ones(images, 3) @ torch.ones(3, 2)
 
     rate = measure(take, 64, torch.device("cuda"), limit=1.0)
     assert rate.seconds == pytest.approx(0.01) and rate.measured == 64 and set(taken) == {32, 64}
+    assert rate.flop == 2 * 64 * 3 * 2
 
 
 def test_terms_that_come_and_go_are_weighed_by_their_share_of_the_run(clock):

@@ -1,4 +1,4 @@
-"""What only a GPU can show: the same mathematics as on the CPU, no waiting for the host, exact repeats; and that every
+"""What only a GPU can show: the same mathematics as on the CPU, a host that never waits, exact repeats; and that every
 method of every program runs there. bash scripts/test.sh -m gpu
 """
 
@@ -20,7 +20,10 @@ from datafree.engine import Engine
 from datafree.network import Network
 from datafree.view_cache import ViewCache
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and pytest -m gpu"),
+]
 SECTIONS = (
     config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=16, pool_size=32),
     config.Relation(triplet=1.0, striplet=1.0, sampling="uniform", striplet_sampling="uniform"),
@@ -79,7 +82,7 @@ def test_losses_and_gradients_are_those_of_the_cpu():
 
 
 @pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
-def test_no_step_waits_for_the_host(precision):
+def test_in_no_step_the_host_waits(precision):
     source, learner = phases("cuda", precision)
     for epoch in range(2):  # cuDNN chooses its kernels in the first steps, and the first batch is checked
         source.round(epoch, with_student=True)
