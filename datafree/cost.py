@@ -249,8 +249,7 @@ def measure_training(session: Session, training: Training) -> Rates:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
             fill = steps.synthesise(not work["warmup"])  # or there were no images to learn from
-            if device.type == "cuda":
-                fill(fewest(images), 0)
+            choose_kernels(fill, fewest(images), device)
             if seconds_of(fill, fewest(images), 0, device) > SECONDS:
                 source.g_steps = 1  # what a round does besides is no matter then
         if work["warmup"] and learner.acts_in_warmup:
@@ -328,7 +327,7 @@ def _share_of_batches(config: Any, share: float) -> Iterator[None]:
 
 
 def measure(step: Step, images: int, device: torch.device, limit: float, tries: int = 2, micro_batch: int = 0) -> Rate:
-    """The rate of ``step`` on so many images, measured on the SHARES of them, while that is quick.
+    """The rate of ``step`` on so many images, measured on SHARES or GPU_SHARES of them, while that is quick.
 
     limit: seconds, after which no more images are tried. tries: sizes at least. Beyond what was tried, seconds and FLOP
     grow with the images, and memory as it did from the last but one size to the last. micro_batch: images at most that
@@ -338,8 +337,7 @@ def measure(step: Step, images: int, device: torch.device, limit: float, tries: 
     shares = GPU_SHARES if device.type == "cuda" else SHARES
     sizes = sorted({max(least, images // part) for part in shares})
     started, peaks = now(device), dict[int, float | None]()
-    if device.type == "cuda":
-        step(sizes[0], 0)  # which loads and chooses kernels
+    choose_kernels(step, sizes[0], device)
     with FlopCounterMode(display=False) as counter:  # which keeps tensors, so that memory is measured without it
         seconds = seconds_of(step, sizes[0], 0, device)
     is_slow = seconds > SECONDS  # so that what only a first step of a size does is no matter
@@ -384,6 +382,12 @@ def seconds_of(step: Step, images: int, progress: float, device: torch.device) -
     started = now(device)
     step(images, progress)
     return now(device) - started
+
+
+def choose_kernels(step: Step, images: int, device: torch.device) -> None:
+    """Take a step that is not measured, on a GPU, where the first one of a size loads and chooses kernels."""
+    if device.type == "cuda":
+        step(images, 0)
 
 
 def _evaluation(network: Network, test: Split) -> Step:

@@ -10,7 +10,7 @@ import parts
 import pytest
 import torch
 from conftest import QUANTIZATION_BUDGETS, command, rows, scratch
-from resuming import at_call, checkpoint_of, same, stopped, terminate
+from resuming import assert_same_run, at_call, stopped, terminate
 from test_incremental import incremental
 
 import registry
@@ -24,6 +24,7 @@ pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU and pytest -m gpu"),
 ]
+PRECISIONS = pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
 SECTIONS = (
     config.Synthesis(bn=1.0, oh=1.0, adv=1.0, nz=4, ngf=4, synthesis_batch_size=16, pool_size=32),
     config.Relation(triplet=1.0, striplet=1.0, sampling="uniform", striplet_sampling="uniform"),
@@ -81,7 +82,7 @@ def test_losses_and_gradients_are_those_of_the_cpu():
     torch.testing.assert_close(found[0], found[1], rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
+@PRECISIONS
 def test_in_no_step_the_host_waits(precision):
     source, learner = phases("cuda", precision)
     for epoch in range(2):  # cuDNN chooses its kernels in the first steps, and the first batch is checked
@@ -110,7 +111,6 @@ def test_the_view_cache_returns_the_features_of_the_teacher():
 
 # Whole programs. Their device is "auto", which is the GPU here.
 
-PRECISIONS = pytest.mark.parametrize("precision", ["none", "bf16", "fp16"])
 KERNELS = pytest.mark.parametrize("kernels", [(), ("--deterministic",)], ids=["any", "deterministic"])
 
 
@@ -165,7 +165,7 @@ def test_a_deterministic_run_repeats_and_resumes_exactly(options, distil, monkey
         at_call(patch, Engine, "_student_step", 13, terminate)
         distil("--deterministic", *options, tag="stopped")
     resumed = distil("--deterministic", *options, "--resume", "auto", tag="stopped")
-    assert same(checkpoint_of(straight), checkpoint_of(resumed))
+    assert_same_run(straight, resumed)
 
 
 @pytest.mark.parametrize("first, second", [("cuda", "cpu"), ("cpu", "cuda")])
