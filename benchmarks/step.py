@@ -31,6 +31,7 @@ from benchmarks import plain
 from datafree.augment import CropFlip, shift_flip
 from datafree.config import Distill, DistillConfig, Relation, Run, ScheduleOptions, Synthesis
 from datafree.datasets.cards import DatasetCard
+from datafree.echo import Echo
 from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
 from datafree.logger import table
@@ -51,7 +52,9 @@ CASES = (
     "student, all views new",
     "student, all views known",
     "student, Muon",
+    "student, --echo 4",
 )
+CACHED = ("plain student", "student", "student, all views new", "student, all views known")
 PARTS = ("generator", "augmentation", "teacher", "student", "backward", "optimiser", "rest")
 
 
@@ -109,6 +112,7 @@ class Ours:
         self.learner = DistillLearner(self.student, self.teacher, crop, config, 10**6)
         self.cache, self.n = ViewCache(self.teacher, self.learner.cached_fields, 2 * n, 10**3), n
         self.muon = Muon(self.student, self.learner.lr)
+        self.echo = Echo(self.cache.rows, 4, shape, device)
 
     def synthesis_step(self):
         self.source.synthesize()
@@ -129,6 +133,11 @@ class Ours:
     def muon_step(self):
         with mock.patch.object(self.learner, "optimizer", self.muon):
             self.student_step()
+
+    def echo_step(self):
+        self.learner.cache = None
+        with mock.patch.object(self.learner, "echo", self.echo):
+            self.learner.step(self.source.sample(self.n // 2 // self.echo.times))
 
 
 def convolution_peak(device, precision, channels=(64, 128, 256)):
@@ -169,6 +178,7 @@ def compare(pair, n, args, device):
                 lambda: ours.cached_step(known=False),
                 lambda: ours.cached_step(known=True),
                 ours.muon_step,
+                ours.echo_step,
             ),
         )
     )
@@ -274,7 +284,7 @@ def compare_data(images, args, size=32, n=128):
 def average(turns, megabytes, bytes_per_view, images):
     """A row: the mean student step of the published schedule with a view cache of so many megabytes."""
     share = expected_hit_rate(megabytes * 10**6 // bytes_per_view, n=images)
-    plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CASES[2:6])
+    plainly, without, new, known = ([sum(turn.values()) for turn in turns[case]] for case in CACHED)
     mean = [share * k + (1 - share) * n for n, k in zip(new, known)]
     low, ratio, high = quartiles([a / b for a, b in zip(plainly, mean)])
     return {

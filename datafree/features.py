@@ -4,7 +4,7 @@ No model has to return its features, so torchvision's, timm's and user-defined n
 are teachers and students as they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from functools import partial
 from typing import Any
 
@@ -162,6 +162,33 @@ class _Pooled(Sequence[Tensor]):
     def __getitem__(self, index: Any) -> Any:
         rows = pooled(self.stages[index])
         return self.gather(rows) if self.gather else rows
+
+
+class FeatureRows:
+    """Some fields of Features as one matrix in fp32, with a row for each view, and back.
+
+    tap: of the network. fields: of "logits", "embed" and "pooled".
+    """
+
+    def __init__(self, tap: "FeatureTap", fields: Collection[str]):
+        widths = {"logits": [tap.num_classes], "embed": [tap.embed_dim], "pooled": tap.stage_channels}
+        if unknown := set(fields) - widths.keys():
+            raise ValueError(f"cannot keep {', '.join(sorted(unknown))}, only {', '.join(widths)}")
+        self.widths = {name: widths[name] for name in widths if name in fields}
+        self.width = sum(map(sum, self.widths.values()))
+
+    def pack(self, features: Features) -> Tensor:
+        """(N, width)."""
+        parts = {name: getattr(features, name) for name in self.widths}
+        layers = [part for name in parts for part in (parts[name] if name == "pooled" else [parts[name]])]
+        return torch.cat([layer.float() for layer in layers], 1)
+
+    def unpack(self, rows: Tensor) -> Features:
+        """The Features of rows (N, width), with these fields alone."""
+        parts = iter(rows.split([width for widths in self.widths.values() for width in widths], 1))
+        found = {name: [next(parts) for _ in widths] for name, widths in self.widths.items()}
+        logits, embed = (found[name][0] if name in found else None for name in ("logits", "embed"))
+        return Features(logits, embed, pooled=found.get("pooled"))
 
 
 class FeatureTap:

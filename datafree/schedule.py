@@ -36,11 +36,11 @@ class Schedule:
     """Epochs of rounds, each of some synthesis steps and some student steps.
 
     rounds: of an epoch. kd_steps: student steps of a round. g_steps: synthesis steps of a batch, of which a round has
-    one or several; 0 for a source that takes no steps. batch_size: images of a student step. warmup: first epochs, in
-    which images are synthesised and the student is not trained. synthesis_rounds: the first rounds of the run that
-    synthesise; None for all. batches, warmup_batches: synthesised in a round, after the warm-up and in it. length:
-    student steps of the run, had there been no warm-up, if its last epoch may be shorter; None if it has all rounds.
-    eval_every: epochs between two evaluations; the last epoch has one in any case.
+    one or several; 0 for a source that takes no steps. batch_size: images that a student step draws. warmup: first
+    epochs, in which images are synthesised and the student is not trained. synthesis_rounds: the first rounds of the
+    run that synthesise; None for all. batches, warmup_batches: synthesised in a round, after the warm-up and in it.
+    length: student steps of the run, had there been no warm-up, if its last epoch may be shorter; None if it has all
+    rounds. eval_every: epochs between two evaluations; the last epoch has one in any case.
     """
 
     epochs: int

@@ -16,7 +16,7 @@ from torch import Tensor
 from datafree import distributed
 from datafree.batchnorm import is_batch_independent
 from datafree.errors import InputError, OptionError, out_of_memory_in
-from datafree.features import Features
+from datafree.features import FeatureRows, Features
 from datafree.network import Network
 from datafree.pool import ImagePool
 from datafree.runtime import free_memory, unfilled
@@ -43,13 +43,8 @@ class ViewCache:
 
     def __init__(self, teacher: Network, fields: Collection[str], possible: int, megabytes: int):
         self.teacher, self.possible = teacher, possible
-        tap = teacher.tap
-        widths = {"logits": [teacher.num_classes], "embed": [tap.embed_dim], "pooled": tap.stage_channels}
-        if unknown := set(fields) - widths.keys():
-            raise ValueError(f"cannot cache {', '.join(sorted(unknown))}, only {', '.join(widths)}")
-        self.widths = {name: widths[name] for name in widths if name in fields}
-        self.width, self.megabytes = sum(map(sum, self.widths.values())), megabytes
-        self.bytes_per_view = 4 * self.width + 8
+        self.rows, self.megabytes = FeatureRows(teacher.tap, fields), megabytes
+        self.bytes_per_view = 4 * self.rows.width + 8
         self._allocate()
         self._hits, self.lookups = torch.zeros((), dtype=torch.long, device=teacher.device), 0
 
@@ -61,7 +56,7 @@ class ViewCache:
         device = self.teacher.device
         self.places = self.places_for(self.possible)
         with out_of_memory_in("allocation of the view cache", "--view_cache"):
-            self.values = unfilled(self.places + 1, self.width, device=device)  # the last row is never read
+            self.values = unfilled(self.places + 1, self.rows.width, device=device)  # the last row is never read
             self.keys = torch.full((self.places,), -1, device=device)
 
     def resize(self, possible: int) -> None:
@@ -84,7 +79,7 @@ class ViewCache:
             self._keep(places[new], keys[new], fresh)
         self._hits += known.sum()
         self.lookups += len(keys)
-        return self._unpack(values)
+        return self.rows.unpack(values)
 
     def hit_rate(self) -> float | None:
         """Fraction of the views that were cached, since the last call; None if there were no views."""
@@ -103,22 +98,12 @@ class ViewCache:
         multiple = min(multiple, most or multiple)
         padded = new[torch.arange(-(-len(new) // multiple) * multiple, device=new.device) % len(new)]
         parts = padded.split(most // multiple * multiple or len(padded))  # none is computed in parts of other sizes
-        return torch.cat([self._values(self.teacher.features(views[rows])) for rows in parts])[: len(new)]
-
-    def _values(self, features: Features) -> Tensor:
-        parts = {"logits": [features.logits], "embed": [features.embed], "pooled": features.pooled}
-        return torch.cat([part.float() for name in self.widths for part in parts[name]], 1)
+        return torch.cat([self.rows.pack(self.teacher.features(views[part])) for part in parts])[: len(new)]
 
     def _keep(self, places: Tensor, keys: Tensor, values: Tensor) -> None:
         self.keys[places] = keys
         # Of two new views with the same place one has it now; the other is written to the row that is never read.
         self.values[torch.where(self.keys[places] == keys, places, self.places)] = values
-
-    def _unpack(self, values: Tensor) -> Features:
-        parts = iter(values.split([width for widths in self.widths.values() for width in widths], 1))
-        found = {name: [next(parts) for _ in widths] for name, widths in self.widths.items()}
-        logits, embed = (found[name][0] if name in found else None for name in ("logits", "embed"))
-        return Features(logits, embed, pooled=found.get("pooled"))
 
 
 def expected_new_views(

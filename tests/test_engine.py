@@ -38,6 +38,7 @@ VARIANTS = {
     "meta": ("--generator_init", "reptile", "--meta_rate", 0.5, "--class_noise", 1),
     "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
     "muon": ("--optimizer", "muon", "--clip_grad", 5),
+    "echo": ("--echo", 4, "--mixup", 0.5, "--pair_sample"),
     "ring": ("--pool_size", 24, "--balanced_sampling", "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
     "maml": ("--generator_init", "maml", "--bn_momentum", 0.5, "--reset_epoch", 2, "--at_loss", 1),
     "few synthesis rounds": ("--synthesis_rounds", 3, "--bn_momentum", 0.5),
@@ -71,7 +72,7 @@ def interrupted(distil, monkeypatch):
     mostly_slow(
         itertools.product(VARIANTS, (kill, terminate)),
         [(name, kill) for name in ("rgal", "cmi", "maml", "several batches", "learner with options")]
-        + [(name, terminate) for name in ("rgal_fast", "ring", "stream", "source with options", "muon")],
+        + [(name, terminate) for name in ("rgal_fast", "ring", "stream", "source with options", "muon", "echo")],
     ),
 )
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil, interrupted):

@@ -97,7 +97,7 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
     source, learner = both_phases(
         {**ALL, "keep": keep, "generator_init": init, "meta_rate": 0.5, "class_noise": 1.0},
         relation,
-        dict(cd_loss=1.0, gram_loss=1.0, pair_sample=True, mixup=0.5),
+        dict(cd_loss=1.0, pair_sample=True, mixup=0.5, **({"gram_loss": 1.0} if keep == "last" else {"echo": 2})),
     )
     means = Means()
     with Waits() as waits:
