@@ -621,11 +621,6 @@ class Distill:
         unused_when={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)},
     )
 
-    @property
-    def new_images(self) -> int:
-        """Images that a student step draws; the others of its batch are echoes of earlier steps."""
-        return self.batch_size if self.learner in LearnersOfOtherOptions() else self.batch_size // self.echo
-
     def validate(self) -> None:
         """Raise an OptionError for a batch that cannot be divided as --echo says."""
         if left := self.batch_size % self.echo * (self.learner not in LearnersOfOtherOptions()):
@@ -912,7 +907,7 @@ class DistillConfig:
     def validate(self) -> None:
         """Raise an InputError for options that do not go together."""
         seconds_of(self.schedule.budget)
-        _check_student_terms(self, Schedule.of(self.schedule, self.distill.new_images))
+        _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
         self.distill.validate()
         self.run.validate()
