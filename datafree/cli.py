@@ -417,7 +417,7 @@ def _error(message: str) -> OptionError:
 
 
 def _nearest(word: str, spellings: Mapping[str, str], otherwise: str = "; --help lists them") -> str:
-    """A clause with the spellings of the names nearest to the last part of ``word``."""
+    """A clause with the spellings of the names nearest to the last part of ``word``, two at most, if any is alike."""
     word = word.split(".")[-1].lstrip("-")
     near = [word] if word in spellings else difflib.get_close_matches(word, spellings, n=2, cutoff=0.65)
     return f"; did you mean {' or '.join(spellings[name] for name in near)}?" if near else otherwise

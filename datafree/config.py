@@ -623,7 +623,8 @@ class Distill:
 
     def validate(self) -> None:
         """Raise an OptionError for a batch that cannot be divided as --echo says."""
-        if left := self.batch_size % self.echo * (self.learner not in LearnersOfOtherOptions()):
+        left = self.batch_size % self.echo
+        if left and self.learner not in LearnersOfOtherOptions():
             sizes = [size for size in (self.batch_size - left, self.batch_size - left + self.echo) if size]
             raise OptionError(
                 f"batch_size {self.batch_size} is not a multiple of echo {self.echo}; give --batch_size "

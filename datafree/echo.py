@@ -6,7 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from datafree.errors import out_of_memory_in
 from datafree.features import FeatureRows, Features
+from datafree.runtime import unfilled
 
 KEPT = 1024  # views among which those of a step are drawn that are not new
 
@@ -24,16 +26,16 @@ class Echo:
 
     def __init__(self, rows: FeatureRows, times: int, shape: Sequence[int], device: torch.device, kept: int = KEPT):
         self.rows, self.times, self.kept, self.device, self.added = rows, times, kept, device, 0
-        self.views = torch.zeros(kept, *shape, device=device)
-        self.answers = torch.zeros(kept, rows.width, device=device)
+        with out_of_memory_in("allocation of the views that are used again", "--echo"):
+            self.views = unfilled(kept, *shape, device=device)
+            self.answers = unfilled(kept, rows.width, device=device)
 
     @torch.no_grad()
     def __call__(self, views: Tensor, features: Features) -> tuple[Tensor, Features]:
         """New views (N, C, H, W) and the teacher's Features of them -> these and earlier ones, times * N in all."""
         answers = self.rows.pack(features)
         self._keep(views[-self.kept :], answers[-self.kept :])
-        held = min(self.added, self.kept)
-        again = torch.randint(held, ((self.times - 1) * len(views),), device=self.device)
+        again = torch.randint(self._held(self.added), ((self.times - 1) * len(views),), device=self.device)
         return torch.cat([views, self.views[again]]), self.rows.unpack(torch.cat([answers, self.answers[again]]))
 
     def _keep(self, views: Tensor, answers: Tensor) -> None:
@@ -42,8 +44,12 @@ class Echo:
         self.views[places], self.answers[places] = views.to(self.views.dtype), answers
         self.added += len(views)
 
+    def _held(self, added: int) -> int:
+        """How many views are held when so many were added."""
+        return min(added, self.kept)
+
     def state_dict(self) -> dict[str, Any]:
-        held = min(self.added, self.kept)
+        held = self._held(self.added)
         return {"views": self.views[:held], "answers": self.answers[:held], "added": self.added}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -51,7 +57,7 @@ class Echo:
         views, answers, added = state["views"], state["answers"], state["added"]
         if not torch.is_tensor(views) or not torch.is_tensor(answers) or type(added) is not int or added < 0:
             raise ValueError("its views are damaged")
-        held = min(added, self.kept)
+        held = self._held(added)
         for found, here in ((views, self.views[:held]), (answers, self.answers[:held])):
             if found.shape != here.shape or found.dtype != here.dtype:
                 raise ValueError(f"it holds {found.dtype} of shape {tuple(found.shape)}, not {tuple(here.shape)}")

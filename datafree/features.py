@@ -179,8 +179,8 @@ class FeatureRows:
 
     def pack(self, features: Features) -> Tensor:
         """(N, width)."""
-        parts = {name: getattr(features, name) for name in self.widths}
-        layers = [part for name in parts for part in (parts[name] if name == "pooled" else [parts[name]])]
+        found = (getattr(features, name) for name in self.widths)
+        layers = [layer for field in found for layer in ([field] if torch.is_tensor(field) else field)]
         return torch.cat([layer.float() for layer in layers], 1)
 
     def unpack(self, rows: Tensor) -> Features:

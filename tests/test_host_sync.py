@@ -97,13 +97,23 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
     source, learner = both_phases(
         {**ALL, "keep": keep, "generator_init": init, "meta_rate": 0.5, "class_noise": 1.0},
         relation,
-        dict(cd_loss=1.0, pair_sample=True, mixup=0.5, **({"gram_loss": 1.0} if keep == "last" else {"echo": 2})),
+        dict(cd_loss=1.0, gram_loss=1.0, pair_sample=True, mixup=0.5),
     )
     means = Means()
     with Waits() as waits:
         means.add("synthesis", source.round(1, with_student=True))
         for _ in range(2):
             means.add("student", learner.step(source.batch(8)))
+    assert waits.found == []
+
+
+def test_a_step_with_echoes_does_not_wait_for_the_host():
+    torch.manual_seed(0)
+    source, learner = both_phases(ALL, config.Relation(striplet=1.0), dict(cd_loss=1.0, mixup=0.5, echo=2))
+    source.round(1, with_student=True)
+    with Waits() as waits:
+        for _ in range(2):
+            learner.step(source.batch(4))
     assert waits.found == []
 
 
