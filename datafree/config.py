@@ -621,10 +621,15 @@ class Distill:
         unused_when={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)},
     )
 
+    @property
+    def uses_per_view(self) -> int:
+        """Steps that use a view, on average; 1 with a learner that does not read --echo."""
+        return 1 if self.learner in LearnersOfOtherOptions() else self.echo
+
     def validate(self) -> None:
         """Raise an OptionError for a batch that cannot be divided as --echo says."""
-        left = self.batch_size % self.echo
-        if left and self.learner not in LearnersOfOtherOptions():
+        left = self.batch_size % self.uses_per_view
+        if left:
             sizes = [size for size in (self.batch_size - left, self.batch_size - left + self.echo) if size]
             raise OptionError(
                 f"batch_size {self.batch_size} is not a multiple of echo {self.echo}; give --batch_size "

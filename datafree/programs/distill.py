@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from datafree import registry
-from datafree.config import Distill, DistillConfig
+from datafree.config import DistillConfig
 from datafree.errors import OptionError
 from datafree.launch import command
-from datafree.learners import LearnersOfOtherOptions
 from datafree.plugins import is_custom, named_by_caller
 from datafree.program import Program, run
 
@@ -47,7 +46,8 @@ def distillation(session: "Session") -> "Iterator[Training]":
         return
     teacher = session.load_teacher()
     source = build_source(session, teacher, student)
-    schedule = Schedule.of(config.schedule, images_drawn(config.distill), source, config.run.eval_every)
+    new_views = config.distill.batch_size // config.distill.uses_per_view
+    schedule = Schedule.of(config.schedule, new_views, source, config.run.eval_every)
     learner = build_learner(session, teacher, student, schedule.total_student_steps)
     learner.cache = build_cache(session, teacher, source, learner, config.distill.view_cache)
     tested = len(session.test or ())  # as late as possible, because the images may take long to read
@@ -160,11 +160,6 @@ def _as_word(value: Any) -> str:
     if isinstance(value, (list, tuple)):
         return ",".join(map(_as_word, value))
     return "" if value is None else str(value)
-
-
-def images_drawn(options: Distill) -> int:
-    """Images that a student step draws; the rest of its batch are echoes."""
-    return options.batch_size // (1 if options.learner in LearnersOfOtherOptions() else options.echo)
 
 
 def custom_learner(config: DistillConfig) -> list[str]:
