@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 DIGITS = ROOT / "configs" / "digits"
 RUNS = {
     "teacher": (train_scratch, "teacher_resnet20"),
-    "rgal_fast": (datafree_kd, "rgal_fast_resnet20_resnet8"),
+    "rgal_reptile": (datafree_kd, "rgal_reptile_resnet20_resnet8"),
     "rgal": (datafree_kd, "rgal_resnet20_resnet8"),
     "deepinv": (datafree_kd, "deepinv_resnet20_resnet8"),
     "dfq": (datafree_kd, "dfq_resnet20_resnet8"),

@@ -34,6 +34,7 @@ SYNTHESIS = {  # options of the methods that do not take just those of GENERATOR
     "deepinv": PIXELS,
     "fast": f"{GENERATOR} --warmup 0 --reset_epoch 2",
     "rgal_fast": f"{GENERATOR} --warmup 0",
+    "rgal_reptile": f"{GENERATOR} --warmup 0",
     "nayer": f"{GENERATOR} --warmup 0 --generator_life 3",
 }
 MORE = {  # further runs of RGAL, and their options

@@ -589,7 +589,8 @@ class Distill:
     echo: int = option(
         1,
         "Steps in which a view is used, on average: of each batch one part in so many is new views, and the others are "
-        "drawn from recent ones, whose answers by the teacher are kept (data echoing). Not with gram_loss and at_loss.",
+        "drawn from recent ones, whose answers by the teacher are kept (data echoing; can cost "
+        "accuracy). Not with gram_loss and at_loss.",
         low=1,
         unused_when=OTHER_LEARNER,
     )

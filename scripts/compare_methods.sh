@@ -11,7 +11,7 @@ shopt -s inherit_errexit
 weights=${WEIGHTS:+$(realpath -e "$WEIGHTS")}
 . "$(dirname "$0")/env.sh"
 
-methods=${METHODS:-noise zskt dafl dfad dfq deepinv cmi fast nayer rgal rgal_fast real}
+methods=${METHODS:-noise zskt dafl dfad dfq deepinv cmi fast nayer rgal rgal_reptile rgal_fast real}
 if [ -n "$weights" ]; then
     data=cifar10 configs=configs/cifar10_short pair=cifar_resnet20_wrn16_1 budget=${BUDGET:-1200}
 else

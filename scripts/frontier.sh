@@ -16,6 +16,7 @@ frontier=${FRONTIER:-runs/frontier$(joined "$@")}
 cells() {  # a name, a method and its options per line
     echo "rgal_fast rgal_fast"
     echo "rgal_fast-wide rgal_fast --ngf 64"
+    echo "rgal_reptile rgal_reptile"
     echo "fast fast"
     echo "nayer nayer"
     echo "rgal rgal"

@@ -380,7 +380,7 @@ GENTLE = ("--lr_g", 0.003, "--lr", 0.02, "--epochs", 2)  # rates at which roundi
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["cmi", "deepinv", "fast", "nayer", "dafl", "rgal_fast", "real", "folder"])
+@pytest.mark.parametrize("method", ["cmi", "deepinv", "fast", "nayer", "dafl", "rgal_reptile", "real", "folder"])
 def test_two_processes_give_the_losses_of_one_for_every_kind_of_method(method, kd):
     words = GENTLE if method not in ("real", "folder") else GENTLE[2:]
     words += ("--reset_epoch", 1) if method == "fast" else ()

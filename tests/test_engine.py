@@ -72,7 +72,7 @@ def interrupted(distil, monkeypatch):
     mostly_slow(
         itertools.product(VARIANTS, (kill, terminate)),
         [(name, kill) for name in ("rgal", "cmi", "maml", "several batches", "learner with options")]
-        + [(name, terminate) for name in ("rgal_fast", "ring", "stream", "source with options", "muon", "echo")],
+        + [(name, terminate) for name in ("rgal_reptile", "ring", "stream", "source with options", "muon", "echo")],
     ),
 )
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil, interrupted):
