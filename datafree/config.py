@@ -589,8 +589,8 @@ class Distill:
     echo: int = option(
         1,
         "Steps in which a view is used, on average: of each batch one part in so many is new views, and the others are "
-        "drawn from recent ones, whose answers by the teacher are kept (data echoing; can cost "
-        "accuracy). Not with gram_loss and at_loss.",
+        "drawn from recent ones, whose answers by the teacher are kept (data echoing; can "
+        "cost accuracy). Not with gram_loss and at_loss.",
         low=1,
         unused_when=OTHER_LEARNER,
     )
@@ -629,8 +629,7 @@ class Distill:
 
     def validate(self) -> None:
         """Raise an OptionError for a batch that cannot be divided as --echo says."""
-        left = self.batch_size % self.uses_per_view
-        if left:
+        if left := self.batch_size % self.uses_per_view:
             sizes = [size for size in (self.batch_size - left, self.batch_size - left + self.echo) if size]
             raise OptionError(
                 f"batch_size {self.batch_size} is not a multiple of echo {self.echo}; give --batch_size "
