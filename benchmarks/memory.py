@@ -35,7 +35,8 @@ def measure(setting, phase):
     pool, device = ours.source.pool, ours.source.device
     before = reset_peak(device)
     if phase == "student":
-        pool.add(torch.rand(2 * ours.n, *pool.shape), torch.zeros(2 * ours.n, dtype=torch.long))
+        images = torch.rand(2 * ours.n, *pool.shape, device=device)
+        pool.add(images, torch.zeros(2 * ours.n, dtype=torch.long, device=device))
     for _ in range(2):
         ours.synthesis_step() if phase == "synthesis" else ours.student_step()
     print(round(peak_memory(device) - before))

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, is_dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -118,6 +119,8 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
     lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
     if (processes := launch.processes()) > 1:
         lines.append(f"Measured in one process alone; the {processes} of the run divide each batch.")
+    if session.run.compile != "off":
+        lines.append("Compiling takes a run about as long as this dry run, which its time does not include.")
     for line in [*lines, *describe(session, costs)]:
         print(printable(line), flush=True)
     if session.missing:
@@ -242,35 +245,38 @@ def measure_training(session: Session, training: Training) -> Rates:
         test = stand_in(session.card, "test", device)
     steps = _Steps(session.config, training)
     limit = min(SECONDS, MEASURED * budget_seconds(training.budget)) if training.budget else SECONDS
-    images, few, most = steps.images, fewest(schedule.batch_size), session.run.micro_batch
-    remedy = batch_or_parts("the batch sizes", most)
-    with unchanged(learner.network), _short_rounds(source), out_of_memory_in("the measured steps", remedy):
+    compiled, most = session.run.compile != "off", session.run.micro_batch
+    images, remedy = steps.images, batch_or_parts("the batch sizes", most)
+    measured = partial(measure, device=device, limit=limit, micro_batch=most, compiled=compiled)
+    unharmed = unchanged(learner.network, eager=not compiled)
+    with unharmed, _short_rounds(source), out_of_memory_in("the measured steps", remedy):
         if not source.traits.synthesises:
             work.update(warmup=0, synthesis=0)
         if work["warmup"] or work["synthesis"]:
             fill = steps.synthesise(not work["warmup"])  # or there were no images to learn from
-            choose_kernels(fill, fewest(images), device)
-            if seconds_of(fill, fewest(images), 0, device) > SECONDS:
+            few = fewest(images, compiled)
+            prepare(fill, few, device, compiled)
+            if seconds_of(fill, few, 0, device) > SECONDS:
                 source.g_steps = 1  # what a round does besides is no matter then
         if work["warmup"] and learner.acts_in_warmup:
-            phases["ranges"] = measure(steps.observe, schedule.batch_size, device, limit, tries=1)
+            phases["ranges"] = measured(steps.observe, schedule.batch_size, tries=1)
         if work["student"]:
-            steps.train(few, 0)
+            steps.train(fewest(schedule.batch_size, compiled), 0)
         files = _close_epochs(session, training, phases)
         in_use = reset_peak(device)
         if test:
             count = min(session.evaluation_batch, len(test))
-            phases["evaluation"] = measure(_evaluation(learner.network, test), count, device, limit, micro_batch=most)
+            phases["evaluation"] = measured(_evaluation(learner.network, test), count)
             if training.teacher:
-                phases["teacher"] = measure(_evaluation(training.teacher, test), count, device, limit, micro_batch=most)
+                phases["teacher"] = measured(_evaluation(training.teacher, test), count)
         if work["student"]:
-            phases["student"] = measure(steps.train, schedule.batch_size, device, limit, micro_batch=most)
+            phases["student"] = measured(steps.train, schedule.batch_size)
             if learner.cache:
                 views = round(steps.views * schedule.batch_size)
-                phases["views"] = measure(_passes(learner.cache.teacher), views, device, limit, micro_batch=most)
+                phases["views"] = measured(_passes(learner.cache.teacher), views)
         for kind in ("warmup", "synthesis"):
             if work[kind]:
-                rate = measure(steps.synthesise(kind == "synthesis"), images, device, limit, micro_batch=most)
+                rate = measured(steps.synthesise(kind == "synthesis"), images)
                 phases[kind] = rate._replace(seconds=rate.seconds / steps.ticks, flop=rate.flop / steps.ticks)
     return Rates(phases, in_use, *files)
 
@@ -326,18 +332,27 @@ def _share_of_batches(config: Any, share: float) -> Iterator[None]:
             setattr(section, name, size)
 
 
-def measure(step: Step, images: int, device: torch.device, limit: float, tries: int = 2, micro_batch: int = 0) -> Rate:
+def measure(
+    step: Step,
+    images: int,
+    device: torch.device,
+    limit: float,
+    tries: int = 2,
+    micro_batch: int = 0,
+    compiled: bool = False,
+) -> Rate:
     """The rate of ``step`` on so many images, measured on SHARES or GPU_SHARES of them, while that is quick.
 
     limit: seconds, after which no more images are tried. tries: sizes at least. Beyond what was tried, seconds and FLOP
     grow with the images, and memory as it did from the last but one size to the last. micro_batch: images at most that
-    are computed at once; fewer than two such parts are not tried, because from there on memory grows less.
+    are computed at once; fewer than two such parts are not tried, because from there on memory grows less. compiled:
+    whether networks are compiled, which they would be for each number of images, and so are for that of the run alone.
     """
-    least = max(fewest(images), min(images, 2 * micro_batch))
+    least = max(fewest(images, compiled), min(images, 2 * micro_batch))
     shares = GPU_SHARES if device.type == "cuda" else SHARES
     sizes = sorted({max(least, images // part) for part in shares})
+    prepare(step, sizes[0], device, compiled)
     started, peaks = now(device), dict[int, float | None]()
-    choose_kernels(step, sizes[0], device)
     with FlopCounterMode(display=False) as counter:  # which keeps tensors, so that memory is measured without it
         seconds = seconds_of(step, sizes[0], 0, device)
     is_slow = seconds > SECONDS  # so that what only a first step of a size does is no matter
@@ -366,9 +381,9 @@ def _at(images: int, peaks: dict[int, float | None]) -> float | None:
     return peak + max(0.0, peak - lower) * (images - size) / (size - before)
 
 
-def fewest(images: int) -> int:
+def fewest(images: int, compiled: bool) -> int:
     """On how many images a step of so many is tried first."""
-    return min(images, max(SMALLEST, images // SHARES[0]))
+    return images if compiled else min(images, max(SMALLEST, images // SHARES[0]))
 
 
 def now(device: torch.device) -> float:
@@ -384,9 +399,10 @@ def seconds_of(step: Step, images: int, progress: float, device: torch.device) -
     return now(device) - started
 
 
-def choose_kernels(step: Step, images: int, device: torch.device) -> None:
-    """Take a step that is not measured, on a GPU, where the first one of a size loads and chooses kernels."""
-    if device.type == "cuda":
+def prepare(step: Step, images: int, device: torch.device, compiled: bool) -> None:
+    """Take steps that are not measured: a GPU chooses its kernels for a size in the first one, networks are compiled in
+    it, and CUDA graphs are captured in the second."""
+    for _ in range(2 if compiled else int(device.type == "cuda")):
         step(images, 0)
 
 

@@ -10,7 +10,7 @@ import inspect
 import random
 import sys
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,10 +53,11 @@ class Trial:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
+def unchanged(model: nn.Module, eager: bool = True) -> Iterator[None]:
     """Inside, ``model`` may be run in any mode; afterwards it and the random states are as they were.
 
-    Weights, buffers, gradients, modes and plain attributes of all modules are restored.
+    Weights, buffers, gradients, modes and plain attributes of all modules are restored. eager: whether networks that
+    are compiled run as they are written inside, so that hooks see their parts.
     """
     state = rng_state()
     modules = [module for module in model.modules() if not isinstance(module, torch.jit.ScriptModule)]
@@ -66,7 +67,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
     for parameter in model.parameters():
         parameter.grad = None
     try:
-        with _eager():
+        with torch.compiler.set_stance("force_eager") if eager and "torch._dynamo" in sys.modules else nullcontext():
             yield
     finally:
         for module, values, buffers in attributes:
@@ -93,11 +94,6 @@ def on_trial(model: nn.Module) -> Iterator[None]:
         evaluation_mode(model)
         model.requires_grad_(False)
         yield
-
-
-def _eager() -> AbstractContextManager[Any]:
-    """Inside, a network that was compiled before it was given runs as it is written, so that hooks see its parts."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def trial_images(shape: Sequence[int], count: int, device: torch.device | str = "cpu") -> Tensor:

@@ -1,14 +1,20 @@
 """torch.compile of the networks: the same numbers as without, and no recompilation after the first steps."""
 
+import re
 import shutil
 
 import nets
 import parts
 import pytest
 import torch
+from conftest import call
+from resuming import at_call, stopped, terminate
+from test_budget import within
 
+import datafree_kd
 from datafree import config
 from datafree.augment import CropFlip
+from datafree.engine import Engine
 
 pytestmark = [
     pytest.mark.slow,
@@ -61,3 +67,25 @@ def test_compiled_networks_give_the_same_numbers_and_are_compiled_once(counters)
 def test_a_compiled_run(distil):
     folder = distil("--compile", "default", "--epochs", 1, "--kd_steps", 2, "--ep_steps", 2)
     assert (folder / "summary.json").exists()
+
+
+def test_a_budget_is_planned_by_compiled_steps_and_the_run_compiles_nothing_more(
+    counters, teacher, tmp_path, monkeypatch
+):
+    """Or the time to compile would be taken for that of the run's first steps, and its plan cut short."""
+    monkeypatch.chdir(tmp_path)
+    planned = []
+    at_call(monkeypatch, Engine, "_synthesize", 1, lambda: planned.append(counters["stats"]["unique_graphs"]))
+    at_call(monkeypatch, Engine, "_student_step", 20, terminate)
+    given = ("--method", "rgal", "--teacher", nets.name("tiny"), "--teacher_weights", teacher)
+    with stopped(terminate):
+        call(datafree_kd, *given, *within("--budget", "1h", "--compile", "default"))
+    assert counters["stats"]["unique_graphs"] == planned[0] >= 4
+
+
+def test_a_dry_run_measures_compiled_steps_of_whole_batches(counters, distil, capsys):
+    distil("--dry_run", "--compile", "default", "--batch_size", 24)
+    out = capsys.readouterr().out
+    assert counters["stats"]["unique_graphs"] >= 4
+    assert re.search(r"^student .* 24 +24$", out, re.MULTILINE)
+    assert "Compiling takes a run about as long as this dry run, which its time does not include." in out

@@ -14,6 +14,7 @@ from resuming import assert_same_run, at_call, stopped, terminate
 from test_incremental import incremental
 
 import registry
+from benchmarks import memory
 from datafree import config
 from datafree.augment import CropFlip
 from datafree.engine import Engine
@@ -184,6 +185,12 @@ def test_weights_trained_on_the_gpu_give_the_same_outputs_on_the_cpu(distil):
 def test_the_plan_and_its_cost_are_measured_on_the_gpu(distil, capsys):
     distil("--dry_run")
     assert "tested on 355 images, on cuda:0." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("phase", memory.PHASES)
+def test_the_memory_of_a_step_is_measured_on_the_gpu(phase, capsys):
+    memory.measure("resnet20>resnet8,16,10,4,8", phase)
+    assert int(capsys.readouterr().out) > 0
 
 
 def test_the_doctor_finds_no_fault_in_a_run_on_the_gpu(teacher, tmp_path):
