@@ -31,7 +31,6 @@ from benchmarks import plain
 from datafree.augment import CropFlip, shift_flip
 from datafree.config import Distill, DistillConfig, Relation, Run, ScheduleOptions, Synthesis
 from datafree.datasets.cards import DatasetCard
-from datafree.echo import Echo
 from datafree.errors import exit_on_input_error
 from datafree.learners.distill import DistillLearner
 from datafree.logger import table
@@ -52,7 +51,6 @@ CASES = (
     "student, all views new",
     "student, all views known",
     "student, Muon",
-    "student, --echo 4",
 )
 CACHED = ("plain student", "student", "student, all views new", "student, all views known")
 PARTS = ("generator", "augmentation", "teacher", "student", "backward", "optimiser", "rest")
@@ -112,7 +110,6 @@ class Ours:
         self.learner = DistillLearner(self.student, self.teacher, crop, config, 10**6)
         self.cache, self.n = ViewCache(self.teacher, self.learner.cached_fields, 2 * n, 10**3), n
         self.muon = Muon(self.student, self.learner.lr)
-        self.echo = Echo(self.cache.rows, 4, shape, device)
 
     def synthesis_step(self):
         self.source.synthesize()
@@ -133,11 +130,6 @@ class Ours:
     def muon_step(self):
         with mock.patch.object(self.learner, "optimizer", self.muon):
             self.student_step()
-
-    def echo_step(self):
-        self.learner.cache = None
-        with mock.patch.object(self.learner, "echo", self.echo):
-            self.learner.step(self.source.sample(self.n // 2 // self.echo.times))
 
 
 def convolution_peak(device, precision, channels=(64, 128, 256)):
@@ -178,7 +170,6 @@ def compare(pair, n, args, device):
                 lambda: ours.cached_step(known=False),
                 lambda: ours.cached_step(known=True),
                 ours.muon_step,
-                ours.echo_step,
             ),
         )
     )

@@ -586,14 +586,6 @@ class Distill:
         high=1,
         unused_when=OTHER_LEARNER,
     )
-    echo: int = option(
-        1,
-        "Steps in which a view is used, on average: of each batch one part in so many is new views, and the others are "
-        "drawn from recent ones, whose answers by the teacher are kept (data echoing; can "
-        "cost accuracy). Not with gram_loss and at_loss.",
-        low=1,
-        unused_when=OTHER_LEARNER,
-    )
     T: float = option(
         20.0, "Temperature of the KL divergence.", low=1e-6, unused_when=({"kd": (0,)}, {"kd_distance": ("l1",)})
     )
@@ -621,20 +613,6 @@ class Distill:
         high=1,
         unused_when={"cd_loss": (0,), "gram_loss": (0,), "at_loss": (0,), "striplet": (0,)},
     )
-
-    @property
-    def uses_per_view(self) -> int:
-        """Steps that use a view, on average; 1 with a learner that does not read --echo."""
-        return 1 if self.learner in LearnersOfOtherOptions() else self.echo
-
-    def validate(self) -> None:
-        """Raise an OptionError for a batch that cannot be divided as --echo says."""
-        if left := self.batch_size % self.uses_per_view:
-            sizes = [size for size in (self.batch_size - left, self.batch_size - left + self.echo) if size]
-            raise OptionError(
-                f"batch_size {self.batch_size} is not a multiple of echo {self.echo}; give --batch_size "
-                f"{' or '.join(map(str, sizes))}"
-            )
 
 
 @dataclass
@@ -915,7 +893,6 @@ class DistillConfig:
         seconds_of(self.schedule.budget)
         _check_student_terms(self, Schedule.of(self.schedule, self.distill.batch_size))
         self.relation.validate()
-        self.distill.validate()
         self.run.validate()
         _validate_evaluation(self.run, self.data, "--student_weights", self.student.student_weights)
 

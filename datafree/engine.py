@@ -45,6 +45,7 @@ from datafree.update import is_scalar
 
 ALARM = 3  # exit code of a run that an alarm stops
 FORMAT = 2  # of the checkpoints that a run is resumed from; to be raised whenever an older one would not fit
+REMOVED = {"echo": 1}  # options of earlier versions, with the value that did nothing
 
 
 Evaluate = Callable[[Callable[[], Any]], dict[str, float]]
@@ -518,13 +519,18 @@ def require_same_options(
     defaults: of the options, with which a version that did not have one of them wrote.
     """
     for name in {**theirs, **ours}:
-        then, now = theirs.get(name, (defaults or {}).get(name)), ours.get(name)
+        then, now = theirs.get(name, (defaults or {}).get(name)), ours.get(name, REMOVED.get(name))
         if name in but or then == now or name.endswith(CODE) and then is None:  # earlier versions did not state it
             continue
         if is_same_code(then, now):
             raise InputError(
                 f"{path}: the code of {str(now).rpartition(':')[0]} has changed since it was written; restore it, or "
                 "start a new run by --log_tag NEW"
+            )
+        if name in REMOVED:
+            raise InputError(
+                f"{path} was written with --{name} {then}, which this version no longer has; start a new run by "
+                "--log_tag NEW"
             )
         raise InputError(
             f"{path} was written with --{name} {then}, not {now}; resume with the same options, or start a new run "

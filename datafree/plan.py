@@ -1,12 +1,10 @@
 """What a run will do and what it will cost, in words: pure functions of its parts -> lines for the log."""
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from datafree.config import DistillConfig, IncrementalConfig, QuantizeConfig, Synthesis
 from datafree.datasets.cards import DatasetCard, composed
-from datafree.echo import KEPT
 from datafree.errors import short
 from datafree.learners import LearnersOfOtherOptions
 from datafree.logger import table
@@ -53,12 +51,7 @@ def describe_distillation(
         lines.append(f"Learner: {config.distill.learner}.")
     lines += describe_cache(cache)
     in_pairs = config.distill.pair_sample and config.distill.learner not in LearnersOfOtherOptions()
-    views, new = (images * (2 if in_pairs else 1) for images in (config.distill.batch_size, schedule.batch_size))
-    if new < views:
-        lines.append(
-            f"Echo: {new} of the {views} views of a student step are new, the others are drawn from the last {KEPT:,} "
-            f"({4e-6 * KEPT * math.prod(card.shape):.0f} MB)."
-        )
+    views = schedule.batch_size * (2 if in_pairs else 1)
     images, budget = config.synthesis.synthesis_batch_size, config.schedule.budget
     lines += describe_parts(config.run.micro_batch, "student and generator", views, images * bool(source.g_steps))
     return [*lines, describe_cost(schedule, source, views, images, budget)]

@@ -223,7 +223,6 @@ def check_steps():
     assert_same_apart(round_of(GenerativeSynthesis, bn=1.0, adv=1.0, class_embedding=True))
     assert_same_apart(step_of(distilling(**EVERY_TERM, pair_sample=True), images(7)))
     assert_same_apart(step_of(distilling(kd=1.0, striplet=1.0, striplet_feature="features", mixup=0.5), images(7)))
-    assert_same_apart(step_of(distilling(kd=1.0, cd_loss=1.0, mixup=0.5, echo=2), images(7)))
     assert_same_apart(step_of(quantising, images(9), warm_up=True))
     assert_same_apart(step_of(replaying(passes="apart", striplet_feature="features", classes_per_batch=1), images(5)))
     assert_same_apart(step_of(replaying(head_share=0.5), images(4), progress=0.9))

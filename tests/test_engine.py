@@ -38,7 +38,6 @@ VARIANTS = {
     "meta": ("--generator_init", "reptile", "--meta_rate", 0.5, "--class_noise", 1),
     "contrast": ("--cr", 0.5, "--triplet_target", "teacher"),
     "muon": ("--optimizer", "muon", "--clip_grad", 5),
-    "echo": ("--echo", 4, "--mixup", 0.5, "--pair_sample"),
     "ring": ("--pool_size", 24, "--balanced_sampling", "--warmup", 1, "--gram_loss", 1, "--custom_steps", 0.6),
     "maml": ("--generator_init", "maml", "--bn_momentum", 0.5, "--reset_epoch", 2, "--at_loss", 1),
     "few synthesis rounds": ("--synthesis_rounds", 3, "--bn_momentum", 0.5),
@@ -72,7 +71,7 @@ def interrupted(distil, monkeypatch):
     mostly_slow(
         itertools.product(VARIANTS, (kill, terminate)),
         [(name, kill) for name in ("rgal", "cmi", "maml", "several batches", "learner with options")]
-        + [(name, terminate) for name in ("rgal_reptile", "ring", "stream", "source with options", "muon", "echo")],
+        + [(name, terminate) for name in ("rgal_reptile", "ring", "stream", "source with options", "muon")],
     ),
 )
 def test_a_resumed_run_equals_the_straight_one_bit_for_bit(variant, act, distil, interrupted):
@@ -649,6 +648,20 @@ def test_a_ring_that_wrapped_cannot_be_enlarged(distil, refused):
     distil("--epochs", 2, "--pool_size", 24)
     assert "--pool_size" in refused(distil, "--pool_size", 40, "--resume", "auto")
     assert "--pool_size" in refused(distil, "--pool_size", 16, "--resume", "auto")
+
+
+def test_an_option_of_an_earlier_version_is_no_matter_where_it_did_nothing(distil, refused):
+    folder = distil()
+    path = folder / "checkpoints" / "last.pth"
+    for value in (1, 4):
+        state = torch.load(path, weights_only=True)
+        state["metadata"]["options"]["echo"] = value
+        path.unlink()  # which best.pth is linked to
+        torch.save(state, path)
+        if value == 1:
+            distil("--epochs", 5, "--resume", path)
+    line = refused(distil, "--epochs", 6, "--resume", path)
+    assert "was written with --echo 4, which this version no longer has; start a new run" in line
 
 
 def test_a_random_student_cannot_resume_from_scratch_training(distil, refused, tmp_path):

@@ -107,16 +107,6 @@ def test_neither_phase_waits_for_the_host(sampling, keep, init):
     assert waits.found == []
 
 
-def test_a_step_with_echoes_does_not_wait_for_the_host():
-    torch.manual_seed(0)
-    source, learner = both_phases(ALL, config.Relation(striplet=1.0), dict(cd_loss=1.0, mixup=0.5, echo=2))
-    source.round(1, with_student=True)
-    with Waits() as waits:
-        for _ in range(2):
-            learner.step(source.batch(4))
-    assert waits.found == []
-
-
 def test_a_noisy_layer_and_a_new_generator_do_not_wait_for_the_host():
     source, _ = both_phases({**ALL, "generator_life": 1}, config.Relation(), {}, kind=NoisyLayerSynthesis)
     with Waits() as waits:

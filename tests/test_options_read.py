@@ -70,7 +70,7 @@ def distillations(distil, teacher):
         one("terms", "--act", 1, "--balance", 1, "--cr", 1, "--tv", 1, "--l2", 1, "--bn_momentum", 0.5)
         one("pool", "--pool_size", 16, "--balanced_sampling", "--view_cache", 1, "--lr_z", 0.01)
         one("maps", "--mixup", 0.5, "--gram_loss", 1, "--at_loss", 1, "--optimizer", "muon")
-        one("stages", "--striplet_feature", "features", "--triplet_target", "teacher", "--echo", 2)
+        one("stages", "--striplet_feature", "features", "--triplet_target", "teacher")
         one("reptile", "--generator_init", "reptile", "--meta_rate", 0.5, "--reset_epoch", 1, "--class_noise", 1)
         one("maml", "--generator_init", "maml", "--synthesis_rounds", 1, "--teacher_mean", 0.5, "--teacher_std", 0.5)
         for method in ("dfq", "deepinv", "nayer", "noise"):

@@ -7,9 +7,8 @@ from torch import Tensor, nn
 
 from datafree import criterions
 from datafree.augment import CropFlip, mixup, shift_flip
-from datafree.echo import Echo
-from datafree.errors import InputError, OptionError
-from datafree.features import FeatureRows, Features
+from datafree.errors import InputError
+from datafree.features import Features
 from datafree.learners.transfer import TransferLearner
 from datafree.network import Network
 from datafree.pool import Batch
@@ -32,7 +31,6 @@ class DistillLearner(TransferLearner):
             self.pairs = criterions.pair_stages(student.tap.stage_sizes, teacher.tap.stage_sizes, ["at_loss"])
         super().__init__(student, teacher, augment, config, total_steps)
         self._require_loss()
-        self.echo = self._build_echo() if self.settings.echo > 1 else None
 
     def trained_modules(self) -> dict[str, nn.Module]:
         """The projections, if a term uses them."""
@@ -71,22 +69,8 @@ class DistillLearner(TransferLearner):
         terms = [term for term in self.terms if progress < term.until]
         return weighted_sum(terms, teacher, self.student_features(views, terms))
 
-    def _build_echo(self) -> Echo:
-        fields = super().cached_fields
-        if not fields:
-            raise OptionError("--echo cannot keep whole maps, which --gram_loss and --at_loss read; remove one of them")
-        return Echo(FeatureRows(self.teacher.tap, fields), self.settings.echo, self.network.shape, self.network.device)
-
-    def parts(self) -> dict[str, Any]:
-        return super().parts() | ({"echo": self.echo} if self.echo else {})
-
-    def _views(self, batch: Batch) -> tuple[Tensor, Features]:
-        """The views of a step, those of earlier steps included, and the teacher's Features of them."""
-        new = self._new_views(batch)
-        return self.echo(*new) if self.echo else new
-
     @torch.no_grad()
-    def _new_views(self, batch: Batch) -> tuple[Tensor, Features]:
+    def _views(self, batch: Batch) -> tuple[Tensor, Features]:
         """Views of the images, two of each with pair_sample, and the teacher's Features of them."""
         times = 2 if self.settings.pair_sample else 1
         if not self.settings.mixup:

@@ -46,8 +46,7 @@ def distillation(session: "Session") -> "Iterator[Training]":
         return
     teacher = session.load_teacher()
     source = build_source(session, teacher, student)
-    new_views = config.distill.batch_size // config.distill.uses_per_view
-    schedule = Schedule.of(config.schedule, new_views, source, config.run.eval_every)
+    schedule = Schedule.of(config.schedule, config.distill.batch_size, source, config.run.eval_every)
     learner = build_learner(session, teacher, student, schedule.total_student_steps)
     learner.cache = build_cache(session, teacher, source, learner, config.distill.view_cache)
     tested = len(session.test or ())  # as late as possible, because the images may take long to read
