@@ -119,8 +119,6 @@ def preview(session: Session, trainings: Iterable[Training]) -> None:
     lines += ["The plan has random weights and noise in place of what is not there."] * bool(lines)
     if (processes := launch.processes()) > 1:
         lines.append(f"Measured in one process alone; the {processes} of the run divide each batch.")
-    if session.run.compile != "off":
-        lines.append("Compiling takes a run about as long as this dry run, which its time does not include.")
     for line in [*lines, *describe(session, costs)]:
         print(printable(line), flush=True)
     if session.missing:
@@ -137,7 +135,7 @@ def lay_plan(session: Session, training: Training, engine: Engine) -> None:
     assert budget
     if not distributed.rank():
         with distributed.apart():
-            rates = measure_training(session, training)
+            rates = measure_training(session, training, compiled=session.run.compile != "off")
         rates.phases.pop("teacher", None)  # which is evaluated already
         schedule = planned_schedule(session, training, rates, budget.spent)
         cost = total(session, replace(training, schedule=schedule), rates)
@@ -233,10 +231,11 @@ def _short_rounds(source: BaseSynthesis) -> Iterator[None]:
             setattr(source, name, value)
 
 
-def measure_training(session: Session, training: Training) -> Rates:
+def measure_training(session: Session, training: Training, compiled: bool = False) -> Rates:
     """Take a few steps of each phase of ``training``, and close an epoch in a folder that is removed.
 
-    The trained network and the random states are afterwards as before; source and optimisers are not.
+    compiled: whether networks run compiled, of which the seconds alone mean something, or as they are written. The
+    trained network and the random states are afterwards as before; source and optimisers are not.
     """
     learner, source, schedule, device = training.learner, training.source, training.schedule, session.device
     work, phases = schedule.work_until(schedule.epochs), dict[str, Rate]()
@@ -245,8 +244,8 @@ def measure_training(session: Session, training: Training) -> Rates:
         test = stand_in(session.card, "test", device)
     steps = _Steps(session.config, training)
     limit = min(SECONDS, MEASURED * budget_seconds(training.budget)) if training.budget else SECONDS
-    compiled, most = session.run.compile != "off", session.run.micro_batch
-    images, remedy = steps.images, batch_or_parts("the batch sizes", most)
+    images, most = steps.images, session.run.micro_batch
+    remedy = batch_or_parts("the batch sizes", most)
     measured = partial(measure, device=device, limit=limit, micro_batch=most, compiled=compiled)
     unharmed = unchanged(learner.network, eager=not compiled)
     with unharmed, _short_rounds(source), out_of_memory_in("the measured steps", remedy):
@@ -346,7 +345,7 @@ def measure(
     limit: seconds, after which no more images are tried. tries: sizes at least. Beyond what was tried, seconds and FLOP
     grow with the images, and memory as it did from the last but one size to the last. micro_batch: images at most that
     are computed at once; fewer than two such parts are not tried, because from there on memory grows less. compiled:
-    whether networks are compiled, which they would be for each number of images, and so are for that of the run alone.
+    whether networks run compiled, which takes minutes for a first number of images, so that no other is tried.
     """
     least = max(fewest(images, compiled), min(images, 2 * micro_batch))
     shares = GPU_SHARES if device.type == "cuda" else SHARES
