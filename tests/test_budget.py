@@ -274,7 +274,7 @@ def timed(clock, monkeypatch):
     def measure(factor):
         one = {"warmup": 0.5, "synthesis": 0.5, "student": 0.25, "closing": 0.0}
         phases = {kind: Rate(factor * value, 0, None) for kind, value in one.items()}
-        monkeypatch.setattr(cost, "measure_training", lambda *given: Rates(dict(phases), None, 0, 0, 0))
+        monkeypatch.setattr(cost, "measure_training", lambda *given, **more: Rates(dict(phases), None, 0, 0, 0))
 
     advance(SynthesisObjective, "__call__", 0.5)
     advance(Learner, "step", 0.25)
@@ -305,7 +305,7 @@ def test_measuring_before_the_run_leaves_no_trace(distil_within, timed, monkeypa
     monkeypatch.undo()
     monkeypatch.chdir(without.parent.parent.parent)
     monkeypatch.setattr(cost, "SECONDS", 0)
-    monkeypatch.setattr(cost, "measure_training", lambda *given: MEASURE_TRAINING(*given) and rates)
+    monkeypatch.setattr(cost, "measure_training", lambda *given, **more: MEASURE_TRAINING(*given, **more) and rates)
     monkeypatch.setattr(budget.Budget, "is_due", lambda *given: False)
     monkeypatch.setattr(budget.Budget, "spent", 0.0)
     folder = distil_within("--budget", "13.5s", "--method", "rgal_fast", "--grid_every", 1, tag="with")
